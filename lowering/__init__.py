@@ -1,0 +1,1 @@
+"""The ground floor: from a quantized node to a device's kernel."""

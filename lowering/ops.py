@@ -1,0 +1,44 @@
+"""The ``omniq::`` operators that a rewritten graph holds before it is lowered.
+
+They have a reference implementation, so that the quantized stage of any graph runs as it stands,
+on any device. Lowering replaces every one of them by the target's kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omniq_compile.lowering.formats import get_format
+
+
+@torch.library.custom_op("omniq::quantize", mutates_args=())
+def quantize(x: Tensor, method: str) -> list[Tensor]:
+    """Quantize along the last dimension: ``x [..., K]`` -> the method's parts, codes first."""
+    return [part.contiguous() for part in get_format(method).quantize(x)]
+
+
+@quantize.register_fake
+def _(x: Tensor, method: str) -> list[Tensor]:
+    return list(get_format(method).quantize(x))
+
+
+@torch.library.custom_op("omniq::gemm", mutates_args=())
+def gemm(
+    a: list[Tensor], b: list[Tensor], bias: Tensor | None, method: str, dtype: torch.dtype
+) -> Tensor:
+    """Multiply quantized operands: a ``[..., M, K]``, b ``[N, K]`` or ``[..., N, K]``.
+
+    The bias ``[N]`` is added before the one rounding to ``dtype``. Returns ``[..., M, N]``.
+    """
+    return get_format(method).gemm(a, b, bias, dtype)
+
+
+@gemm.register_fake
+def _(
+    a: list[Tensor], b: list[Tensor], bias: Tensor | None, method: str, dtype: torch.dtype
+) -> Tensor:
+    batch = a[0].shape[:-2]
+    if b[0].dim() > 2:
+        batch = torch.broadcast_shapes(batch, b[0].shape[:-2])
+    return a[0].new_empty((*batch, a[0].shape[-2], b[0].shape[-2]), dtype=dtype)

@@ -1,0 +1,82 @@
+"""(method, target) -> kernel. Adding a device is adding a folder with a ``KERNELS`` tuple."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.target import ARCHITECTURES, Target
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One GEMM as a kernel sees it: a ``[..., M, K]`` times b ``[..., N, K]``.
+
+    M may be symbolic. ``a_rank`` and ``b_rank`` count dimensions; b of rank 2 is one matrix for
+    every row of a, a higher rank is a batch of matrices.
+    """
+
+    M: Any
+    K: int
+    N: int
+    a_rank: int
+    b_rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one (method, target) lowers to.
+
+    ``quantize`` and ``gemm`` are written in operations that a compiler traces through.
+
+    Attributes:
+        name: device, operand type and how it multiplies, such as ``cpu_s8_int_mm``.
+        native: True when the hardware multiplies in the method's own precision.
+        about: what it does, and for an emulated kernel why.
+        refuse: Problem -> why this kernel cannot take it, or None.
+    """
+
+    name: str
+    method: str
+    device: str
+    archs: tuple[str, ...]
+    native: bool
+    about: str
+    quantize: Callable[[torch.Tensor], Parts]
+    gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem], torch.Tensor]
+    refuse: Callable[[Problem], str | None]
+
+
+def kernels_of(device: str) -> tuple[Kernel, ...]:
+    """Return every kernel of a device, in order of preference."""
+    module = importlib.import_module(f"omniq_compile.lowering.{device}")
+    kernels: tuple[Kernel, ...] = module.KERNELS
+    return kernels
+
+
+def candidates(method: str, target: Target) -> list[Kernel]:
+    """Return the kernels that can run ``method`` on ``target``, the preferred first."""
+    return [k for k in kernels_of(target.device) if k.method == method and target.arch in k.archs]
+
+
+def choose(method: str, target: Target, problem: Problem) -> tuple[Kernel | None, str]:
+    """Return the first kernel that takes the problem, with the reasons of those that refused."""
+    refusals = []
+    for kernel in candidates(method, target):
+        refusal = kernel.refuse(problem)
+        if refusal is None:
+            return kernel, "; ".join(refusals)
+        refusals.append(f"{kernel.name}: {refusal}")
+    return None, "; ".join(refusals) or f"no {method} kernel for {target}"
+
+
+def table() -> list[tuple[Target, Kernel]]:
+    """Return every (target, kernel) pair, for printing."""
+    targets = [Target(device, arch) for device, archs in ARCHITECTURES.items() for arch in archs]
+    return [(t, k) for t in targets for k in kernels_of(t.device) if t.arch in k.archs]

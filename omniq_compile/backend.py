@@ -1,0 +1,138 @@
+"""The ``torch.compile`` entry point: passes, then lowering, then Inductor."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
+from omniq_compile.lowering.errors import GradientError, OptionError
+from omniq_compile.lowering.target import Target, detect
+from omniq_compile.passes import dynamo, pipeline
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.context import Context
+from omniq_compile.passes.patterns import unmatched
+from omniq_compile.summary import summary_line
+from omniq_compile.weights import BoundWeights
+
+# Below `omniq_compile`, which PyTorch's TORCH_LOGS="omniq_compile" can name, because it takes
+# importable modules only.
+logger = logging.getLogger("omniq")
+logger.parent = logging.getLogger("omniq_compile")
+
+Compiled = Callable[..., Any]
+
+
+def omniq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | QuantConfig | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one graph of Dynamo's; ``torch.compile(model, backend="omniq")`` calls this.
+
+    Args:
+        gm: the traced graph, which is left as it is.
+        example_inputs: its inputs, parameters included.
+        options: see `QuantConfig`.
+        mode: one of ``torch.compile``'s modes, passed on to Inductor.
+
+    Raises:
+        OptionError: unknown options, or a device without kernels.
+        GradientError: gradients are enabled and an input requires them.
+    """
+    config = QuantConfig.from_options(options)
+    _refuse_gradients(example_inputs)
+    start = time.perf_counter()
+    context = Context(config, run_target(config, example_inputs))
+    rewritten = pipeline.run(gm, pipeline.build(config), context)
+    seconds = time.perf_counter() - start
+    _log(context, seconds)
+    return bind(gm, rewritten, context, example_inputs, mode)
+
+
+def bind(
+    gm: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    context: Context,
+    example_inputs: Sequence[Any],
+    mode: str | None = None,
+) -> Compiled:
+    """Compile a rewritten graph, and give it the weights that each call's parameters stand for."""
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    left = [n for n in rewritten.graph.nodes if n.op == "placeholder"]
+    kept = [names.index(n.name) for n in left if n.name in names]
+    added = [dynamo.value(n) for n in left if n.name not in names]
+    inputs = [example_inputs[i] for i in kept] + added
+    compiled = _compile(rewritten, inputs, context.config, mode)
+    if not context.bindings:
+        return lambda *arguments: compiled(*[arguments[i] for i in kept])
+    weights = BoundWeights(context.bindings, names)
+
+    def run(*arguments: Any) -> Any:
+        return compiled(*[arguments[i] for i in kept], *weights.look_up(arguments))
+
+    return run
+
+
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
+) -> Compiled:
+    if config.compiler == "inductor":
+        settings = dict(torch._inductor.list_mode_options(mode) if mode else {})
+        settings.update(config.inductor)
+        compiled: Compiled = torch._inductor.compile(gm, list(inputs), options=settings)
+        return compiled
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    wanting = sum(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    if wanting:
+        raise GradientError(
+            f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
+            "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
+            "gradients off with model.requires_grad_(False)."
+        )
+
+
+def run_target(config: QuantConfig, inputs: Sequence[Any]) -> Target:
+    """Return the target to run on; the options may name another architecture of its device."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"meta"}
+    accelerators = sorted(devices - {"cpu"})
+    device = accelerators[0] if accelerators else "cpu"
+    if config.target is None:
+        return detect(device)
+    if config.target.device != device:
+        raise OptionError(
+            f"option 'target' is {str(config.target)!r}, but the model runs on {device!r}. "
+            "Leave 'target' out to compile for the model's own device; `omniq dump --target` "
+            "shows the graph for another one."
+        )
+    return config.target
+
+
+def _log(context: Context, seconds: float) -> None:
+    logger.info("%s", summary_line(context, seconds))
+    for site in context.sites:
+        if site.decision.method is None:
+            logger.debug("kept %s (%s): %s", site.layer, site.spelling, site.decision.reason)
+    layers = [site.layer for site in context.sites]
+    for pattern, close in unmatched(context.config.ignored_layers, layers).items():
+        if layers:
+            logger.warning(
+                "ignored_layers pattern %r matches none of this graph's %d layers; nearest: %s",
+                pattern,
+                len(layers),
+                ", ".join(close) or ", ".join(layers[:3]),
+            )

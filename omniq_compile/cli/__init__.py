@@ -1,0 +1,36 @@
+"""``omniq``: one file a command, each with ``add_arguments(parser)`` and ``run(arguments)``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from omniq_compile.lowering.errors import OmniqError
+
+COMMANDS = {
+    "dump": "show what the backend does to a model, as text",
+    "bench": "measure a model beside Inductor BF16 and torchao",
+    "kernels": "list the kernels of every target, and what this machine has",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="omniq", description="A torch.compile backend that quantizes diffusion transformers."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for name, text in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text)
+        # Only the command that is called is imported, so that the others cost nothing.
+        if name in arguments[:1]:
+            import_module(f"omniq_compile.cli.{name}").add_arguments(sub)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(import_module(f"omniq_compile.cli.{parsed.command}").run(parsed))
+    except OmniqError as error:
+        print(f"omniq {parsed.command}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,31 @@
+"""The arguments that stand for a user's options, the same for every command."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_option_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one argument an option of `QuantConfig` that shapes the graph."""
+    parser.add_argument("--method", required=True, help="such as int8")
+    parser.add_argument(
+        "--ignored-layers", nargs="+", metavar="PATTERN", help="layers to keep, such as img_mlp"
+    )
+    parser.add_argument(
+        "--min-features", type=int, metavar="N", help="the smallest K or N worth quantizing"
+    )
+    parser.add_argument(
+        "--matmul", action="store_true", help="also quantize activation x activation products"
+    )
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given; the rest keep their defaults."""
+    options: dict[str, Any] = {"method": arguments.method}
+    for name in ("ignored_layers", "min_features"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    if arguments.matmul:
+        options["matmul"] = True
+    return options

@@ -1,0 +1,194 @@
+"""What was rewritten, into what, and why not: `explain` and the Report it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from omniq_compile.backend import run_target
+from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.target import Target
+from omniq_compile.passes import pipeline
+from omniq_compile.passes import sites as passes_sites
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.context import Context
+from omniq_compile.passes.patterns import unmatched
+from omniq_compile.passes.program import program
+from omniq_compile.summary import weight_bytes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A method, or None for kept as it was; why; and the kernel that a method runs on."""
+
+    method: str | None
+    reason: str
+    kernel: str | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One GEMM: ``[..., M, K]`` times ``[N, K]``; symbolic sizes are text, None is unknown."""
+
+    graph: int
+    layer: str
+    spelling: str
+    kind: str
+    weight: str
+    M: int | str | None
+    K: int | str | None
+    N: int | str | None
+    dtype: str
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One traced graph: its programs by stage, and its passes as they ran."""
+
+    programs: dict[str, str]
+    passes: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything omniq does to a model.
+
+    Attributes:
+        options: as checked, with the defaults.
+        target: what was lowered for.
+        sites: in the order of the model.
+        graphs: more than one where Dynamo had to break the model.
+        weight_bytes_before, weight_bytes_after: of the weights that are quantized.
+        unmatched: ``ignored_layers`` patterns that match nothing, with the nearest layers.
+    """
+
+    options: dict[str, Any]
+    target: str
+    sites: list[Site] = field(default_factory=list)
+    graphs: list[GraphReport] = field(default_factory=list)
+    weight_bytes_before: int = 0
+    weight_bytes_after: int = 0
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def rewritten(self) -> list[Site]:
+        """The sites that have a method."""
+        return [site for site in self.sites if site.decision.method]
+
+    @property
+    def kept(self) -> list[Site]:
+        """The sites that keep their own precision."""
+        return [site for site in self.sites if not site.decision.method]
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def explain(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    options: Mapping[str, Any] | QuantConfig,
+    target: str | None = None,
+) -> Report:
+    """Trace a model and say what omniq does to it. The model runs once, unchanged.
+
+    Args:
+        model: any module; a compiled one is traced as it was before.
+        inputs: keyword arguments as a dict, or positional ones as a sequence.
+        options: as given to ``torch.compile``.
+        target: lower for this device instead of the model's own; it need not be present.
+
+    Raises:
+        OptionError: unknown options or target.
+    """
+    config = QuantConfig.from_options(options)
+    chosen = Target.parse(target) if target else None
+    contexts: list[Context] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        context = Context(config, chosen or run_target(config, example_inputs), stages={})
+        pipeline.run(gm, pipeline.build(config), context)
+        contexts.append(context)
+        return gm.forward
+
+    _trace(model, inputs, record)
+    if not contexts:
+        raise OmniqError(
+            "Dynamo traced no graph from this model, so there is nothing to explain. "
+            'TORCH_LOGS="dynamo" shows why.'
+        )
+    return _report(config, contexts)
+
+
+def _trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], record: Any) -> None:
+    module = getattr(model, "_orig_mod", model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    # Dynamo counts recompilations per code object: a code object of its own keeps one report from
+    # using up another's limit.
+    fresh = types.FunctionType(
+        call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
+    )
+    compiled = torch.compile(fresh, backend=record)
+    with torch.no_grad():
+        if isinstance(inputs, Mapping):
+            compiled(**inputs)
+        else:
+            compiled(*inputs)
+
+
+def _report(config: QuantConfig, contexts: Sequence[Context]) -> Report:
+    bindings = {
+        (b.expression.key, b.expression.leaves, b.method): b for c in contexts for b in c.bindings
+    }
+    sizes = [weight_bytes(binding) for binding in bindings.values()]
+    layers = [site.layer for c in contexts for site in c.sites]
+    return Report(
+        options=dataclasses.asdict(config),
+        target=str(contexts[0].target),
+        sites=[_site(i, site) for i, c in enumerate(contexts) for site in c.sites],
+        graphs=[_graph(i, c) for i, c in enumerate(contexts)],
+        weight_bytes_before=sum(before for before, _ in sizes),
+        weight_bytes_after=sum(after for _, after in sizes),
+        unmatched=unmatched(config.ignored_layers, layers),
+    )
+
+
+def _graph(index: int, context: Context) -> GraphReport:
+    assert context.stages is not None
+    programs = {
+        stage: program(gm, f"graph {index}, {stage}, {context.target}")
+        for stage, gm in context.stages.items()
+    }
+    return GraphReport(programs, [dataclasses.asdict(r) for r in context.records])
+
+
+def _site(graph: int, site: passes_sites.Site) -> Site:
+    problem, decision = site.problem, site.decision
+    sizes = (problem.M, problem.K, problem.N) if problem else (None, None, None)
+    M, K, N = (size if size is None or isinstance(size, int) else str(size) for size in sizes)
+    return Site(
+        graph=graph,
+        layer=site.layer,
+        spelling=site.spelling,
+        kind=site.kind.value,
+        weight=site.weight_name,
+        M=M,
+        K=K,
+        N=N,
+        dtype=str(site.dtype).removeprefix("torch."),
+        decision=Decision(
+            decision.method, decision.reason, decision.kernel.name if decision.kernel else None
+        ),
+    )

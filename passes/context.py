@@ -1,0 +1,58 @@
+"""What the passes of one compile share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering.target import Target
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.expression import WeightExpression
+from omniq_compile.passes.sites import Site
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A quantized weight: the inputs that stand for it, and where its values come from.
+
+    Attributes:
+        method: of the quantization.
+        expression: the weight from its parameters.
+        leaves: names of the parameter placeholders of the traced graph, or the parameters
+            themselves where Dynamo made them attributes.
+        parts: names of the placeholders added for the method's parts.
+        layers: the layers that multiply by this weight.
+        shape: of the weight, ``[..., N, K]``.
+        dtype: of the weight before quantization.
+    """
+
+    method: str
+    expression: WeightExpression
+    leaves: tuple[str | torch.Tensor, ...]
+    parts: tuple[str, ...]
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class PassRecord:
+    """One pass as it ran: seconds, and the change in the number of nodes per operator."""
+
+    name: str
+    seconds: float
+    delta: dict[str, int]
+
+
+@dataclass
+class Context:
+    """Options in, findings out."""
+
+    config: QuantConfig
+    target: Target
+    sites: list[Site] = field(default_factory=list)
+    bindings: list[Binding] = field(default_factory=list)
+    records: list[PassRecord] = field(default_factory=list)
+    stages: dict[str, fx.GraphModule] | None = None

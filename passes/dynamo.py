@@ -1,0 +1,89 @@
+"""What omniq reads from a graph that Dynamo traced: the one place that knows its metadata.
+
+Checked on torch 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in ``node.meta``,
+``node._dynamo_source`` on placeholders, and ``dynamo_compile_id`` in ``gm.meta``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+_NAME_PART = re.compile(r"([A-Za-z_]\w*)|\[['\"]?([^'\"\]]*)['\"]?\]")
+_NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
+
+
+def value(node: fx.Node) -> Any:
+    """Return the fake tensor, symbolic number or constant that the node stands for."""
+    return node.meta.get("example_value")
+
+
+def is_tensor(node: Any) -> bool:
+    """Say whether an argument is a node that holds a tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Say whether the node is a parameter or buffer of the model: the same tensor every call.
+
+    With Inductor's ``freezing`` on, Dynamo installs parameters as attributes of the graph
+    instead of passing them as inputs.
+    """
+    if not isinstance(value(node), torch.Tensor):
+        return False
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    if isinstance(value(node), torch.nn.Parameter):
+        return True
+    return "_buffers" in _source_name(node)
+
+
+def weight_name(node: fx.Node) -> str:
+    """Return the dotted name of a parameter or buffer, such as ``blocks.0.attn.to_q.weight``."""
+    source = _source_name(node)
+    return _dotted(source) if source else str(node.target)
+
+
+def layer_name(node: fx.Node) -> str:
+    """Return the dotted name of the innermost module that made the node; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return _dotted(path)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph; tensors and submodules are shared, metadata dicts are not.
+
+    Dynamo reads the original's placeholders again after the backend returns. The copy drops
+    ``dynamo_compile_id``, by which AOTAutograd would insist on a Dynamo source for every
+    placeholder, also for those that a pass adds.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, copies)
+    graph.output(outputs)
+    for original, copy in copies.items():
+        copy.meta = dict(original.meta)
+        source = getattr(original, "_dynamo_source", None)
+        if source is not None:
+            copy._dynamo_source = source  # type: ignore[attr-defined]
+    result = fx.GraphModule(gm, graph)
+    result.meta = {k: v for k, v in gm.meta.items() if k != "dynamo_compile_id"}
+    return result
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def _dotted(path: str) -> str:
+    """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks[0]`` to blocks.0"""
+    parts = [word or index for word, index in _NAME_PART.findall(path)]
+    return ".".join(p for p in parts[2:] if p not in _NOT_LAYERS)

@@ -1,0 +1,93 @@
+"""einsum of two operands, read as a product in the normal form."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from torch import fx
+
+from omniq_compile.passes import dynamo
+from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.sites import Operand, Product, Step
+
+
+def read_einsum(node: fx.Node) -> Product | None:
+    """Read ``einsum(equation, x, y)``; None where it is no product of two tensors."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    if not all(dynamo.is_tensor(operand) for operand in operands):
+        return None
+    x, y = operands
+    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
+    letters = _letters(equation, ranks)
+    if letters is None:
+        return _unsupported(x, y, equation)
+    x_letters, y_letters, out = letters
+    if is_expression(x) and not is_expression(y):
+        x, y, x_letters, y_letters = y, x, y_letters, x_letters
+    return _read(x, y, x_letters, y_letters, out, equation)
+
+
+def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Product:
+    """Sort the letters into batch, M, N and K, and the tensors into ``[batch, M|N, K]``."""
+    batch = [c for c in a if c in b and c in out]
+    inner = [c for c in a if c in b and c not in out]
+    rows = [c for c in a if c not in b]
+    columns = [c for c in b if c not in a]
+    summed_alone = [c for c in rows + columns if c not in out]
+    if summed_alone or not inner or not columns or not rows:
+        return _unsupported(x, y, equation)
+    if batch and (len(rows) > 1 or len(columns) > 1 or len(inner) > 1):
+        return _unsupported(x, y, equation)
+    sizes = dict(zip(b, dynamo.value(y).shape, strict=True))
+    if not all(isinstance(sizes[c], int) for c in inner + columns) and len(inner + columns) > 2:
+        return _unsupported(x, y, equation)
+    a_steps = _permute(a, batch + rows + inner) + _flatten(-len(inner), -1)
+    b_steps = _permute(b, batch + columns + inner) + _flatten(-len(inner), -1)
+    if not batch:
+        b_steps += _flatten(0, len(columns) - 1)
+    out_steps: tuple[Step, ...] = ()
+    if len(columns) > 1:
+        out_steps += (("unflatten", (-1, tuple(int(sizes[c]) for c in columns))),)
+    out_steps += _permute("".join(batch + rows + columns), list(out))
+    return Product(Operand(x, a_steps), Operand(y, b_steps), out_steps=out_steps)
+
+
+def _letters(equation: str, ranks: tuple[int, int]) -> tuple[str, str, str] | None:
+    """Spell out an equation: the ellipsis becomes letters, a missing output is derived."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or equation.count("...") > 2 + (not arrow):
+        return None
+    free = [c for c in string.ascii_letters if c not in equation]
+    dots = [r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True)]
+    has_dots = ["..." in term for term in terms]
+    # With dots on both sides the two would broadcast against each other.
+    if all(has_dots) or not arrow:
+        return None
+    spelled = "".join(free[: max((d for d, h in zip(dots, has_dots, strict=True) if h), default=0)])
+    a, b, out = (term.replace("...", spelled) for term in (*terms, out))
+    if any(len(set(term)) != len(term) for term in (a, b, out)):
+        return None
+    return a, b, out
+
+
+def _permute(current: str, wanted: list[str]) -> tuple[Step, ...]:
+    order = tuple(current.index(c) for c in wanted)
+    return () if order == tuple(range(len(order))) else (("permute", order),)
+
+
+def _flatten(start: int, end: int) -> tuple[Step, ...]:
+    single = start == end
+    return () if single else (("flatten", (start, end)),)
+
+
+def _unsupported(x: Any, y: Any, equation: str) -> Product:
+    return Product(
+        Operand(x), Operand(y), unsupported=f"einsum {equation!r} is not one matrix product"
+    )

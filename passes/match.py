@@ -1,0 +1,77 @@
+"""Finds the GEMM sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering.registry import Problem
+from omniq_compile.passes import dynamo, expression
+from omniq_compile.passes.sites import Kind, Operand, Product, Site
+from omniq_compile.passes.spellings import SPELLINGS
+
+
+def find_sites(gm: fx.GraphModule) -> list[Site]:
+    """Return every product of the graph as a site, undecided, in the graph's order.
+
+    The graph stays as it is, but for each site's node, which carries its site in ``meta``: a site
+    that is kept remains the very node it was, so that its numbers do not change.
+    """
+    sites = []
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
+            continue
+        if not dynamo.is_tensor(node):
+            continue
+        name, reader = SPELLINGS[node.target]
+        product = reader(node)
+        if product is not None:
+            site = _site(node, name, product)
+            node.meta["omniq_site"] = site
+            sites.append(site)
+    return sites
+
+
+def _site(node: fx.Node, spelling: str, product: Product) -> Site:
+    a_is_weight = expression.is_expression(product.a.node)
+    b_is_weight = expression.is_expression(product.b.node)
+    kind = Kind.ACTIVATION
+    if b_is_weight:
+        kind = Kind.CONSTANT if a_is_weight else Kind.WEIGHT
+    weight = None
+    if kind is Kind.WEIGHT and product.unsupported is None:
+        weight = expression.build(product.b.node, product.b.steps)
+    names = [dynamo.weight_name(leaf) for leaf in weight.leaves] if weight else []
+    return Site(
+        node=node,
+        spelling=spelling,
+        layer=_layer(node, names),
+        kind=kind,
+        product=product,
+        problem=None if product.unsupported else _problem(node, product),
+        weight=weight,
+        weight_name=" + ".join(names),
+    )
+
+
+def _layer(node: fx.Node, weight_names: list[str]) -> str:
+    """Name a site by the module that owns its weight, or else by the module that multiplies."""
+    if len(weight_names) == 1:
+        return weight_names[0].removesuffix(".weight")
+    return dynamo.layer_name(node)
+
+
+def _problem(node: fx.Node, product: Product) -> Problem:
+    a, b = _layout(product.a), _layout(product.b)
+    dtype = dynamo.value(node).dtype
+    return Problem(a.shape[-2], a.shape[-1], b.shape[-2], a.dim(), b.dim(), dtype)
+
+
+def _layout(operand: Operand) -> Any:
+    value = dynamo.value(operand.node)
+    with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
+        for name, arguments in operand.steps:
+            value = getattr(value, name)(*arguments)
+    return value

@@ -1,0 +1,29 @@
+"""Shapes and dtypes for nodes that a pass adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.passes import dynamo
+
+
+def fill_values(node: fx.Node) -> None:
+    """Set ``example_value`` of a new node by running it on the fake values of its arguments."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), dynamo.value)
+    with _fake_mode(args), torch.no_grad():
+        if node.op == "call_method":
+            owner, *rest = args
+            node.meta["example_value"] = getattr(owner, str(node.target))(*rest, **kwargs)
+        elif node.op == "call_function":
+            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_mode(arguments: Any) -> Any:
+    """Return the fake mode of the first fake tensor among the arguments."""
+    for argument in torch.utils._pytree.tree_leaves(arguments):
+        if hasattr(argument, "fake_mode"):
+            return argument.fake_mode
+    return torch.no_grad()

@@ -1,0 +1,183 @@
+"""Puts quantize and GEMM nodes in where the policy decided so."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.passes import dynamo
+from omniq_compile.passes.context import Binding, Context
+from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.metadata import fill_values
+from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, Site
+
+QUANTIZE = torch.ops.omniq.quantize.default
+GEMM = torch.ops.omniq.gemm.default
+
+
+def rewrite(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Replace every site that has a method by ``omniq.quantize`` and ``omniq.gemm``.
+
+    A weight becomes new placeholders for its parts; equal weights share them.
+    """
+    bound: dict[Any, tuple[Binding, list[fx.Node]]] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for site in context.sites:
+        if site.decision.method is None:
+            continue
+        graph, product = gm.graph, _renewed(site.product, replaced)
+        with graph.inserting_before(site.node):
+            a = _quantize(graph, site, product.a)
+            if site.weight is None:
+                b: Any = _quantize(graph, site, product.b)
+            else:
+                b = _bind(gm, site, bound)
+            result = _gemm(graph, site, product, a, b)
+        result.meta["omniq_name"] = site.node.name
+        site.node.replace_all_uses_with(result)
+        graph.erase_node(site.node)
+        replaced[site.node] = result
+        site.node = result
+    context.bindings = [binding for binding, _ in bound.values()]
+    _drop_unused_weights(gm)
+    gm.recompile()
+    return gm
+
+
+def _renewed(product: Product, replaced: dict[fx.Node, fx.Node]) -> Product:
+    """Name the nodes that stand now where the product's operands were found."""
+
+    def operand(old: Operand) -> Operand:
+        return Operand(replaced.get(old.node, old.node), old.steps)
+
+    bias = replaced.get(product.bias, product.bias) if product.bias else None
+    return dataclasses.replace(product, a=operand(product.a), b=operand(product.b), bias=bias)
+
+
+def _steps(graph: fx.Graph, site: Site, node: fx.Node, steps: Any) -> fx.Node:
+    for name, arguments in steps:
+        node = _create(graph, site, "call_method", name, (node, *arguments))
+    return node
+
+
+def _create(graph: fx.Graph, site: Site, op: str, target: Any, args: Any) -> fx.Node:
+    node = graph.create_node(op, target, args)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in site.node.meta:
+            node.meta[key] = site.node.meta[key]
+    node.meta["omniq_site"] = site
+    node.meta["omniq_added"] = True
+    fill_values(node)
+    return node
+
+
+def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node:
+    node = _steps(graph, site, operand.node, operand.steps)
+    return _create(graph, site, "call_function", QUANTIZE, (node, site.decision.method))
+
+
+def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> fx.Node:
+    bias = product.bias if _bias_in_epilogue(product) else None
+    arguments = (a, b, bias, site.decision.method, site.dtype)
+    gemm = _create(graph, site, "call_function", GEMM, arguments)
+    result = _steps(graph, site, gemm, product.out_steps)
+    if not _is_one(product.alpha):
+        result = _create(graph, site, "call_function", torch.mul, (result, product.alpha))
+    if product.bias is not None and bias is None and product.beta != 0:
+        term = product.bias
+        if not _is_one(product.beta):
+            term = _create(graph, site, "call_function", torch.mul, (term, product.beta))
+        result = _create(graph, site, "call_function", torch.add, (result, term))
+    return result
+
+
+def _is_one(number: Any) -> bool:
+    return not isinstance(number, fx.Node) and number == 1
+
+
+def _bias_in_epilogue(product: Product) -> bool:
+    """The epilogue adds a vector along N to ``a @ b.T`` as it stands."""
+    return (
+        product.bias is not None
+        and dynamo.value(product.bias).dim() == 1
+        and _is_one(product.alpha)
+        and _is_one(product.beta)
+        and TRANSPOSE not in product.out_steps
+    )
+
+
+def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node]:
+    """Return the placeholders that stand for the site's quantized weight."""
+    weight, method = site.weight, site.decision.method
+    assert weight is not None and method is not None
+    key = (method, weight.key, weight.leaves)
+    if key in bound:
+        binding, placeholders = bound[key]
+        bound[key] = (_with_layer(binding, site.layer), placeholders)
+        return list(placeholders)
+    values = [dynamo.value(leaf) for leaf in weight.leaves]
+    with values[0].fake_mode:
+        shaped = weight.module(*values)
+        parts = [part.contiguous() for part in get_format(method).quantize(shaped)]
+    placeholders = _add_placeholders(gm.graph, site, method, parts)
+    leaves = tuple(
+        leaf.name if leaf.op == "placeholder" else _attribute(gm, str(leaf.target))
+        for leaf in weight.leaves
+    )
+    binding = Binding(
+        method=method,
+        expression=weight,
+        leaves=leaves,
+        parts=tuple(p.name for p in placeholders),
+        layers=(site.layer,),
+        shape=tuple(shaped.shape),
+        dtype=shaped.dtype,
+    )
+    bound[key] = (binding, placeholders)
+    return placeholders
+
+
+def _with_layer(binding: Binding, layer: str) -> Binding:
+    layers = (*binding.layers, *(() if layer in binding.layers else (layer,)))
+    return dataclasses.replace(binding, layers=layers)
+
+
+def _add_placeholders(graph: fx.Graph, site: Site, method: str, parts: Any) -> list[fx.Node]:
+    """Append one placeholder a part. Existing ones keep their places, so calls keep their order."""
+    before = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = before[-1] if before else None
+    owner = site.layer or site.weight_name
+    added = []
+    for name, part in zip(get_format(method).parts, parts, strict=True):
+        with graph.inserting_after(anchor) if anchor else graph.inserting_before(None):
+            anchor = graph.placeholder(_identifier(f"{owner}_{name}"))
+        anchor.target = anchor.name  # the name is made unique, the argument is named by the target
+        anchor.meta["example_value"] = part
+        anchor.meta["omniq_weight"] = f"{owner}.{name}"
+        added.append(anchor)
+    return added
+
+
+def _identifier(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text).strip("_")
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(gm.get_submodule(owner), name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def _drop_unused_weights(gm: fx.GraphModule) -> None:
+    """Erase moves of weights, and weights, that nothing uses any more.
+
+    Only these: any other unused node may have an effect, and is not ours to judge.
+    """
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and node.op != "output" and is_expression(node):
+            gm.graph.erase_node(node)

@@ -1,0 +1,41 @@
+"""One quantize node for all that multiply the same activation, such as q, k and v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from omniq_compile.passes.context import Context
+from omniq_compile.passes.expression import is_in_place
+from omniq_compile.passes.rewrite import QUANTIZE
+
+
+def share(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Let equal quantize nodes be one.
+
+    Sound only while the activation stays what it was, and Dynamo's graph has in-place operations:
+    after any of those, nodes seen before are not shared. The steps that a rewrite put before a
+    quantize node (a transpose) are shared by the same rule.
+    """
+    seen: dict[Any, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if is_in_place(node):
+            seen.clear()
+        if "omniq_added" not in node.meta or not _is_shareable(node):
+            continue
+        key = (node.op, node.target, node.args)
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            gm.graph.erase_node(node)
+        else:
+            seen[key] = node
+    gm.recompile()
+    return gm
+
+
+def _is_shareable(node: fx.Node) -> bool:
+    """Quantize nodes, and the steps that lead to nothing but quantize nodes."""
+    if node.target is QUANTIZE:
+        return True
+    return bool(node.users) and all(_is_shareable(user) for user in node.users)

@@ -1,0 +1,81 @@
+"""A GEMM site, the decision on it, and the normal form that every spelling is brought to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.passes.expression import WeightExpression
+
+# A tensor method and its positional arguments, applied to an operand or to the result.
+Step = tuple[str, tuple[Any, ...]]
+
+TRANSPOSE: Step = ("transpose", (-1, -2))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node, and the steps that bring it to the normal form's layout."""
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Product:
+    """The normal form: ``out_steps(a @ b.transpose(-1, -2)) * alpha + bias * beta``.
+
+    After its steps ``a`` is ``[..., M, K]`` and ``b`` is ``[N, K]`` or ``[..., N, K]``.
+    ``unsupported`` says why this spelling has no such form.
+    """
+
+    a: Operand
+    b: Operand
+    bias: fx.Node | None = None
+    alpha: Any = 1
+    beta: Any = 1
+    out_steps: tuple[Step, ...] = ()
+    unsupported: str | None = None
+
+
+class Kind(Enum):
+    """What meets in a site."""
+
+    WEIGHT = "weight x activation"
+    ACTIVATION = "activation x activation"
+    CONSTANT = "weight x weight"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a site: a method, or None to keep its own precision; always a reason."""
+
+    method: str | None
+    reason: str
+    kernel: Kernel | None = None
+
+
+@dataclass
+class Site:
+    """One place in the traced graph where an activation meets a matrix."""
+
+    node: fx.Node
+    spelling: str
+    layer: str
+    kind: Kind
+    product: Product
+    problem: Problem | None
+    weight: WeightExpression | None
+    weight_name: str
+    decision: Decision = field(default_factory=lambda: Decision(None, "not decided"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the site's result."""
+        dtype: torch.dtype = self.node.meta["example_value"].dtype
+        return dtype

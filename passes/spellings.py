@@ -1,0 +1,118 @@
+"""Every spelling of a matrix product, and how it reads in the normal form.
+
+Adding a spelling is adding a function and a row to `SPELLINGS`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.passes import dynamo
+from omniq_compile.passes.einsum import read_einsum
+from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.sites import TRANSPOSE, Operand, Product
+
+
+def _rank(node: fx.Node) -> int:
+    return int(dynamo.value(node).dim())
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """Bind positional and keyword arguments to the names that the operator gives them."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _linear(node: fx.Node) -> Product:
+    arguments = _arguments(node, ("input", "weight", "bias"))
+    x, weight = arguments["input"], arguments["weight"]
+    bias = arguments.get("bias")
+    if _rank(weight) != 2:
+        return _vector(x, weight)
+    if _rank(x) == 1:
+        return Product(
+            Operand(x, (("unsqueeze", (0,)),)),
+            Operand(weight),
+            bias,
+            out_steps=(("squeeze", (0,)),),
+        )
+    return Product(Operand(x), Operand(weight), bias)
+
+
+def _vector(a: fx.Node, b: fx.Node) -> Product:
+    return Product(Operand(a), Operand(b), unsupported="one operand is a vector, not a matrix")
+
+
+def _product(a: fx.Node, b: fx.Node) -> Product:
+    """``a @ b``; where only ``a`` is a weight, as ``(b.T @ a.T).T``, so that it is the second."""
+    if _rank(b) == 1 or _rank(a) == 0:
+        return _vector(a, b)
+    if _rank(a) == 1:
+        if _rank(b) != 2:
+            return _vector(a, b)
+        return Product(
+            Operand(a, (("unsqueeze", (0,)),)),
+            Operand(b, (TRANSPOSE,)),
+            out_steps=(("squeeze", (0,)),),
+        )
+    if is_expression(a) and not is_expression(b):
+        return Product(Operand(b, (TRANSPOSE,)), Operand(a), out_steps=(TRANSPOSE,))
+    return Product(Operand(a), Operand(b, (TRANSPOSE,)))
+
+
+def _matmul(node: fx.Node) -> Product:
+    arguments = _arguments(node, ("input", "other"))
+    return _product(arguments["input"], arguments.get("other", arguments.get("mat2")))
+
+
+def _matmul_reversed(node: fx.Node) -> Product:
+    return _product(node.args[1], node.args[0])  # type: ignore[arg-type]
+
+
+def _inner(node: fx.Node) -> Product:
+    arguments = _arguments(node, ("input", "other"))
+    a, b = arguments["input"], arguments["other"]
+    if _rank(a) < 2 or _rank(b) != 2:
+        return Product(Operand(a), Operand(b), unsupported="an inner product of these ranks")
+    return Product(Operand(a), Operand(b))
+
+
+def _added(node: fx.Node) -> Product:
+    """addmm and baddbmm: ``beta * input + alpha * (a @ b)``."""
+    names = ("input", "a", "b")
+    aliases = {"mat1": "a", "mat2": "b", "batch1": "a", "batch2": "b"}
+    bound = dict(zip(names, node.args, strict=False))
+    bound |= {aliases.get(k, k): v for k, v in node.kwargs.items()}
+    product = _product(bound["a"], bound["b"])
+    return Product(
+        product.a,
+        product.b,
+        bound["input"],
+        bound.get("alpha", 1),
+        bound.get("beta", 1),
+        product.out_steps,
+        product.unsupported,
+    )
+
+
+# (name shown in a dump, FX targets, reader)
+_ROWS: tuple[tuple[str, tuple[Any, ...], Callable[[fx.Node], Product]], ...] = (
+    ("linear", (torch.nn.functional.linear, torch._C._nn.linear), _linear),
+    ("@", (operator.matmul, operator.imatmul, "__matmul__"), _matmul),
+    ("@", ("__rmatmul__",), _matmul_reversed),
+    ("matmul", (torch.matmul, "matmul"), _matmul),
+    ("mm", (torch.mm, "mm"), _matmul),
+    ("bmm", (torch.bmm, "bmm"), _matmul),
+    ("inner", (torch.inner, "inner"), _inner),
+    ("addmm", (torch.addmm, "addmm"), _added),
+    ("baddbmm", (torch.baddbmm, "baddbmm"), _added),
+    ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
+)
+
+SPELLINGS: dict[Any, tuple[str, Callable[[fx.Node], Product]]] = {
+    target: (name, reader) for name, targets, reader in _ROWS for target in targets
+}
