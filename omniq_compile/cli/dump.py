@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Trace the model, and print its sites and the graph at each stage."""
     loaded = resolve(arguments.model)
     report = explain(
-        loaded.model, loaded.kwargs or loaded.args, options_of(arguments), target=arguments.target
+        loaded.model, loaded.args or loaded.inputs, options_of(arguments), target=arguments.target
     )
     text = render(loaded.name, report, arguments.stage)
     if arguments.out is None:

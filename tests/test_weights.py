@@ -1,0 +1,180 @@
+"""Weights are found by the identity of their parameters, in every call."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from omniq_compile import WeightError
+from omniq_compile.weights import quantize_rows, resident_bytes, statistics
+
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+def compiled(module: nn.Module, **options: Any) -> Any:
+    return torch.compile(module, backend="omniq", options=OPTIONS | options)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, limit: float = 0.02) -> None:
+    assert ((actual - expected).norm() / expected.norm()).item() < limit
+
+
+def residual(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the block adds, so that the input itself does not hide a wrong weight."""
+    return block(x) - x
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def test_three_blocks_through_one_region_give_three_answers() -> None:
+    model = nn.Sequential(Block(), Block(), Block())
+    x = torch.randn(2, 7, 96)
+    expected = [residual(b, x) for b in model]
+    for block in model:
+        block.compile(backend="omniq", options=OPTIONS)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for block, answer in zip(model, expected, strict=True):
+        assert_near(residual(block, x), answer)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+    assert (expected[0] - expected[1]).norm() / expected[0].norm() > 0.5
+
+
+def write_in_place(block: Block) -> None:
+    block.up.weight.mul_(-2)
+
+
+def write_through_data(block: Block) -> None:
+    block.up.weight.data += torch.randn_like(block.up.weight)
+
+
+def write_low_rank_through_data(block: Block) -> None:
+    # As peft fuses an adapter: neither the version counter nor the storage moves.
+    a, b = torch.randn(4, 96), torch.randn(192, 4)
+    block.up.weight.data += b @ a
+
+
+def replace_data(block: Block) -> None:
+    block.up.weight.data = torch.randn_like(block.up.weight)
+
+
+def load_state(block: Block) -> None:
+    block.load_state_dict(Block().state_dict())
+
+
+def load_state_assigned(block: Block) -> None:
+    block.load_state_dict(Block().state_dict(), assign=True)
+
+
+def replace_parameter(block: Block) -> None:
+    block.up.weight = nn.Parameter(torch.randn(192, 96))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_in_place, write_through_data, write_low_rank_through_data, replace_data, load_state,
+     load_state_assigned, replace_parameter],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_changed_weight_is_quantized_anew(change: Any, mode: Any) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = compiled(block)
+    with mode():
+        before = residual(fast, x)
+        assert_near(before, residual(block, x))
+        change(block)
+        expected = residual(block, x)
+        assert (expected - before).norm() / expected.norm() > 0.1
+        assert_near(residual(fast, x), expected)
+
+
+def test_a_weight_made_under_inference_mode_is_followed_too() -> None:
+    with torch.inference_mode():
+        block, x = Block(), torch.randn(3, 5, 96)
+        fast = compiled(block)
+        assert_near(residual(fast, x), residual(block, x))
+        block.up.weight.mul_(-2)
+        assert_near(residual(fast, x), residual(block, x))
+
+
+def test_an_unchanged_weight_is_quantized_once() -> None:
+    block = Block()
+    fast = compiled(block)
+    before = statistics()["quantized"]
+    for tokens in (5, 7, 9, 5):
+        fast(torch.randn(1, tokens, 96))
+    assert statistics()["quantized"] - before == 2
+
+
+def test_two_models_do_not_mix() -> None:
+    first, second, x = Block(), Block(), torch.randn(2, 7, 96)
+    fast_first, fast_second = compiled(first), compiled(second)
+    for _ in range(2):
+        assert_near(residual(fast_first, x), residual(first, x))
+        assert_near(residual(fast_second, x), residual(second, x))
+
+
+def test_a_deleted_model_frees_its_quantized_weights() -> None:
+    gc.collect()
+    start = resident_bytes()
+    keep, drop = Block(), Block()
+    fast_keep, fast_drop = compiled(keep), compiled(drop)
+    x = torch.randn(1, 3, 96)
+    fast_keep(x)
+    fast_drop(x)
+    one = 2 * 96 * 192 + 4 * (96 + 192)
+    assert resident_bytes() - start == 2 * one
+    del drop, fast_drop
+    gc.collect()
+    assert resident_bytes() - start == one
+    assert_near(residual(fast_keep, x), residual(keep, x))
+
+
+def test_a_replaced_weight_frees_the_old_one() -> None:
+    gc.collect()
+    start = resident_bytes()
+    block, x = Block(), torch.randn(1, 3, 96)
+    fast = compiled(block)
+    fast(x)
+    one = resident_bytes() - start
+    for _ in range(3):
+        block.up.weight = nn.Parameter(torch.randn(192, 96))
+        fast(x)
+        write_in_place(block)
+        fast(x)
+    gc.collect()
+    assert resident_bytes() - start == one
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_names_its_layer(bad: float) -> None:
+    model = nn.Sequential(Block(), Block())
+    model[1].down.weight[3, 2] = bad
+    with pytest.raises(WeightError, match=r"'1\.down'.*NaN or Inf"):
+        compiled(model)(torch.randn(2, 96))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5000, 300), (3, 1700, 333)])
+def test_quantizing_some_rows_at_a_time_changes_nothing(shape: tuple[int, ...]) -> None:
+    from omniq_compile.lowering.formats import int8
+
+    weight = torch.randn(*shape)
+    for chunked, whole in zip(quantize_rows(weight, "int8"), int8.quantize(weight), strict=True):
+        assert torch.equal(chunked, whole)
