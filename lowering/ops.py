@@ -18,9 +18,12 @@ def quantize(x: Tensor, method: str) -> list[Tensor]:
     return [part.contiguous() for part in get_format(method).quantize(x)]
 
 
-@quantize.register_fake
-def _(x: Tensor, method: str) -> list[Tensor]:
-    return list(get_format(method).quantize(x))
+def quantize_like(x: Tensor, method: str) -> list[Tensor]:
+    """Return what `quantize` returns, without values."""
+    return list(get_format(method).allocate(x))
+
+
+quantize.register_fake(quantize_like)
 
 
 @torch.library.custom_op("omniq::gemm", mutates_args=())
@@ -34,11 +37,14 @@ def gemm(
     return get_format(method).gemm(a, b, bias, dtype)
 
 
-@gemm.register_fake
-def _(
+def gemm_like(
     a: list[Tensor], b: list[Tensor], bias: Tensor | None, method: str, dtype: torch.dtype
 ) -> Tensor:
+    """Return what `gemm` returns, without values."""
     batch = a[0].shape[:-2]
     if b[0].dim() > 2:
         batch = torch.broadcast_shapes(batch, b[0].shape[:-2])
     return a[0].new_empty((*batch, a[0].shape[-2], b[0].shape[-2]), dtype=dtype)
+
+
+gemm.register_fake(gemm_like)

@@ -173,13 +173,10 @@ def quantize_rows(weight: torch.Tensor, method: str) -> Parts:
     """Quantize ``weight [..., N, K]`` some rows at a time; the same parts as all at once."""
     quantize = get_format(method).quantize
     rows = weight.reshape(-1, weight.shape[-1])
+    outputs = get_format(method).allocate(rows)
     step = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
-    outputs: list[torch.Tensor] = []
     for start in range(0, rows.shape[0], step):
-        chunk = quantize(rows[start : start + step])
-        if not outputs:
-            outputs = [c.new_empty((rows.shape[0], *c.shape[1:])) for c in chunk]
-        for output, part in zip(outputs, chunk, strict=True):
+        for output, part in zip(outputs, quantize(rows[start : start + step]), strict=True):
             output[start : start + step] = part
     return tuple(o.view(*weight.shape[:-1], *o.shape[1:]) for o in outputs)
 

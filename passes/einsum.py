@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import is_expression
-from omniq_compile.passes.sites import Operand, Product, Step
+from omniq_compile.passes.expression import Step, is_expression
+from omniq_compile.passes.sites import Operand, Product
 
 
 def read_einsum(node: fx.Node) -> Product | None:
@@ -44,7 +44,11 @@ def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Pr
         return _unsupported(x, y, equation)
     if batch and (len(rows) > 1 or len(columns) > 1 or len(inner) > 1):
         return _unsupported(x, y, equation)
+    x_sizes = dict(zip(a, dynamo.value(x).shape, strict=True))
     sizes = dict(zip(b, dynamo.value(y).shape, strict=True))
+    # einsum broadcasts a summed size of 1; a GEMM does not.
+    if any(_is_one(x_sizes[c]) != _is_one(sizes[c]) for c in inner):
+        return _unsupported(x, y, equation)
     if not all(isinstance(sizes[c], int) for c in inner + columns) and len(inner + columns) > 2:
         return _unsupported(x, y, equation)
     a_steps = _permute(a, batch + rows + inner) + _flatten(-len(inner), -1)
@@ -56,6 +60,10 @@ def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Pr
         out_steps += (("unflatten", (-1, tuple(int(sizes[c]) for c in columns))),)
     out_steps += _permute("".join(batch + rows + columns), list(out))
     return Product(Operand(x, a_steps), Operand(y, b_steps), out_steps=out_steps)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _letters(equation: str, ranks: tuple[int, int]) -> tuple[str, str, str] | None:

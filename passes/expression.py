@@ -6,15 +6,20 @@ is new or has changed, instead of in every call.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 
 from omniq_compile.passes import dynamo
+
+# A tensor method and its positional arguments, applied to an operand or to the result.
+Step = tuple[str, tuple[Any, ...]]
 
 # Operations that only move or select elements, or cast them: cheap to repeat, and without effect
 # on anything else.
@@ -30,10 +35,13 @@ MOVES: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 
-_IN_PLACE_FUNCTIONS = frozenset(
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior")
-) | {operator.setitem}
+_IN_PLACE_NAMES = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+    "ilshift", "irshift", "setitem",
+)  # fmt: skip
+_IN_PLACE: frozenset[Any] = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES) | {
+    f"__{name}__" for name in _IN_PLACE_NAMES
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +61,38 @@ class WeightExpression:
 
 def is_in_place(node: fx.Node) -> bool:
     """Say whether the node may write to one of its arguments."""
-    if node.kwargs.get("out") is not None:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if node.kwargs.get("out") is not None or _argument(node, "inplace"):
         return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return node.target in _IN_PLACE_FUNCTIONS or (
-            name.endswith("_") and not name.endswith("__")
-        )
-    return False
+    if isinstance(target, torch._ops.OpOverload):
+        return _writes(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_writes(getattr(target, name)) for name in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what its subgraph does is not looked into
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of a Python function by its name, however it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not inspect.isfunction(node.target):
+        return None
+    names = list(inspect.signature(node.target).parameters)
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else None
+
+
+def _writes(operator: torch._ops.OpOverload) -> bool:
+    """Say whether the schema names an argument that is written; ``out`` is seen at the call."""
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
+        for argument in operator._schema.arguments
+    )
 
 
 def is_expression(node: Any) -> bool:
@@ -80,21 +109,30 @@ def is_expression(node: Any) -> bool:
 
 def changed_in_graph(node: fx.Node) -> bool:
     """Say whether the graph writes to memory that the expression reads."""
-    seen: set[fx.Node] = set()
     stack = _topological(node)
+    seen = set(stack)
     while stack:
         current = stack.pop()
         for user in current.users:
             if is_in_place(user):
                 return True
-            if user not in seen and user.target in MOVES:
+            if user not in seen and (user.target in MOVES or _storages(user) & _storages(current)):
                 seen.add(user)
                 stack.append(user)
     return False
 
 
-def build(node: fx.Node, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> WeightExpression:
+def _storages(node: fx.Node) -> set[int]:
+    """Identify the memory of a node's tensors: Dynamo's fake views share that of their base."""
+    values = torch.utils._pytree.tree_leaves(dynamo.value(node))
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def build(node: fx.Node, steps: Iterable[Step]) -> WeightExpression:
     """Build the expression for a node for which `is_expression` holds, followed by ``steps``."""
+    if dynamo.is_weight(node):
+        module = _of_one_leaf(tuple(steps))
+        return WeightExpression((node,), module, module.code.strip())
     order = _topological(node)
     leaves = tuple(n for n in order if dynamo.is_weight(n))
     graph = fx.Graph()
@@ -105,12 +143,22 @@ def build(node: fx.Node, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Weight
         if current not in copies:
             args, kwargs = fx.map_arg((current.args, current.kwargs), copies.__getitem__)
             copies[current] = graph.create_node(current.op, current.target, args, kwargs, "value")
-    result = copies[node]
+    module = _finish(graph, copies[node], steps)
+    return WeightExpression(leaves, module, module.code.strip())
+
+
+@lru_cache(maxsize=None)
+def _of_one_leaf(steps: tuple[Step, ...]) -> fx.GraphModule:
+    """The expression of nearly every layer; a model has hundreds, so the code is made once."""
+    graph = fx.Graph()
+    return _finish(graph, graph.placeholder("w0"), steps)
+
+
+def _finish(graph: fx.Graph, result: fx.Node, steps: Iterable[Step]) -> fx.GraphModule:
     for name, arguments in steps:
         result = graph.call_method(name, (result, *arguments))
     graph.output(result)
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    return WeightExpression(leaves, module, module.code.strip())
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def evaluate(expression: WeightExpression, leaves: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -42,7 +42,6 @@ def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     for node in reversed(list(graph.nodes)):
         if node.target is QUANTIZE:
             graph.erase_node(node)
-    gm.recompile()
     return gm
 
 

@@ -29,7 +29,8 @@ class Pass:
 
     Attributes:
         name: by which it is logged and skipped.
-        run: ``(gm, context) -> gm``.
+        run: ``(gm, context) -> gm``. It may leave the code of ``gm`` behind its graph: the
+            runner generates it once, at the end.
         ends: the stage that is complete after this pass, if any.
         optional: the graph is right without it.
     """
@@ -91,6 +92,7 @@ def run(
             legal.check(step.ends, gm, context)
             if context.stages is not None:
                 context.stages[step.ends] = dynamo.copy_graph(gm)
+    gm.recompile()
     return gm
 
 

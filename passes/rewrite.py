@@ -44,7 +44,6 @@ def rewrite(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
         site.node = result
     context.bindings = [binding for binding, _ in bound.values()]
     _drop_unused_weights(gm)
-    gm.recompile()
     return gm
 
 
@@ -122,7 +121,7 @@ def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node
     values = [dynamo.value(leaf) for leaf in weight.leaves]
     with values[0].fake_mode:
         shaped = weight.module(*values)
-        parts = [part.contiguous() for part in get_format(method).quantize(shaped)]
+        parts = get_format(method).allocate(shaped)
     placeholders = _add_placeholders(gm.graph, site, method, parts)
     leaves = tuple(
         leaf.name if leaf.op == "placeholder" else _attribute(gm, str(leaf.target))

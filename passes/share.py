@@ -30,7 +30,6 @@ def share(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
             gm.graph.erase_node(node)
         else:
             seen[key] = node
-    gm.recompile()
     return gm
 
 

@@ -10,10 +10,7 @@ import torch
 from torch import fx
 
 from omniq_compile.lowering.registry import Kernel, Problem
-from omniq_compile.passes.expression import WeightExpression
-
-# A tensor method and its positional arguments, applied to an operand or to the result.
-Step = tuple[str, tuple[Any, ...]]
+from omniq_compile.passes.expression import Step, WeightExpression
 
 TRANSPOSE: Step = ("transpose", (-1, -2))
 

@@ -78,6 +78,8 @@ def _inner(node: fx.Node) -> Product:
     a, b = arguments["input"], arguments["other"]
     if _rank(a) < 2 or _rank(b) != 2:
         return Product(Operand(a), Operand(b), unsupported="an inner product of these ranks")
+    if _rank(a) == 2 and is_expression(a) and not is_expression(b):
+        return Product(Operand(b), Operand(a), out_steps=(TRANSPOSE,))
     return Product(Operand(a), Operand(b))
 
 
@@ -104,7 +106,7 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Callable[[fx.Node], Product]], ...] = (
     ("linear", (torch.nn.functional.linear, torch._C._nn.linear), _linear),
     ("@", (operator.matmul, operator.imatmul, "__matmul__"), _matmul),
     ("@", ("__rmatmul__",), _matmul_reversed),
-    ("matmul", (torch.matmul, "matmul"), _matmul),
+    ("matmul", (torch.matmul, torch.linalg.matmul, "matmul"), _matmul),
     ("mm", (torch.mm, "mm"), _matmul),
     ("bmm", (torch.bmm, "bmm"), _matmul),
     ("inner", (torch.inner, "inner"), _inner),

@@ -19,6 +19,7 @@ class Format:
         parts: the names of the tensors that stand for one matrix, codes first.
         nbytes: ``(N, K)`` -> bytes stored for a weight ``[N, K]``, every part counted.
         quantize: ``x [..., K]`` of any float dtype -> its parts.
+        allocate: ``x [..., K]`` -> parts of the right shapes and dtypes, contiguous, without values.
         dequantize: parts -> float32 ``[..., K]``.
         gemm: the reference: ``(a_parts [..., M, K], b_parts [..., N, K], bias, dtype)`` ->
             ``[..., M, N]``. Slow and exact; every kernel is checked against it.
@@ -28,5 +29,6 @@ class Format:
     parts: tuple[str, ...]
     nbytes: Callable[[int, int], int]
     quantize: Callable[[torch.Tensor], Parts]
+    allocate: Callable[[torch.Tensor], Parts]
     dequantize: Callable[[Parts], torch.Tensor]
     gemm: Callable[[Parts, Parts, torch.Tensor | None, torch.dtype], torch.Tensor]

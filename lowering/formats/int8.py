@@ -31,6 +31,12 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale.squeeze(-1)
 
 
+def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes int8 ``[..., K]`` and scale float32 ``[...]`` without values."""
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 def dequantize(parts: Parts) -> torch.Tensor:
     """Return ``codes * scale`` in float32, ``[..., K]``."""
     codes, scale = parts
@@ -70,6 +76,7 @@ FORMAT = Format(
     parts=("codes", "scale"),
     nbytes=lambda N, K: N * K + 4 * N,
     quantize=quantize,
+    allocate=allocate,
     dequantize=dequantize,
     gemm=gemm,
 )

@@ -1,0 +1,158 @@
+"""``omniq bench``: times omniq beside eager, Inductor and torchao on one transformer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from omniq_compile.cli.bench_measure import run_bench
+from omniq_compile.cli.bench_result import BASELINE, DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.cli.families import FAMILIES
+from omniq_compile.lowering.errors import OmniqError
+
+# What `--quick` changes where the user asked for nothing else.
+QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``omniq bench``."""
+    default = BenchConfig()
+    parser.add_argument(
+        "--model", default=default.model, metavar="CLASS", help=f"one of {', '.join(FAMILIES)}"
+    )
+    parser.add_argument("--width", type=int, help="model width; default: as released")
+    parser.add_argument("--blocks", type=int, default=default.blocks, help="number of blocks")
+    for name in ("image_tokens", "text_tokens", "rounds"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(default, name)
+        parser.add_argument(flag, type=int, help=f"default: {value}")
+    parser.add_argument("--warmup", type=int, default=default.warmup, help="untimed warm calls")
+    parser.add_argument("--method", default=default.method, help="omniq's method")
+    parser.add_argument("--dtype", default=default.dtype, help=", ".join(DTYPES))
+    parser.add_argument("--device", default=default.device, help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of weights and inputs")
+    for name, what in (("eager", "time eager too"), ("torchao", "time torchao's int8 too")):
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what
+        )
+    parser.add_argument("--quick", action="store_true", help="a small, short run, to try it out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table and write the JSON; return 1 when a variant failed, else 0.
+
+    Raises:
+        OmniqError: the options name no model that can be built, or FILE cannot be written.
+    """
+    # Before the measurement, which may take minutes.
+    if args.json is not None and not args.json.parent.is_dir():
+        raise OmniqError(f"--json {args.json}: there is no folder {args.json.parent}")
+    console = Console()
+    result = run_bench(config_from(args), console)
+    print_table(result, console)
+    if args.json is not None:
+        try:
+            args.json.write_text(result.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OmniqError(f"--json {args.json}: cannot write it: {error.strerror}") from error
+        console.print(f"written to {escape(str(args.json))}")
+    return 1 if result.failed else 0
+
+
+def config_from(args: argparse.Namespace) -> BenchConfig:
+    """Return the config that parsed arguments mean, with `QUICK` where ``--quick`` is given."""
+    names = set(BenchConfig.__dataclass_fields__)
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    return BenchConfig(**{**(QUICK if args.quick else {}), **given})
+
+
+def print_table(result: BenchResult, console: Console) -> None:
+    """Print what was measured, where, and the times, errors and memory of each variant."""
+    config, where = result.config, result.environment
+    width = "released width" if config.width is None else f"width {config.width}"
+    console.print(
+        f"[bold]{config.model}[/bold], {width}, {config.blocks} block(s), "
+        f"{config.image_tokens} image + {config.text_tokens} text tokens, {config.dtype}, "
+        f"seed {config.seed}"
+    )
+    console.print(
+        f"torch {where['torch']}, {escape(where['device'])}, {where['cpu_capability']}, "
+        f"{where['threads']} thread(s), load {where['load_average']}, {where['date']}"
+    )
+    console.print(_speed_table(result))
+    console.print(_quality_table(result))
+    if result.lookups_per_round:
+        console.print(
+            f"omniq looks up {result.lookups_per_round:.0f} weights a call, in "
+            f"{result.lookup_seconds_per_round * 1e6:.0f} us"
+        )
+    if result.peak_rss_bytes:
+        console.print(f"peak resident memory of the process: {_megabytes(result.peak_rss_bytes)}")
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+    for m in result.measurements:
+        if m.error:
+            # Dynamo adds paragraphs of advice; the JSON has all of it.
+            text = m.error.split("\n\n")[0]
+            console.print(f"[red]{escape(m.name)} failed:[/red] {escape(text)}")
+
+
+def _speed_table(result: BenchResult) -> Table:
+    table = Table(
+        title=f"One forward of the whole model, no_grad, {result.config.rounds} rounds in turn",
+        caption=f"speed-up: {BASELINE}'s time by the variant's, as the median of the rounds' "
+        "ratios, and as the ratio of the medians; the first call compiles",
+    )
+    table.add_column("variant")
+    for title in ("median", "min", "speed-up", "of medians", "first call"):
+        table.add_column(title, justify="right")
+    for m in result.measurements:
+        by_round, of_medians = result.speedups(m.name) or (None, None)
+        cells = [
+            _format(m.median_seconds, "{:.1f} ms", 1e3),
+            _format(m.min_seconds, "{:.1f} ms", 1e3),
+            _format(by_round, "{:.2f}x"),
+            _format(of_medians, "{:.2f}x"),
+            _format(m.first_call_seconds, "{:.1f} s"),
+        ]
+        table.add_row(*_row(m, cells))
+    return table
+
+
+def _quality_table(result: BenchResult) -> Table:
+    table = Table(
+        title="Error and memory",
+        caption="error: ||y - reference|| / ||reference|| of the output; "
+        "peak: what one call adds at most",
+    )
+    table.add_column("variant")
+    for title in ("to float32", f"to eager {result.config.dtype}", "weights", "quantized", "peak"):
+        table.add_column(title, justify="right")
+    for m in result.measurements:
+        cells = [
+            _format(m.error_to_float32, "{:.4f}"),
+            _format(m.error_to_eager, "{:.4f}"),
+            _megabytes(m.weight_bytes),
+            _megabytes(m.quantized_bytes),
+            _megabytes(m.peak_call_bytes),
+        ]
+        table.add_row(*_row(m, cells))
+    return table
+
+
+def _row(m: Measurement, cells: list[str]) -> list[str]:
+    return [m.name, *(["[red]failed[/red]", *cells[1:]] if m.error else cells)]
+
+
+def _format(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else form.format(value * scale)
+
+
+def _megabytes(value: Any) -> str:
+    return _format(value, "{:,.1f} MB", 1e-6)

@@ -1,0 +1,225 @@
+"""Measures compiled variants of one model side by side, in one process.
+
+The variants take turns, call by call (A B C D A B C D ...), so that a machine that slows down
+slows all of them, and each round gives a ratio of its own. Timed is one forward of the whole
+model under ``torch.no_grad()``, as diffusers pipelines call it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from omniq_compile import weights
+from omniq_compile.cli.bench_machine import environment, peak_of_call, peak_rss, state_bytes
+from omniq_compile.cli.bench_result import (
+    BASELINE,
+    DTYPES,
+    BenchConfig,
+    BenchResult,
+    Measurement,
+)
+from omniq_compile.cli.models import make_inputs, random_model
+
+# A model larger than this gets no float32 reference, which would take twice as much again.
+FLOAT32_REFERENCE_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and how to turn a model, which it may change, into what is called."""
+
+    name: str
+    build: Callable[[nn.Module], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What every variant is given, and what its output is compared with."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    device: torch.device
+    exact: Tensor | None
+    eager: Tensor
+
+
+def default_variants(config: BenchConfig) -> tuple[list[Variant], list[str]]:
+    """Return the variants that ``config`` asks for, and a note for each that is not installed."""
+
+    def omniq(model: nn.Module) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch.compile(
+            model, backend="omniq", options={"method": config.method}
+        )
+        return compiled
+
+    def torchao(model: nn.Module) -> Callable[..., Any]:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        return _inductor(model)
+
+    variants = [Variant("eager", lambda model: model)] if config.eager else []
+    variants += [Variant(BASELINE, _inductor), Variant(f"omniq {config.method}", omniq)]
+    notes = []
+    if config.torchao and importlib.util.find_spec("torchao"):
+        variants.append(Variant("torchao int8", torchao))
+    elif config.torchao:
+        notes.append("torchao is not installed, so it was left out: pip install torchao")
+    return variants, notes
+
+
+def run_bench(
+    config: BenchConfig, console: Console, variants: list[Variant] | None = None
+) -> BenchResult:
+    """Measure ``variants``, by default those of `default_variants`.
+
+    A variant that raises is recorded with its error, and the others go on. Sets PyTorch's number
+    of threads where ``config.threads`` is given, and forgets what ``torch.compile`` has compiled.
+
+    Raises:
+        OmniqError: the config names a model or sizes that cannot be built.
+    """
+    notes: list[str] = []
+    if variants is None:
+        variants, notes = default_variants(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.compiler.reset()
+    measurements = [Measurement(v.name) for v in variants]
+    calls: dict[str, Callable[[], Any]] = {}
+
+    with torch.no_grad(), Progress(console=console, transient=True) as progress:
+        steps = 1 + len(variants) * (1 + config.rounds)
+        task = progress.add_task("model and reference", total=steps)
+        subject = _make_subject(config)
+        if subject.exact is None:
+            notes.append("no float32 reference: the model is too large for one")
+        progress.advance(task)
+        for m, variant in zip(measurements, variants, strict=True):
+            progress.update(task, description=f"first call: {m.name}")
+            _attempt(m, _first_calls, variant, subject, config.warmup, calls)
+            progress.advance(task)
+        device = subject.device
+        del subject
+        before = weights.statistics()
+        for number in range(config.rounds):
+            progress.update(task, description=f"round {number + 1} of {config.rounds}")
+            for m in measurements:
+                _attempt(m, _timed_call, calls, device)
+                progress.advance(task)
+        after = weights.statistics()
+
+    lookups = (after["lookups"] - before["lookups"]) / config.rounds
+    if not lookups and any(m.name.startswith("omniq") and not m.error for m in measurements):
+        notes.append("omniq looked up no quantized weight: nothing was rewritten")
+    return BenchResult(
+        config=config,
+        environment=environment(config),
+        measurements=measurements,
+        lookups_per_round=lookups,
+        lookup_seconds_per_round=(after["lookup_seconds"] - before["lookup_seconds"])
+        / config.rounds,
+        peak_rss_bytes=max([peak_rss(), *(m.peak_rss_bytes or 0 for m in measurements)]),
+        notes=notes,
+    )
+
+
+def _inductor(model: nn.Module) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(model)
+    return compiled
+
+
+def _make_subject(config: BenchConfig) -> _Subject:
+    dtype, device = DTYPES[config.dtype], torch.device(config.device)
+    model = random_model(
+        config.model, width=config.width, num_blocks=config.blocks, dtype=dtype, seed=config.seed
+    ).to(device)
+    inputs = make_inputs(
+        model,
+        image_tokens=config.image_tokens,
+        text_tokens=config.text_tokens,
+        dtype=dtype,
+        seed=config.seed,
+    )
+    inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
+    exact = None
+    if state_bytes(model) <= FLOAT32_REFERENCE_BYTES:
+        inputs_float32 = tree_map_only(
+            Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs
+        )
+        exact = _flat(copy.deepcopy(model).float()(**inputs_float32))
+    return _Subject(model, inputs, device, exact, eager=_flat(model(**inputs)))
+
+
+def _attempt(m: Measurement, step: Callable[..., None], *args: Any) -> None:
+    if m.error is not None:
+        return
+    try:
+        step(m, *args)
+    # Whatever one variant raises is a result, to be reported beside the others.
+    except Exception as error:
+        m.error = f"{type(error).__name__}: {error}".strip()
+        m.traceback = traceback.format_exc()
+
+
+def _first_calls(
+    m: Measurement,
+    variant: Variant,
+    subject: _Subject,
+    warmup: int,
+    calls: dict[str, Callable[[], Any]],
+) -> None:
+    model, inputs, device = copy.deepcopy(subject.model), subject.inputs, subject.device
+    resident = weights.resident_bytes()
+    _synchronize(device)
+    start = time.perf_counter()
+    function = variant.build(model)
+    output = function(**inputs)
+    _synchronize(device)
+    m.first_call_seconds = time.perf_counter() - start
+    m.weight_bytes = state_bytes(model)
+    m.quantized_bytes = weights.resident_bytes() - resident
+    y = _flat(output)
+    m.error_to_eager = _relative_error(y, subject.eager)
+    if subject.exact is not None:
+        m.error_to_float32 = _relative_error(y, subject.exact)
+    calls[m.name] = lambda: function(**inputs)
+    m.peak_rss_bytes = peak_rss()
+    del output, y
+    for _ in range(warmup):
+        m.peak_call_bytes = peak_of_call(calls[m.name], device)
+
+
+def _timed_call(m: Measurement, calls: dict[str, Callable[[], Any]], device: torch.device) -> None:
+    call = calls[m.name]
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    m.seconds.append(time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flat(output: Any) -> Tensor:
+    """Return all tensors of an output as one float32 vector."""
+    return torch.cat([t.float().flatten() for t in tree_leaves(output) if isinstance(t, Tensor)])
+
+
+def _relative_error(y: Tensor, reference: Tensor) -> float:
+    return float((y - reference).norm() / reference.norm())

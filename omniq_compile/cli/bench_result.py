@@ -1,0 +1,142 @@
+"""What a benchmark was asked, and what it found: plain records that go to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from omniq_compile.lowering.errors import OptionError, unknown
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BASELINE = "Inductor"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure; ``width`` None is the class's released width.
+
+    Raises:
+        OptionError: an unknown dtype, too few rounds, or a device that is not there.
+    """
+
+    model: str = "QwenImageTransformer2DModel"
+    width: int | None = None
+    blocks: int = 1
+    image_tokens: int = 1024
+    text_tokens: int = 128
+    method: str = "int8"
+    rounds: int = 7
+    warmup: int = 1
+    dtype: str = "bfloat16"
+    seed: int = 0
+    eager: bool = True
+    torchao: bool = True
+    threads: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise OptionError(unknown("dtype", self.dtype, DTYPES))
+        for name, least in (("rounds", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"{name} {getattr(self, name)}: it must be at least {least}")
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads {self.threads}: it must be at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise OptionError(unknown("device", self.device, ("cpu", "cuda")))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise OptionError("device 'cuda': this PyTorch sees no CUDA or ROCm device; use cpu")
+
+
+@dataclass
+class Measurement:
+    """What one variant did. Times are in seconds, memory in bytes.
+
+    first_call_seconds holds compilation, and quantization of the weights. The errors are
+    ||y - reference|| / ||reference|| over the whole output, in float32. weight_bytes is the
+    module's own state, quantized_bytes what omniq keeps beside it. peak_call_bytes is the most
+    that one warm call added to the memory in use; on the CPU that is a lower bound, since memory
+    that the allocator had kept does not show. peak_rss_bytes is the process's highest resident
+    memory by the end of the first call, with every variant before this one held.
+
+    A variant that failed says why in `error`, and has no statistics.
+    """
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    first_call_seconds: float | None = None
+    error_to_float32: float | None = None
+    error_to_eager: float | None = None
+    weight_bytes: int | None = None
+    quantized_bytes: int | None = None
+    peak_call_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    error: str | None = None
+    traceback: str | None = None
+
+    @property
+    def median_seconds(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds and not self.error else None
+
+    @property
+    def min_seconds(self) -> float | None:
+        return min(self.seconds) if self.seconds and not self.error else None
+
+
+@dataclass
+class BenchResult:
+    """All measurements of one run, in the order in which the variants took turns.
+
+    The lookups are those of omniq's weights, and their seconds the time that they add to a round.
+    """
+
+    config: BenchConfig
+    environment: dict[str, Any]
+    measurements: list[Measurement]
+    lookups_per_round: float = 0.0
+    lookup_seconds_per_round: float = 0.0
+    peak_rss_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any variant failed."""
+        return any(m.error for m in self.measurements)
+
+    def speedups(self, name: str) -> tuple[float, float] | None:
+        """Return how many times as fast as Inductor a variant is, or None where one has no times.
+
+        Two ways: the median of the rounds' ratios, and the ratio of the medians.
+        """
+        by_name = {m.name: m for m in self.measurements}
+        base, other = by_name.get(BASELINE), by_name[name]
+        if base is None or base.median_seconds is None or other.median_seconds is None:
+            return None
+        by_round = [b / o for b, o in zip(base.seconds, other.seconds, strict=True)]
+        return statistics.median(by_round), base.median_seconds / other.median_seconds
+
+    def to_json(self) -> str:
+        """Return everything as JSON, and under "summary" the statistics that follow from it."""
+        summary = {}
+        for m in self.measurements:
+            by_round, of_medians = self.speedups(m.name) or (None, None)
+            summary[m.name] = {
+                "median_seconds": m.median_seconds,
+                "min_seconds": m.min_seconds,
+                "speedup_median_of_rounds": by_round,
+                "speedup_of_medians": of_medians,
+            }
+        return json.dumps({**asdict(self), "summary": summary}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> BenchResult:
+        """Read what `to_json` wrote."""
+        data = json.loads(text)
+        data.pop("summary", None)
+        data["config"] = BenchConfig(**data["config"])
+        data["measurements"] = [Measurement(**m) for m in data["measurements"]]
+        return cls(**data)

@@ -1,0 +1,187 @@
+"""The transformer classes whose models and inputs the CLI can make up, one row each.
+
+Adding a class is adding a row to FAMILIES: how to size it, and what its forward takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """The size of the inputs to draw; `grid` is the image's (rows, columns) in tokens."""
+
+    batch: int
+    grid: tuple[int, int]
+    text_tokens: int
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        # Drawn in float32 so that a seed gives the same values in every dtype.
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One transformer class: its released width, and how to size it and call it.
+
+    config(width, head_dim, num_blocks) gives the constructor's arguments, inputs(model, size)
+    the keyword arguments of forward.
+    """
+
+    width: int
+    config: Callable[[int, int, int], dict[str, Any]]
+    inputs: Callable[[Any, InputSize], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size that fits every family; width None is the released width."""
+
+    width: int | None
+    num_blocks: int
+    image_tokens: int
+    text_tokens: int
+
+
+PRESETS = {
+    "tiny": Preset(width=192, num_blocks=2, image_tokens=64, text_tokens=16),
+    "block": Preset(width=None, num_blocks=1, image_tokens=1024, text_tokens=128),
+}
+
+
+# In the four rows below the text is as wide as released, but never wider than twice the model,
+# so that a narrow model is cheap in all its parts.
+
+
+def _qwen_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
+    side = head_dim * 7 // 16
+    return {
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": num_blocks,
+        "joint_attention_dim": min(3584, 2 * width),
+        "axes_dims_rope": (head_dim // 8, side, side),
+    }
+
+
+def _qwen_inputs(model: Any, size: InputSize) -> dict[str, Any]:
+    config, (rows, columns) = model.config, size.grid
+    inputs = {
+        "hidden_states": size.normal(size.batch, rows * columns, config.in_channels),
+        "encoder_hidden_states": size.normal(
+            size.batch, size.text_tokens, config.joint_attention_dim
+        ),
+        # No text mask: the pipeline drops one that masks nothing.
+        "timestep": torch.full((size.batch,), 0.5, dtype=size.dtype),
+        "img_shapes": [[(1, rows, columns)]] * size.batch,
+        "return_dict": False,
+    }
+    # Releases of diffusers before 0.37 want the text's lengths.
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:
+        inputs["txt_seq_lens"] = [size.text_tokens] * size.batch
+    return inputs
+
+
+def _wan_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
+    return {
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": num_blocks,
+        "text_dim": min(4096, 2 * width),
+        # 2.7 times the width as in Wan 14B, in whole 64s.
+        "ffn_dim": width * 27 // 640 * 64,
+    }
+
+
+def _wan_inputs(model: Any, size: InputSize) -> dict[str, Any]:
+    config, (rows, columns) = model.config, size.grid
+    frames, patch_rows, patch_columns = config.patch_size
+    return {
+        "hidden_states": size.normal(
+            size.batch, config.in_channels, frames, rows * patch_rows, columns * patch_columns
+        ),
+        "timestep": torch.full((size.batch,), 500),
+        "encoder_hidden_states": size.normal(size.batch, size.text_tokens, config.text_dim),
+        "return_dict": False,
+    }
+
+
+def _z_image_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
+    side = head_dim * 3 // 8
+    return {
+        "dim": width,
+        "n_heads": width // head_dim,
+        "n_kv_heads": width // head_dim,
+        "n_layers": num_blocks,
+        # The released model has 2; a model of one block is to be that block and nothing else.
+        "n_refiner_layers": min(2, num_blocks - 1),
+        "cap_feat_dim": min(2560, 2 * width),
+        "axes_dims": [head_dim // 4, side, side],
+    }
+
+
+def _z_image_inputs(model: Any, size: InputSize) -> dict[str, Any]:
+    config, (rows, columns) = model.config, size.grid
+    patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
+    latent = (config.in_channels, frames, rows * patch, columns * patch)
+    return {
+        "x": [size.normal(*latent) for _ in range(size.batch)],
+        "t": torch.full((size.batch,), 0.5),
+        "cap_feats": [
+            size.normal(size.text_tokens, config.cap_feat_dim) for _ in range(size.batch)
+        ],
+        "patch_size": patch,
+        "f_patch_size": frames,
+        "return_dict": False,
+    }
+
+
+def _flux_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
+    side = head_dim * 7 // 16
+    return {
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": num_blocks,
+        "num_single_layers": num_blocks,
+        "joint_attention_dim": min(4096, 2 * width),
+        "guidance_embeds": True,
+        "axes_dims_rope": (head_dim // 8, side, side),
+    }
+
+
+def _flux_inputs(model: Any, size: InputSize) -> dict[str, Any]:
+    config, (rows, columns) = model.config, size.grid
+    position = torch.cartesian_prod(
+        torch.zeros(1).long(), torch.arange(rows), torch.arange(columns)
+    )
+    inputs = {
+        "hidden_states": size.normal(size.batch, rows * columns, config.in_channels),
+        "encoder_hidden_states": size.normal(
+            size.batch, size.text_tokens, config.joint_attention_dim
+        ),
+        "pooled_projections": size.normal(size.batch, config.pooled_projection_dim),
+        "timestep": torch.full((size.batch,), 0.5, dtype=size.dtype),
+        "img_ids": position.to(size.dtype),
+        "txt_ids": torch.zeros(size.text_tokens, 3, dtype=size.dtype),
+        "return_dict": False,
+    }
+    if config.guidance_embeds:
+        # The model rounds 1000 times this to its dtype: 3500 is not a BF16 number, 4000 is.
+        inputs["guidance"] = torch.full((size.batch,), 4.0)
+    return inputs
+
+
+FAMILIES = {
+    "QwenImageTransformer2DModel": Family(3072, _qwen_config, _qwen_inputs),
+    "WanTransformer3DModel": Family(5120, _wan_config, _wan_inputs),
+    "ZImageTransformer2DModel": Family(3840, _z_image_config, _z_image_inputs),
+    "FluxTransformer2DModel": Family(3072, _flux_config, _flux_inputs),
+}

@@ -1,0 +1,174 @@
+"""`omniq bench`, with variants that need no C++ compiler."""
+
+import argparse
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from omniq_compile.cli import bench
+from omniq_compile.cli.bench_machine import peak_of_call, peak_rss, state_bytes
+from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
+from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
+from omniq_compile.lowering.errors import OmniqError
+
+SMALL = BenchConfig(width=64, image_tokens=16, text_tokens=8, rounds=2, dtype="float32")
+OMNIQ_EAGER = {"method": "int8", "compiler": "eager", "min_features": 32}
+
+
+def console():
+    return Console(file=io.StringIO(), width=100)
+
+
+def recording(name, log):
+    def build(model):
+        def call(**inputs):
+            log.append(name)
+            return model(**inputs)
+
+        return call
+
+    return Variant(name, build)
+
+
+def failing(name, calls_before):
+    def build(model):
+        left = [calls_before]
+
+        def call(**inputs):
+            if not left[0]:
+                raise ValueError("out of [luck]\n\nmuch advice")
+            left[0] -= 1
+            return model(**inputs)
+
+        return call
+
+    return Variant(name, build)
+
+
+def omniq_eager(model):
+    return torch.compile(model, backend="omniq", options=OMNIQ_EAGER)
+
+
+def test_variants_take_turns():
+    log = []
+    result = run_bench(SMALL, console(), [recording(name, log) for name in "ABC"])
+    assert log == [*"AABBCC", *"ABCABC"]
+    assert [len(m.seconds) for m in result.measurements] == [2, 2, 2]
+    assert not result.failed
+
+
+def test_variants_share_weights_and_inputs():
+    variants = [
+        Variant("eager", lambda model: model),
+        Variant(BASELINE, lambda model: torch.compile(model, backend="eager")),
+        Variant("omniq int8", omniq_eager),
+    ]
+    result = run_bench(SMALL, console(), variants)
+    eager, base, omniq = result.measurements
+    assert [m.error for m in result.measurements] == [None] * 3
+    assert eager.error_to_eager == eager.error_to_float32 == 0
+    assert base.error_to_eager < 1e-5
+    assert 1e-4 < omniq.error_to_eager < 0.1
+    assert omniq.weight_bytes == eager.weight_bytes
+    assert omniq.quantized_bytes > 0
+    assert base.quantized_bytes == 0
+    assert result.lookups_per_round > 0
+    assert result.lookup_seconds_per_round > 0
+    assert result.notes == []
+
+
+def test_omniq_that_rewrites_nothing_is_noted():
+    result = run_bench(SMALL, console(), [Variant("omniq int8", lambda model: model)])
+    assert "nothing was rewritten" in result.notes[0]
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 2])
+def test_failing_variant_is_reported_and_the_others_go_on(calls_before):
+    log = []
+    variants = [failing("bad", calls_before), recording(BASELINE, log)]
+    screen = console()
+    result = run_bench(SMALL, screen, variants)
+    bad, good = result.measurements
+    assert result.failed
+    assert bad.error.startswith("ValueError: out of [luck]")
+    assert "in call" in bad.traceback
+    assert bad.median_seconds is None
+    assert len(good.seconds) == 2
+    assert result.speedups("bad") is None
+    assert result.speedups(BASELINE) == (1, 1)
+    bench.print_table(result, screen)
+    assert "bad failed: ValueError: out of [luck]\n" in screen.file.getvalue()
+    assert "advice" not in screen.file.getvalue()
+
+
+def test_speedups_by_round_and_of_medians():
+    base = Measurement(BASELINE, [1.0, 4.0, 3.0])
+    other = Measurement("other", [1.0, 1.0, 2.0])
+    result = BenchResult(SMALL, {}, [base, other])
+    assert result.speedups("other") == (1.5, 3.0)
+
+
+def test_json_round_trip():
+    result = run_bench(SMALL, console(), [recording(BASELINE, []), failing("bad", 0)])
+    assert BenchResult.from_json(result.to_json()) == result
+    assert '"speedup_median_of_rounds": 1.0' in result.to_json()
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_arguments_become_a_config():
+    assert bench.config_from(parse()) == BenchConfig()
+    config = bench.config_from(parse("--quick", "--rounds", "5", "--no-eager", "--no-torchao"))
+    assert (config.width, config.image_tokens, config.text_tokens) == (256, 64, 16)
+    assert (config.rounds, config.eager, config.torchao) == (5, False, False)
+    assert [v.name for v in default_variants(config)[0]] == [BASELINE, "omniq int8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dtype", "bfloat"], "Did you mean 'bfloat16'?"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--rounds", "0"], "rounds 0"),
+        (["--threads", "0"], "threads 0"),
+        (["--model", "QwenImage"], "Did you mean 'QwenImageTransformer2DModel'?"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+    ],
+)
+def test_arguments_that_cannot_be_measured(arguments, expected):
+    with pytest.raises(OmniqError) as info:
+        bench.run(parse(*arguments))
+    assert expected in str(info.value)
+
+
+@pytest.mark.parametrize(("calls_before", "code"), [(0, 1), (9, 0)])
+def test_run_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, calls_before, code):
+    variants = ([failing("only", calls_before)], ["a note"])
+    monkeypatch.setattr("omniq_compile.cli.bench_measure.default_variants", lambda config: variants)
+    file = tmp_path / "result.json"
+    arguments = parse("--quick", "--width", "64", "--dtype", "float32", "--json", str(file))
+    assert bench.run(arguments) == code
+    result = BenchResult.from_json(file.read_text())
+    assert result.notes == ["a note"]
+    assert result.failed == bool(code)
+
+
+def test_state_bytes_of_a_subclass_are_those_inside_it():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    assert state_bytes(model) == 64 * 32 * 4
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    assert 64 * 32 <= state_bytes(model) < 64 * 32 * 1.5
+
+
+def test_peak_of_call_sees_what_a_call_allocates():
+    size = 64 << 20
+    peak = peak_of_call(lambda: torch.ones(size, dtype=torch.uint8), torch.device("cpu"))
+    assert peak is None or peak > 0.9 * size
+    assert peak_rss() > size
