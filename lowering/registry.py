@@ -67,7 +67,7 @@ def candidates(method: str, target: Target) -> list[Kernel]:
 
 def choose(method: str, target: Target, problem: Problem) -> tuple[Kernel | None, str]:
     """Return the first kernel that takes the problem, with the reasons of those that refused."""
-    refusals = []
+    refusals: list[str] = []
     for kernel in candidates(method, target):
         refusal = kernel.refuse(problem)
         if refusal is None:

@@ -9,8 +9,8 @@ How a change is noticed, in each call:
 - another parameter object, or another storage (``load_state_dict(assign=True)``, ``.to()``);
 - the parameter's version counter (``load_state_dict``, in-place operations);
 - a sample of its values, for writes through ``param.data``, which no counter sees: adapters are
-  fused that way. The sample has one element of nearly every row and of every column, so a low-rank
-  update shows; a write through ``.data`` to a handful of elements can be missed.
+  fused that way. The sample is spread over all rows and columns, so a low-rank update shows; a
+  write through ``.data`` to a handful of elements can be missed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ Parts = tuple[torch.Tensor, ...]
 
 # Elements quantized at a time, so that float32 temporaries stay in cache: 4 MiB each.
 CHUNK_ELEMENTS = 1 << 20
+
+# Values compared in each call: a read from memory each, about 20 us a weight.
+SAMPLES = 1024
 
 _lock = threading.RLock()
 _shared: weakref.WeakValueDictionary[Any, QuantizedWeight] = weakref.WeakValueDictionary()
@@ -64,11 +67,12 @@ def _version(parameter: torch.Tensor) -> int | None:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a view of about one element a row, wandering over the columns."""
+    """Return a view of some elements, wandering over the rows and the columns."""
     parameter = parameter.detach()
-    if parameter.dim() < 2 or not parameter.is_contiguous():
-        return parameter.reshape(-1)[:1] if parameter.dim() < 2 else parameter.diagonal(0, -2, -1)
-    return parameter.view(-1)[:: parameter.shape[-1] + 1]
+    if not parameter.is_contiguous():
+        return parameter.diagonal(0, -2, -1) if parameter.dim() > 1 else parameter
+    # An odd stride does not fall into step with the even number of columns that most weights have.
+    return parameter.view(-1)[:: parameter.numel() // SAMPLES | 1]
 
 
 class QuantizedWeight:

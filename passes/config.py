@@ -93,7 +93,8 @@ def _ignored_layers(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not all(isinstance(v, str) and v for v in _iterate(value)):
         raise OptionError(
             f"option 'ignored_layers' must be a list of layer patterns, not {value!r}. "
-            "Write for example ['img_mod', 're:.*attn.*'].")
+            "Write for example ['img_mod', 're:.*attn.*']."
+        )
     for pattern in value:
         if pattern.startswith("re:"):
             try:

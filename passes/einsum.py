@@ -19,10 +19,9 @@ def read_einsum(node: fx.Node) -> Product | None:
         operands = list(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:
         return None
-    if not all(dynamo.is_tensor(operand) for operand in operands):
-        return None
     x, y = operands
-    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
+        return None
     ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
     letters = _letters(equation, ranks)
     if letters is None:

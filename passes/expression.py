@@ -10,7 +10,7 @@ import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ def build(node: fx.Node, steps: Iterable[Step]) -> WeightExpression:
     return WeightExpression(leaves, module, module.code.strip())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _of_one_leaf(steps: tuple[Step, ...]) -> fx.GraphModule:
     """The expression of nearly every layer; a model has hundreds, so the code is made once."""
     graph = fx.Graph()

@@ -66,10 +66,13 @@ def _inline(
 ) -> Any:
     """Run a kernel's function on proxies, so that its operations land in the graph before `at`."""
     tracer = GraphAppendingTracer(graph)
+
+    def proxy_of(node: fx.Node) -> Any:
+        return fx.Proxy(node, tracer)
+
     before = at.prev
     with graph.inserting_before(at):
-        proxies = fx.map_arg(args, lambda n: fx.Proxy(n, tracer))
-        result = function(*proxies)
+        result = function(*fx.map_arg(args, proxy_of))
     node = before.next
     while node is not at:
         for key in ("nn_module_stack", "stack_trace"):

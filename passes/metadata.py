@@ -11,7 +11,6 @@ from torch import fx
 from omniq_compile.lowering import ops
 from omniq_compile.passes import dynamo
 
-
 # Operators of ours that say what they return far faster than their dispatch would: it adds a
 # second to a model of a hundred linears.
 _LIKE: dict[Any, Callable[..., Any]] = {

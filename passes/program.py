@@ -48,14 +48,14 @@ def program(gm: fx.GraphModule, title: str = "") -> str:
     lines.append("):")
     layer = None
     for line in body:
-        node = nodes.get(line.partition(" = ")[0].strip())
-        if node is None or node.op == "placeholder":
+        made = nodes.get(line.partition(" = ")[0].strip())
+        if made is None or made.op == "placeholder":
             lines.append(f"    {line}")
             continue
-        if dynamo.layer_name(node) != layer:
-            layer = dynamo.layer_name(node)
+        if dynamo.layer_name(made) != layer:
+            layer = dynamo.layer_name(made)
             lines.append(f"    # {layer or '(the model itself)'}")
-        lines.append(f"    {line}{_comment(_about(node))}")
+        lines.append(f"    {line}{_comment(_about(made))}")
     return "\n".join(lines) + "\n"
 
 

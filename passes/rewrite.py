@@ -112,7 +112,8 @@ def _bias_in_epilogue(product: Product) -> bool:
 def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node]:
     """Return the placeholders that stand for the site's quantized weight."""
     weight, method = site.weight, site.decision.method
-    assert weight is not None and method is not None
+    assert weight is not None
+    assert method is not None
     key = (method, weight.key, weight.leaves)
     if key in bound:
         binding, placeholders = bound[key]

@@ -22,6 +22,9 @@ def _rank(node: fx.Node) -> int:
     return int(dynamo.value(node).dim())
 
 
+Reader = Callable[[fx.Node], Product | None]
+
+
 def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     """Bind positional and keyword arguments to the names that the operator gives them."""
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -66,11 +69,12 @@ def _product(a: fx.Node, b: fx.Node) -> Product:
 
 def _matmul(node: fx.Node) -> Product:
     arguments = _arguments(node, ("input", "other"))
-    return _product(arguments["input"], arguments.get("other", arguments.get("mat2")))
+    return _product(arguments["input"], arguments["other" if "other" in arguments else "mat2"])
 
 
 def _matmul_reversed(node: fx.Node) -> Product:
-    return _product(node.args[1], node.args[0])  # type: ignore[arg-type]
+    arguments = _arguments(node, ("other", "input"))
+    return _product(arguments["input"], arguments["other"])
 
 
 def _inner(node: fx.Node) -> Product:
@@ -87,22 +91,22 @@ def _added(node: fx.Node) -> Product:
     """addmm and baddbmm: ``beta * input + alpha * (a @ b)``."""
     names = ("input", "a", "b")
     aliases = {"mat1": "a", "mat2": "b", "batch1": "a", "batch2": "b"}
-    bound = dict(zip(names, node.args, strict=False))
+    bound: dict[str, Any] = dict(zip(names, node.args, strict=False))
     bound |= {aliases.get(k, k): v for k, v in node.kwargs.items()}
     product = _product(bound["a"], bound["b"])
     return Product(
         product.a,
         product.b,
-        bound["input"],
-        bound.get("alpha", 1),
-        bound.get("beta", 1),
-        product.out_steps,
-        product.unsupported,
+        bias=bound["input"],
+        alpha=bound.get("alpha", 1),
+        beta=bound.get("beta", 1),
+        out_steps=product.out_steps,
+        unsupported=product.unsupported,
     )
 
 
 # (name shown in a dump, FX targets, reader)
-_ROWS: tuple[tuple[str, tuple[Any, ...], Callable[[fx.Node], Product]], ...] = (
+_ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("linear", (torch.nn.functional.linear, torch._C._nn.linear), _linear),
     ("@", (operator.matmul, operator.imatmul, "__matmul__"), _matmul),
     ("@", ("__rmatmul__",), _matmul_reversed),
@@ -115,6 +119,6 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Callable[[fx.Node], Product]], ...] = (
     ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
 )
 
-SPELLINGS: dict[Any, tuple[str, Callable[[fx.Node], Product]]] = {
+SPELLINGS: dict[Any, tuple[str, Reader]] = {
     target: (name, reader) for name, targets, reader in _ROWS for target in targets
 }

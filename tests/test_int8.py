@@ -17,9 +17,7 @@ from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
-KERNELS = [
-    registry.candidates("int8", Target("cpu", arch))[0] for arch in ARCHITECTURES["cpu"]
-]
+KERNELS = [registry.candidates("int8", Target("cpu", arch))[0] for arch in ARCHITECTURES["cpu"]]
 by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 
 
@@ -50,9 +48,7 @@ def decode(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=60, deadline=None)
-def test_codes_and_scales_equal_the_definition(
-    rows: int, K: int, exponent: int, seed: int
-) -> None:
+def test_codes_and_scales_equal_the_definition(rows: int, K: int, exponent: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = (rng.standard_t(2, (rows, K)) * 10.0**exponent).astype(np.float32)
     codes, scale = int8.quantize(torch.from_numpy(x))

@@ -23,9 +23,7 @@ def _refuse(problem: Problem) -> str | None:
     return None
 
 
-def _gemm_int_mm(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem
-) -> torch.Tensor:
+def _gemm_int_mm(a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem) -> torch.Tensor:
     if problem.b_rank > 2:
         sums = torch.ops.omniq.int8_matmul(a[0], b[0], True)
     elif problem.a_rank == 2:
@@ -36,9 +34,7 @@ def _gemm_int_mm(
     return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
 
 
-def _gemm_float32(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem
-) -> torch.Tensor:
+def _gemm_float32(a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem) -> torch.Tensor:
     sums = torch.ops.omniq.int8_matmul(a[0], b[0], False)
     return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
 

@@ -19,7 +19,7 @@ class Format:
         parts: the names of the tensors that stand for one matrix, codes first.
         nbytes: ``(N, K)`` -> bytes stored for a weight ``[N, K]``, every part counted.
         quantize: ``x [..., K]`` of any float dtype -> its parts.
-        allocate: ``x [..., K]`` -> parts of the right shapes and dtypes, contiguous, without values.
+        allocate: ``x [..., K]`` -> contiguous parts of the right shapes, without values.
         dequantize: parts -> float32 ``[..., K]``.
         gemm: the reference: ``(a_parts [..., M, K], b_parts [..., N, K], bias, dtype)`` ->
             ``[..., M, N]``. Slow and exact; every kernel is checked against it.

@@ -1,0 +1,42 @@
+# Everything a fresh clone needs, in one command each: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: setup demo test lint types bench clean
+
+setup: $(READY)
+
+# The torch range of pyproject.toml is installed first and alone, so that nothing else pulls in a
+# second one; where pip is offered a plain CPU build, that is the one it takes.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[all]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/digits/demo.py --out demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The package is type-checked as it is installed, because `passes` and `lowering` are inside it
+# only then.
+types: $(READY)
+	rm -rf build
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/types .
+	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p omniq_compile
+
+test: lint types
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/omniq bench
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info
