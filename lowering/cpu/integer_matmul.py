@@ -62,7 +62,11 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     for n in range(0, N, tile):
         for k in range(0, K, EXACT_K):
             decoded = b[n : n + tile, k : k + EXACT_K].to(torch.float32)
-            sums = (real[:, k : k + EXACT_K] @ decoded.t()).to(torch.int32)
+            # A caller's autocast would round the sums.
+            with torch.autocast("cpu", enabled=False):
+                # Under a user's autocast the product would be rounded to its dtype.
+            with torch.autocast(a.device.type, enabled=False):
+                sums = (real[:, k : k + EXACT_K] @ decoded.t()).to(torch.int32)
             if k == 0:
                 out[:, n : n + tile] = sums
             else:

@@ -1,0 +1,97 @@
+"""What the graph tests share: a fresh Dynamo for each, and short helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import fx, nn
+
+from omniq_compile import Site, explain
+from omniq_compile.passes.context import Context
+
+# The graph alone, and every size: what these tests are about.
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class Holder(nn.Module):
+    """Calls a function with its inputs and its tensors: parameters, unless they are buffers."""
+
+    def __init__(self, function: Callable[..., Any], buffers: bool = False, **tensors: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, tensor in tensors.items():
+            if buffers:
+                self.register_buffer(name, tensor)
+            else:
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        self.names = tuple(tensors)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.function(*inputs, *(getattr(self, name) for name in self.names))
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="omniq", options=OPTIONS | options)
+
+
+def sites(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> list[Site]:
+    return explain(model, inputs, OPTIONS | options).sites
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is expected."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def dequantized(x: torch.Tensor, *axes: int) -> torch.Tensor:
+    """The published int8 formula in numpy: round(x / (amax / 127)) * (amax / 127) over ``axes``."""
+    real = x.detach().float().numpy()
+    scale = numpy.abs(real).max(axis=axes or -1, keepdims=True) / numpy.float32(127)
+    codes = numpy.rint(real / numpy.where(scale == 0, numpy.float32(1), scale))
+    return torch.from_numpy(codes.astype(numpy.float64) * scale.astype(numpy.float64))
+
+
+def traced(model: Any, *args: Any, **kwargs: Any) -> list[tuple[fx.GraphModule, list[Any]]]:
+    """Return each graph that Dynamo makes of a call, with the inputs it was called with."""
+    graphs = []
+
+    def record(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append((gm, list(inputs)))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=record)(*args, **kwargs)
+    return graphs
+
+
+def count(gm: fx.GraphModule, target: Any) -> int:
+    return sum(node.target is target for node in gm.graph.nodes)
+
+
+def stage_inputs(
+    gm: fx.GraphModule, original: fx.GraphModule, inputs: list[Any], context: Context
+) -> list[Any]:
+    """Give a rewritten graph the original's inputs, and weights by the published formula."""
+    names = [n.name for n in original.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    for binding in context.bindings:
+        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
+        real = weight.detach().float().numpy()
+        scale = numpy.abs(real).max(axis=-1) / numpy.float32(127)
+        codes = numpy.rint(real / numpy.where(scale == 0, numpy.float32(1), scale)[..., None])
+        values[binding.parts[0]] = torch.from_numpy(codes.astype(numpy.int8))
+        values[binding.parts[1]] = torch.from_numpy(scale)
+    return [values[n.name] for n in gm.graph.nodes if n.op == "placeholder"]

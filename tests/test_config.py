@@ -1,0 +1,130 @@
+"""Options are checked: what is wrong, what is valid, and what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from conftest import OPTIONS, Holder
+from torch._dynamo.exc import BackendCompilerFailed
+
+from omniq_compile import OptionError, QuantConfig, explain
+from omniq_compile.lowering.target import ARCHITECTURES, Target
+
+
+def check(**options: Any) -> QuantConfig:
+    return QuantConfig.from_options({"method": "int8"} | options)
+
+
+def test_defaults_are_those_of_the_docs() -> None:
+    assert check() == QuantConfig(
+        method="int8", ignored_layers=(), activation_scheme="dynamic", min_features=256,
+        matmul=False, compiler="inductor", inductor={}, target=None,
+    )  # fmt: skip
+
+
+def test_every_option_is_taken() -> None:
+    config = check(
+        ignored_layers=["img_mod", "re:.*attn"], activation_scheme="dynamic", min_features=1,
+        matmul=True, compiler="eager", inductor={"max_autotune": False}, target="cpu:generic",
+    )  # fmt: skip
+    assert config.ignored_layers == ("img_mod", "re:.*attn")
+    assert (config.min_features, config.matmul, config.compiler) == (1, True, "eager")
+    assert config.inductor == {"max_autotune": False}
+    assert config.target == Target("cpu", "generic")
+    assert QuantConfig.from_options(config) is config
+
+
+@pytest.mark.parametrize("options", [None, {}, {"min_features": 3}, "int8", ["int8"]])
+def test_missing_options_say_how_to_give_them(options: Any) -> None:
+    with pytest.raises(OptionError, match=r'options=\{"method": \.\.\.\}\. Methods: int8'):
+        QuantConfig.from_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ignore_layers": []}, ["unknown option 'ignore_layers'", "Did you mean 'ignored_layers'",
+                                 "Valid: method, ignored_layers,", "target."]),
+        ({"zzz": 1}, ["unknown option 'zzz'. Valid: method,"]),
+        ({3: 1}, ["unknown option 3"]),
+        ({"method": "int9"}, ["unknown method 'int9'", "Did you mean 'int8'?", "Valid: int8"]),
+        ({"method": ["int8"]}, ["unknown method ['int8']"]),
+        ({"method": None}, ["unknown method None"]),
+        ({"compiler": "indutcor"}, ["unknown compiler 'indutcor'", "Did you mean 'inductor'",
+                                    "Valid: inductor, aot_eager, eager."]),
+        ({"activation_scheme": "static"}, ["unknown activation_scheme 'static'", "dynamic"]),
+        ({"min_features": 0}, ["'min_features'", "at least 1", "not 0"]),
+        ({"min_features": True}, ["'min_features'", "not True"]),
+        ({"min_features": 3.0}, ["'min_features'", "not 3.0"]),
+        ({"matmul": 1}, ["'matmul'", "True or False", "not 1"]),
+        ({"ignored_layers": "img_mod"}, ["'ignored_layers'", "a list", "not 'img_mod'"]),
+        ({"ignored_layers": [3]}, ["'ignored_layers'", "[3]"]),
+        ({"ignored_layers": [""]}, ["'ignored_layers'"]),
+        ({"ignored_layers": None}, ["'ignored_layers'", "None"]),
+        ({"ignored_layers": ["re:a("]}, ["'re:a('", "not a regular expression"]),
+        ({"inductor": "max-autotune"}, ["'inductor'", "a dict", "list_options()"]),
+        ({"target": 3}, ["'target'", "not 3"]),
+        ({"target": "cpv"}, ["unknown target device 'cpv'", "Did you mean 'cpu'"]),
+        ({"target": "cpu:generik"}, ["unknown cpu architecture 'generik'",
+                                     "Did you mean 'generic'?", "Valid: "]),
+        ({"target": ""}, ["unknown target device ''"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_names_the_valid_and_the_nearest(
+    options: Mapping[Any, Any], words: list[str]
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        QuantConfig.from_options({"method": "int8"} | dict(options))
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == []
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("method", "INT8", "int8"),
+        ("compiler", "AOT-Eager", "aot_eager"),
+        ("activation_scheme", "Dynamic", "dynamic"),
+    ],
+)
+def test_case_and_hyphens_do_not_matter(name: str, value: str, expected: str) -> None:
+    assert getattr(check(**{name: value}), name) == expected
+
+
+@pytest.mark.parametrize("layers", [["a", "b"], ("a", "b")])
+def test_ignored_layers_may_be_any_sequence(layers: Any) -> None:
+    assert check(ignored_layers=layers).ignored_layers == ("a", "b")
+
+
+@pytest.mark.parametrize("device", sorted(ARCHITECTURES))
+def test_every_target_is_read_as_it_is_printed(device: str) -> None:
+    for arch in ARCHITECTURES[device]:
+        target = Target(device, arch)
+        assert Target.parse(str(target)) == target
+        assert Target.parse(f" {str(target).upper()} ") == target
+
+
+def test_a_bare_device_is_this_machine() -> None:
+    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni") or torch.cpu.get_capabilities().get(
+        "amx_int8"
+    )
+    assert str(check(target="cpu").target) == f"cpu:{'avx512_vnni' if has_vnni else 'generic'}"
+
+
+def test_a_target_that_the_model_is_not_on_is_refused() -> None:
+    model = Holder(torch.matmul, w=torch.randn(38, 19))
+    config = QuantConfig("int8", compiler="eager", target=Target("cuda", "sm_90"))
+    with pytest.raises(BackendCompilerFailed, match="'cuda:sm_90', but the model runs on 'cpu'"):
+        torch.compile(model, backend="omniq", options=config)(torch.randn(7, 38))
+
+
+def test_the_target_of_explain_wins_over_the_option() -> None:
+    model, inputs = Holder(torch.matmul, w=torch.randn(38, 19)), (torch.randn(7, 38),)
+    for target in ("cpu:generic", "cpu:avx512_vnni"):
+        assert explain(model, inputs, OPTIONS, target=target).target == target
+    with pytest.raises(OptionError, match="unknown target device 'tpu'"):
+        explain(model, inputs, OPTIONS, target="tpu")

@@ -1,0 +1,123 @@
+"""A call that asks for gradients says how to do without; every other way of calling works."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import compiled, dequantized, error
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from omniq_compile import GradientError, OmniqError, OptionError, WeightError
+from omniq_compile.lowering.errors import nearest, unknown
+
+
+def product(model: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return dequantized(x) @ dequantized(model.weight).T + model.bias.detach().double()
+
+
+def test_a_call_with_gradients_says_how_to_turn_them_off() -> None:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(nn.Linear(38, 19))(torch.randn(7, 38))
+    assert isinstance(caught.value.inner_exception, GradientError)
+    message = str(caught.value)
+    assert "omniq is for inference, and 2 inputs or parameters" in message
+    for remedy in ("torch.inference_mode()", "torch.no_grad()", "model.requires_grad_(False)"):
+        assert remedy in message
+
+
+def test_an_activation_that_requires_gradients_is_refused_too() -> None:
+    model = nn.Linear(38, 19).requires_grad_(False)
+    with pytest.raises(BackendCompilerFailed, match="and 1 inputs"):
+        compiled(model)(torch.randn(7, 38, requires_grad=True))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad(), torch.inference_mode()])
+def test_a_model_with_gradients_runs_where_they_are_off(context: AbstractContextManager) -> None:
+    model = nn.Linear(38, 19)
+    with context:
+        x = torch.randn(7, 38)
+        assert error(compiled(model)(x), product(model, x)) < 5e-7
+
+
+def test_a_frozen_model_runs_with_gradients_on() -> None:
+    model, x = nn.Linear(38, 19).requires_grad_(False), torch.randn(7, 38)
+    assert torch.is_grad_enabled()
+    result = compiled(model)(x)
+    assert not result.requires_grad
+    assert error(result, product(model, x)) < 5e-7
+
+
+def test_one_compiled_model_runs_after_its_refusal() -> None:
+    model, x = nn.Linear(38, 19), torch.randn(7, 38)
+    run = compiled(model)
+    with pytest.raises(BackendCompilerFailed, match="is for inference"):
+        run(x)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+        with context:
+            assert error(run(x), product(model, x)) < 5e-7
+    model.requires_grad_(False)
+    assert error(run(x), product(model, x)) < 5e-7
+
+
+@pytest.mark.parametrize(
+    ("autocast", "compiler"),
+    [(False, "eager"), (True, "aot_eager"), (True, "eager")],
+)
+def test_autocast_changes_the_dtype_of_the_result_and_nothing_else(
+    autocast: bool, compiler: str
+) -> None:
+    model, x = nn.Linear(1000, 19).requires_grad_(False), torch.randn(7, 1000)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        result = compiled(model, compiler=compiler)(x)
+    assert result.dtype is dtype
+    assert error(result, product(model, x).to(dtype)) < (1e-4 if autocast else 5e-7)
+
+
+def test_a_graph_may_return_its_input_and_its_parameter() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(38, 19)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"x": x, "w": self.up.weight, "y": F.silu(self.up(x)), "b": self.up.bias}
+
+    model, x = Model().requires_grad_(False), torch.randn(7, 38)
+    for compiler in ("eager", "aot_eager"):
+        result = compiled(model, compiler=compiler)(x)
+        assert list(result) == ["x", "w", "y", "b"]
+        assert result["x"] is x
+        assert torch.equal(result["w"], model.up.weight)
+        assert result["w"].data_ptr() == model.up.weight.data_ptr()
+        assert result["b"].data_ptr() == model.up.bias.data_ptr()
+        assert error(result["y"], F.silu(product(model.up, x))) < 1e-6
+
+
+def test_a_missing_method_is_worded_through_torch_compile() -> None:
+    model = nn.Linear(38, 19).requires_grad_(False)
+    with pytest.raises(BackendCompilerFailed, match=r"Methods: int8"):
+        torch.compile(model, backend="omniq")(torch.randn(7, 38))
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [(OptionError, ValueError), (WeightError, ValueError), (GradientError, RuntimeError)],
+)
+def test_every_error_is_an_omniq_error_and_a_builtin(kind: type, builtin: type) -> None:
+    assert issubclass(kind, OmniqError)
+    assert issubclass(kind, builtin)
+
+
+def test_the_nearest_name_comes_first_and_strangers_are_left_out() -> None:
+    names = ["inductor", "aot_eager", "eager"]
+    assert nearest("eagre", names) == ["eager", "aot_eager"]
+    assert nearest("zzz", names) == []
+    assert unknown("compiler", "eagre", names) == (
+        "unknown compiler 'eagre'. Did you mean 'eager'? Valid: inductor, aot_eager, eager."
+    )
+    assert unknown("compiler", "zzz", names).startswith("unknown compiler 'zzz'. Valid: ")

@@ -1,0 +1,145 @@
+"""How ``ignored_layers`` names layers, and what is said of a pattern that names none."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import OPTIONS, compiled
+from torch import nn
+
+from omniq_compile import explain
+from omniq_compile.passes.patterns import first_match, matches, unmatched
+
+LAYER = "transformer_blocks.3.img_mlp.net.2"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LAYER,
+        "transformer_blocks",
+        "transformer_blocks.3",
+        "img_mlp",
+        "img_mlp.net",
+        "net.2",
+        "3",
+        "img_*",
+        "img_ml?",
+        "transformer_blocks.*.img_mlp",
+        "*.net.[12]",
+        "re:transformer_blocks\\.[0-3]\\..*",
+        "re:.*mlp.*",
+    ],
+)
+def test_a_pattern_matches_the_full_name_or_a_run_of_its_parts(pattern: str) -> None:
+    assert matches(pattern, LAYER)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "img_ml",  # a part, not the beginning of one
+        "mlp",
+        "net.0",
+        "img_mlp.2",  # not in a row
+        "3.2",
+        "blocks.3",
+        LAYER + ".weight",
+        "x." + LAYER,
+        "IMG_MLP",
+        "img_mlp?",
+        "transformer_blocks.*.net",  # * stays inside one part
+        "transformer_blocks*2",
+        "re:img_mlp",  # has to match the whole name
+        "re:.*mlp",
+        "",
+    ],
+)
+def test_a_pattern_does_not_match_by_accident(pattern: str) -> None:
+    assert not matches(pattern, LAYER)
+
+
+def test_neighbours_of_a_name_are_told_apart() -> None:
+    layers = ["b.1.img_mod.1", "b.1.img_mod2.1", "b.10.img_mod.1", "b.1.txt_img_mod.1"]
+    assert [matches("img_mod", layer) for layer in layers] == [True, False, True, False]
+    assert [matches("b.1", layer) for layer in layers] == [True, True, False, True]
+    assert [matches("b.1*", layer) for layer in layers] == [True, True, True, True]
+
+
+def test_the_first_match_is_named() -> None:
+    assert first_match(("attn", "img_*", "net"), LAYER) == "img_*"
+    assert first_match(("attn",), LAYER) is None
+    assert first_match((), LAYER) is None
+
+
+def test_an_unmatched_pattern_comes_with_the_nearest_names() -> None:
+    layers = ["blocks.0.attn.to_q", "blocks.0.img_mlp.net.2"]
+    found = unmatched(["to_q", "img_mpl", "attn.to_k", "re:.*zzz"], layers)
+    assert list(found) == ["img_mpl", "attn.to_k", "re:.*zzz"]
+    assert found["img_mpl"][0] == "img_mlp"
+    assert found["attn.to_k"][0] == "attn.to_q"
+    assert all(len(names) <= 3 for names in found.values())
+    assert unmatched(["anything"], []) == {"anything": []}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"img_mod": nn.Linear(38, 19), "img_mod2": nn.Linear(19, 38)})
+            for _ in range(2)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block["img_mod2"](block["img_mod"](x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept"),
+    [
+        ([], []),
+        (["img_mod"], ["blocks.0.img_mod", "blocks.1.img_mod"]),
+        (["blocks.1"], ["blocks.1.img_mod", "blocks.1.img_mod2"]),
+        (["blocks.0.img_mod2"], ["blocks.0.img_mod2"]),
+        (["re:.*2", "0.img_mod"], ["blocks.0.img_mod", "blocks.0.img_mod2", "blocks.1.img_mod2"]),
+        (["*"], [f"blocks.{i}.{name}" for i in (0, 1) for name in ("img_mod", "img_mod2")]),
+    ],
+)
+def test_ignored_layers_keeps_exactly_these(patterns: list[str], kept: list[str]) -> None:
+    model, x = Model(), torch.randn(7, 38)
+    report = explain(model, (x,), OPTIONS | {"ignored_layers": patterns})
+    assert [site.layer for site in report.kept] == kept
+    assert len(report.sites) == 4
+    assert {site.decision.reason for site in report.kept} <= {f"ignored by {p!r}" for p in patterns}
+    assert report.unmatched == {}
+    if len(kept) == 4:
+        assert torch.equal(compiled(model, ignored_layers=patterns)(x), model(x))
+
+
+def test_a_pattern_that_matches_nothing_is_reported_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = Model(), torch.randn(7, 38)
+    options = {"ignored_layers": ["img_mods", "blocks.1"]}
+    report = explain(model, (x,), OPTIONS | options)
+    assert list(report.unmatched) == ["img_mods"]
+    assert "img_mod" in report.unmatched["img_mods"]
+
+    with caplog.at_level(logging.WARNING, logger="omniq"):
+        compiled(model, **options)(x)
+    (record,) = [r for r in caplog.records if r.name == "omniq"]
+    assert record.levelno == logging.WARNING
+    message = record.getMessage()
+    assert message.startswith("ignored_layers pattern 'img_mods' matches none of this graph's 4")
+    assert "img_mod2" in message
+
+
+def test_matched_patterns_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="omniq"):
+        compiled(Model(), ignored_layers=["img_mod"])(torch.randn(7, 38))
+    assert [r for r in caplog.records if r.name == "omniq"] == []

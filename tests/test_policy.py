@@ -1,0 +1,218 @@
+"""What is kept, with which reason and bitwise as it was; and what options move the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Holder, compiled, dequantized, error, sites
+from torch import nn
+
+from omniq_compile import explain
+
+COMPUTED = "its weight is computed in the graph (option 'matmul': True quantizes both operands)"
+ACTIVATIONS = "two activations (option 'matmul': True quantizes both operands)"
+VECTOR = "one operand is a vector, not a matrix"
+PARAMETERS = "both operands are parameters"
+
+
+def no_product(equation: str) -> str:
+    return f"einsum {equation!r} is not one matrix product"
+
+
+def einsum(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> Any:
+    return lambda a, b: torch.einsum(equation, a, b), x, w, no_product(equation)
+
+
+# name: the function of an activation and a weight, their shapes, why it is kept
+NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str]] = {
+    "vector_times_vector": (lambda x, w: x @ w, (38,), (38,), VECTOR),
+    "matrix_times_vector": (lambda x, w: x @ w, (7, 38), (38,), VECTOR),
+    "weight_times_vector": (lambda x, w: w @ x, (38,), (19, 38), VECTOR),
+    "vector_times_batch": (lambda x, w: x @ w, (38,), (3, 38, 19), VECTOR),
+    "linear_of_a_vector": (F.linear, (7, 38), (38,), VECTOR),
+    "inner_of_batches": (
+        torch.inner, (7, 38), (3, 19, 38), "an inner product of these ranks"),
+    "weight_times_weight": (lambda x, w: (w @ w.T, x)[0], (7, 38), (19, 38), PARAMETERS),
+    "einsum_repeated_letter": einsum("mmk,kn->mn", (7, 7, 38), (38, 19)),
+    "einsum_letter_summed_alone": einsum("mpk,kn->mn", (7, 5, 38), (38, 19)),
+    "einsum_weight_letter_summed_alone": einsum("mk,kpn->mn", (7, 38), (38, 5, 19)),
+    "einsum_outer": einsum("mk,n->mkn", (7, 38), (19,)),
+    "einsum_elementwise": einsum("mk,mk->mk", (7, 38), (7, 38)),
+    "einsum_row_sums": einsum("mk,mk->m", (7, 38), (7, 38)),
+    "einsum_vector": einsum("k,kn->n", (38,), (38, 19)),
+    "einsum_implied_output": einsum("mk,kn", (7, 38), (38, 19)),
+    "einsum_two_ellipses": einsum("...mk,...kn->...mn", (3, 7, 38), (3, 38, 19)),
+    "einsum_ellipsis_summed": einsum("...k,kn->n", (7, 38), (38, 19)),
+    "einsum_batched_two_rows": einsum("gmpk,gkn->gmpn", (3, 7, 5, 38), (3, 38, 19)),
+    "einsum_broadcast_sum_of_x": einsum("mk,kn->mn", (7, 1), (38, 19)),
+    "einsum_broadcast_sum_of_w": einsum("mk,kn->mn", (7, 38), (1, 19)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_is_one_site_kept_bitwise(name: str) -> None:
+    function, x_shape, w_shape, reason = NEAR_MISSES[name]
+    model, x = Holder(function, w=torch.randn(w_shape)), torch.randn(x_shape)
+    (site,) = sites(model, x, matmul=True)
+    assert (site.decision.method, site.decision.reason) == (None, reason)
+    assert torch.equal(compiled(model, matmul=True)(x), model(x))
+
+
+# name: the function of an activation and a weight; no site at all
+NO_SITE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "elementwise": lambda x, w: x * w[:7],
+    "three_operands": lambda x, w: torch.einsum("mk,nk,n->m", x, w, w[:, 0]),
+    "one_operand": lambda x, w: torch.einsum("mk->km", x) + w[0, 0],
+    "dot": lambda x, w: torch.dot(x[0], w[0]),
+    "attention": lambda x, w: F.scaled_dot_product_attention(x[None], x[None], x[None]) + w[0],
+    "convolution": lambda x, w: F.conv1d(x[None], w[None, :7]),
+    "embedding": lambda x, w: F.embedding(x.argmax(1) % 19, w),
+}
+
+
+@pytest.mark.parametrize("name", NO_SITE)
+def test_a_graph_without_a_site_runs_as_it_is(name: str) -> None:
+    model, x = Holder(NO_SITE[name], w=torch.randn(19, 38)), torch.randn(7, 38)
+    assert sites(model, x, matmul=True) == []
+    assert torch.equal(compiled(model, matmul=True)(x), model(x))
+
+
+# name: spelling, function of two activations, their shapes, axes summed over, reason when kept
+PRODUCTS: dict[str, tuple[str, Callable[..., Any], Any, Any, int, int, str]] = {
+    "at": ("@", lambda x, y: x @ y, (7, 38), (38, 19), -1, -2, ACTIVATIONS),
+    "at_1d": ("@", lambda x, y: x @ y, (38,), (38, 19), -1, -2, ACTIVATIONS),
+    "matmul_batched": ("matmul", torch.matmul, (3, 7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
+    "matmul_left": ("matmul", torch.matmul, (7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
+    "matmul_right": ("matmul", torch.matmul, (2, 3, 7, 38), (38, 19), -1, -2, ACTIVATIONS),
+    "matmul_broadcast": (
+        "matmul", torch.matmul, (2, 1, 7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
+    "attention": (
+        "@", lambda q, k: q @ k.transpose(-1, -2), (2, 3, 7, 38), (2, 3, 19, 38), -1, -1,
+        ACTIVATIONS),
+    "mm": ("mm", torch.mm, (7, 38), (38, 19), -1, -2, ACTIVATIONS),
+    "bmm": ("bmm", torch.bmm, (3, 7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
+    "baddbmm": (
+        "baddbmm", lambda x, y: torch.baddbmm(x.new_ones(19), x, y, alpha=2),
+        (3, 7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
+    "inner": ("inner", torch.inner, (7, 38), (19, 38), -1, -1, ACTIVATIONS),
+    "linear": ("linear", F.linear, (3, 7, 38), (19, 38), -1, -1, COMPUTED),
+    "einsum_heads": (
+        "einsum", lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q, k), (2, 7, 3, 38),
+        (2, 19, 3, 38), -1, -1, ACTIVATIONS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("matmul", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul: bool) -> None:
+    spelling, function, x_shape, y_shape, x_axis, y_axis, reason = PRODUCTS[name]
+    x, y = torch.randn(x_shape), torch.randn(y_shape)
+    model = Holder(function)
+    (site,) = sites(model, x, y, matmul=matmul)
+    assert (site.spelling, site.kind) == (spelling, "activation x activation")
+    result = compiled(model, matmul=matmul)(x, y)
+    if not matmul:
+        assert (site.decision.method, site.decision.reason) == (None, reason)
+        assert torch.equal(result, function(x, y))
+        return
+    assert site.decision.method == "int8"
+    exact = function(dequantized(x, x_axis), dequantized(y, y_axis))
+    assert result.shape == exact.shape
+    assert error(result, exact) < 5e-7
+    assert error(result, function(x, y)) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.float64, "dtype float64 is not quantized"),
+        (torch.int64, "dtype int64 is not quantized"),
+        (torch.complex64, "dtype complex64 is not quantized"),
+    ],
+)
+def test_other_dtypes_are_kept_bitwise(dtype: torch.dtype, reason: str) -> None:
+    w, x = (torch.randn(s).mul(9).to(dtype) for s in ((38, 19), (7, 38)))
+    model = Holder(torch.matmul, w=w)
+    (site,) = sites(model, x)
+    assert (site.decision.method, site.decision.reason) == (None, reason)
+    assert torch.equal(compiled(model)(x), x @ w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_of_one_float_dtype_is_quantized(dtype: torch.dtype) -> None:
+    w, x = torch.randn(19, 38, dtype=dtype), torch.randn(7, 38, dtype=dtype)
+    model = Holder(F.linear, w=w)
+    (site,) = sites(model, x)
+    assert (site.decision.method, site.dtype) == ("int8", str(dtype).removeprefix("torch."))
+    result = compiled(model)(x)
+    assert result.dtype is dtype
+    exact = dequantized(x) @ dequantized(w).T
+    assert error(result, exact) < {torch.float32: 5e-7}.get(dtype, torch.finfo(dtype).eps / 2)
+
+
+def test_a_float32_layer_beside_bf16_is_kept() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.body = nn.Linear(38, 19), nn.Linear(38, 19).bfloat16()
+
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.time(t), self.body(x)
+
+    model = Model().requires_grad_(False)
+    t, x = torch.randn(7, 38), torch.randn(7, 38).bfloat16()
+    time, body = sites(model, t, x)
+    assert time.decision.reason == "kept in float32 by the model, beside layers of lower precision"
+    assert (time.decision.method, body.decision.method) == (None, "int8")
+    exact, near = model(t, x)
+    result = compiled(model)(t, x)
+    assert torch.equal(result[0], exact)
+    assert error(result[1], near) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "least", "reason"),
+    [
+        (32, 48, 32, None),
+        (48, 32, 32, None),
+        (31, 48, 32, "K = 31 is under min_features = 32"),
+        (48, 31, 32, "N = 31 is under min_features = 32"),
+        (1, 1, 1, None),
+        (0, 9, 1, "K = 0: empty"),
+        (9, 0, 1, "N = 0: empty"),
+    ],
+)
+def test_min_features_is_the_smallest_size_quantized(
+    K: int, N: int, least: int, reason: str | None
+) -> None:
+    model, x = Holder(F.linear, w=torch.randn(N, K)), torch.randn(7, K)
+    (site,) = sites(model, x, min_features=least)
+    assert site.decision.method == (None if reason else "int8")
+    assert reason is None or site.decision.reason == reason
+    result = compiled(model, min_features=least)(x)
+    if reason:
+        assert torch.equal(result, model(x))
+    else:
+        assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
+
+
+@pytest.mark.parametrize(("K", "N", "count"), [(256, 257, 1), (255, 257, 0), (257, 255, 0)])
+def test_min_features_is_256_unless_told(K: int, N: int, count: int) -> None:
+    model = Holder(F.linear, w=torch.randn(N, K))
+    report = explain(model, (torch.randn(3, K),), {"method": "int8"})
+    assert (len(report.rewritten), len(report.kept)) == (count, 1 - count)
+
+
+def test_the_number_of_tokens_has_no_minimum() -> None:
+    model = Holder(F.linear, w=torch.randn(19, 38))
+    for tokens in (0, 1):
+        x = torch.randn(tokens, 38)
+        (site,) = sites(model, x, min_features=19)
+        assert site.decision.method == "int8"
+        result = compiled(model, min_features=19)(x)
+        assert result.shape == (tokens, 19)
+        assert torch.allclose(result.double(), dequantized(x, 1) @ dequantized(model.w).T)

@@ -1,0 +1,241 @@
+"""Every spelling of weight times activation is one site, rewritten, with the right numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import OPTIONS, Holder, compiled, dequantized, error, sites
+from torch import nn
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spelling, its operands, and the axes that the product sums over."""
+
+    spelling: str
+    function: Callable[..., torch.Tensor]
+    x: Axes
+    x_sums: Axes
+    w: Axes
+    w_sums: Axes
+    MKN: tuple[int, int, int]
+    bias: Axes | None = None
+
+
+# 7 or 5 tokens, K = 38 and N = 19; 3, 2 and 4 in front; heads of 4 x 5 and 2 x 19.
+X, W, T, MKN = (7, 38), (19, 38), (38, 19), (7, 38, 19)
+LAST, FIRST = (-1,), (-2,)
+
+
+def case(
+    spelling: str,
+    function: Callable[..., torch.Tensor],
+    x: Axes = X,
+    x_sums: Axes = LAST,
+    w: Axes = T,
+    w_sums: Axes = FIRST,
+    sizes: tuple[int, int, int] = MKN,
+    bias: Axes | None = None,
+) -> Case:
+    return Case(spelling, function, x, x_sums, w, w_sums, sizes, bias)
+
+
+def einsum(equation: str) -> Callable[..., torch.Tensor]:
+    return lambda x, w: torch.einsum(equation, x, w)
+
+
+CASES = {
+    "linear": case("linear", F.linear, w=W, w_sums=LAST),
+    "linear_bias": case("linear", F.linear, w=W, w_sums=LAST, bias=(19,)),
+    "linear_keywords": case(
+        "linear", lambda x, w, b: F.linear(bias=b, weight=w, input=x), w=W, w_sums=LAST, bias=(19,)
+    ),
+    "linear_1d": case(
+        "linear", F.linear, (38,), LAST, W, LAST, (1, 38, 19), (19,)
+    ),
+    "linear_3d": case("linear", F.linear, (3, *X), LAST, W, LAST, MKN, (19,)),
+    "linear_4d": case("linear", F.linear, (2, 3, *X), LAST, W, LAST, MKN, (19,)),
+    "at": case("@", lambda x, w: x @ w),
+    "at_transposed": case("@", lambda x, w: x @ w.T, w=W, w_sums=LAST),
+    "at_1d": case("@", lambda x, w: x @ w, (38,), sizes=(1, 38, 19)),
+    "at_3d": case("@", lambda x, w: x @ w, (3, *X)),
+    "at_4d": case("@", lambda x, w: x @ w, (2, 3, *X)),
+    "at_in_place": case("@", lambda x, w: _imatmul(x, w)),
+    "rmatmul": case("@", lambda x, w: w.__rmatmul__(x)),
+    "at_left": case("@", lambda x, w: w @ x, (38, 7), FIRST, W, LAST),
+    "at_left_3d": case("@", lambda x, w: w @ x, (3, 38, 7), FIRST, W, LAST),
+    "at_left_batched": case("@", lambda x, w: w @ x, (3, 38, 7), FIRST, (3, *W), LAST),
+    "at_weight_batched": case("@", lambda x, w: x @ w, (3, *X), LAST, (3, *T)),
+    "at_weight_batched_broadcast": case("@", lambda x, w: x @ w, X, LAST, (3, *T)),
+    "at_weight_batched_twice": case("@", lambda x, w: x @ w, (2, 1, *X), LAST, (3, *T)),
+    "matmul": case("matmul", torch.matmul),
+    "matmul_method": case("matmul", lambda x, w: x.matmul(w)),
+    "matmul_keyword": case("matmul", lambda x, w: torch.matmul(input=x, other=w)),
+    "matmul_linalg": case("matmul", torch.linalg.matmul),
+    "mm": case("mm", torch.mm),
+    "mm_method": case("mm", lambda x, w: x.mm(w)),
+    "mm_keyword": case("mm", lambda x, w: torch.mm(x, mat2=w)),
+    "mm_left": case("mm", lambda x, w: torch.mm(w, x), (38, 7), FIRST, W, LAST),
+    "bmm": case("bmm", torch.bmm, (3, *X), LAST, (3, *T)),
+    "bmm_method": case("bmm", lambda x, w: x.bmm(w), (3, *X), LAST, (3, *T)),
+    "bmm_left": case("bmm", lambda x, w: w.bmm(x), (3, 38, 7), FIRST, (3, *W), LAST),
+    "inner": case("inner", torch.inner, w=W, w_sums=LAST),
+    "inner_3d": case("inner", lambda x, w: x.inner(w), (3, *X), LAST, W, LAST),
+    "inner_left": case("inner", lambda x, w: torch.inner(w, x), w=W, w_sums=LAST),
+    "addmm": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=(19,)),
+    "addmm_method": case("addmm", lambda x, w, b: b.addmm(x, w), bias=(7, 19)),
+    "addmm_scaled": case(
+        "addmm", lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=1.75), bias=(19,)
+    ),
+    "addmm_keywords": case(
+        "addmm", lambda x, w, b: torch.addmm(input=b, mat1=x, mat2=w, alpha=-2), bias=(19,)
+    ),
+    "addmm_column": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=(7, 1)),
+    "addmm_scalar": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=()),
+    "addmm_one": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=(1,)),
+    "addmm_left": case(
+        "addmm", lambda x, w, b: torch.addmm(b, w, x), (38, 7), FIRST, W, LAST, bias=(7,)
+    ),
+    "baddbmm": case(
+        "baddbmm", lambda x, w, b: torch.baddbmm(b, x, w), (3, *X), LAST, (3, *T), bias=(3, 7, 19)
+    ),
+    "baddbmm_scaled": case(
+        "baddbmm",
+        lambda x, w, b: torch.baddbmm(b, batch1=x, batch2=w, beta=3, alpha=0.25),
+        (3, *X), LAST, (3, *T), bias=(7, 1),
+    ),
+    "baddbmm_row": case(
+        "baddbmm", lambda x, w, b: b.baddbmm(x, w), (3, *X), LAST, (3, *T), bias=(1, 1, 19)
+    ),
+    "einsum": case("einsum", einsum("mk,kn->mn")),
+    "einsum_list": case("einsum", lambda x, w: torch.einsum("mk,kn->mn", [x, w])),
+    "einsum_swapped": case("einsum", lambda x, w: torch.einsum("kn, mk -> mn", w, x)),
+    "einsum_output_transposed": case("einsum", einsum("mk,kn->nm")),
+    "einsum_weight_transposed": case("einsum", einsum("mk,nk->mn"), w=W, w_sums=LAST),
+    "einsum_activation_transposed": case("einsum", einsum("Km,Kn->mn"), (38, 7), FIRST),
+    "einsum_batched_rows": case("einsum", einsum("bsk,kn->bsn"), (3, *X)),
+    "einsum_rows_mixed": case("einsum", einsum("bsk,kn->nsb"), (3, *X)),
+    "einsum_ellipsis": case("einsum", einsum("...k,kn->...n"), (2, 3, *X)),
+    "einsum_ellipsis_empty": case("einsum", einsum("m...k,kn->mn..."), X),
+    "einsum_ellipsis_weight": case(
+        "einsum", einsum("mk,...k->m..."), X, LAST, (2, 19, 38), LAST, (7, 38, 38)
+    ),
+    "einsum_batched_weight": case("einsum", einsum("gmk,gkn->gmn"), (3, *X), LAST, (3, *T)),
+    "einsum_batched_weight_moved": case(
+        "einsum", einsum("mgk,gkn->nmg"), (7, 3, 38), LAST, (3, *T)
+    ),
+    "einsum_merges_heads": case(
+        "einsum", einsum("bshd,hdm->bsm"), (3, 7, 2, 19), (-1, -2), (2, 19, 23), (0, 1), (7, 38, 23)
+    ),
+    "einsum_merges_heads_mixed": case(
+        "einsum", einsum("bdsh,mhd->bms"), (3, 19, 7, 2), (1, 3), (23, 2, 19), (1, 2), (7, 38, 23)
+    ),
+    "einsum_splits_heads": case(
+        "einsum", einsum("bsk,khd->bhsd"), (3, *X), LAST, (38, 4, 5), (0,), (7, 38, 20)
+    ),
+    "einsum_splits_heads_mixed": case(
+        "einsum", einsum("sk,dkh->hsd"), X, LAST, (5, 38, 4), (1,), (7, 38, 20)
+    ),
+}  # fmt: skip
+
+
+def _imatmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    x @= w
+    return x
+
+
+def _operands(row: Case, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tensors = {"w": torch.randn(row.w, dtype=dtype)}
+    if row.bias is not None:
+        tensors["b"] = torch.randn(row.bias, dtype=dtype)
+    return torch.randn(row.x, dtype=dtype), tensors
+
+
+@pytest.mark.parametrize("row", CASES.values(), ids=CASES)
+def test_a_spelling_is_one_site_that_multiplies_the_dequantized_operands(row: Case) -> None:
+    x, tensors = _operands(row, torch.float32)
+    model = Holder(row.function, **tensors)
+
+    (site,) = sites(model, x)
+    assert (site.spelling, site.kind) == (row.spelling, "weight x activation")
+    assert (site.M, site.K, site.N) == row.MKN
+    assert site.decision.method == "int8"
+
+    weight, *bias = tensors.values()
+    exact = row.function(
+        dequantized(x, *row.x_sums), dequantized(weight, *row.w_sums), *(b.double() for b in bias)
+    )
+    result = compiled(model)(x)
+    assert result.shape == exact.shape
+    assert error(result, exact) < 5e-7
+    assert 1e-4 < error(result, model(x)) < 0.03
+
+
+BF16 = ("linear_bias", "at_left_3d", "matmul", "mm", "bmm", "inner", "addmm_scaled", "baddbmm_row")
+
+
+@pytest.mark.parametrize("name", [*BF16, "einsum_merges_heads"])
+def test_a_spelling_in_bf16_is_near_eager(name: str) -> None:
+    row = CASES[name]
+    x, tensors = _operands(row, torch.bfloat16)
+    model = Holder(row.function, **tensors)
+    result, eager = compiled(model)(x), model(x)
+    assert result.dtype is torch.bfloat16
+    assert result.shape == eager.shape
+    assert error(result, eager) < 0.03
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_module_is_one_site_named_after_it(bias: bool) -> None:
+    model = nn.Sequential(nn.GELU(), nn.Linear(38, 19, bias=bias)).requires_grad_(False)
+    x = torch.randn(3, 7, 38)
+    (site,) = sites(model, x)
+    assert (site.layer, site.weight, site.decision.method) == ("1", "1.weight", "int8")
+    b = model[1].bias.double() if bias else 0
+    exact = dequantized(F.gelu(x)) @ dequantized(model[1].weight).T + b
+    assert error(compiled(model)(x), exact) < 5e-7
+
+
+@pytest.mark.parametrize("spelling", ["addmm", "baddbmm"])
+def test_beta_zero_ignores_a_nan_input(spelling: str) -> None:
+    front = (3,) if spelling == "baddbmm" else ()
+    function = getattr(torch, spelling)
+    w = torch.randn(*front, 38, 19)
+    model = Holder(lambda x, w: function(x.new_full((19,), torch.nan), x, w, beta=0), w=w)
+    x = torch.randn(*front, 7, 38)
+    (site,) = sites(model, x)
+    assert site.decision.method == "int8"
+    assert error(compiled(model)(x), dequantized(x) @ dequantized(w, -2)) < 5e-7
+
+
+def test_alpha_may_change_between_calls() -> None:
+    w = torch.randn(38, 19)
+    model = Holder(lambda x, alpha, w: torch.addmm(x[:, :1], x, w, alpha=alpha), w=w)
+    run = torch.compile(model, backend="omniq", options=OPTIONS, dynamic=True)
+    x = torch.randn(7, 38)
+    for alpha in (3, 5, 11):
+        exact = x[:, :1] + alpha * (dequantized(x) @ dequantized(w, -2))
+        assert error(run(x, alpha), exact) < 5e-7
+
+
+def test_the_number_of_tokens_may_change_without_a_new_compile() -> None:
+    w = torch.randn(19, 38)
+    run = torch.compile(Holder(F.linear, w=w), backend="omniq", options=OPTIONS, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (7, 11, 30):
+            x = torch.randn(2, tokens, 38)
+            assert error(run(x), dequantized(x) @ dequantized(w).T) < 5e-7
+
+
+def test_both_kernels_of_cpu_give_the_same_numbers() -> None:
+    w = torch.randn(3, 38, 19)
+    x = torch.randn(3, 7, 38)
+    exact = dequantized(x) @ dequantized(w, -2)
+    for target in ("cpu:generic", "cpu:avx512_vnni"):
+        assert error(compiled(Holder(torch.bmm, w=w), target=target)(x), exact) < 5e-7
