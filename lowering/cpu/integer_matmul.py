@@ -63,8 +63,6 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
         for k in range(0, K, EXACT_K):
             decoded = b[n : n + tile, k : k + EXACT_K].to(torch.float32)
             # A caller's autocast would round the sums.
-            with torch.autocast("cpu", enabled=False):
-                # Under a user's autocast the product would be rounded to its dtype.
             with torch.autocast(a.device.type, enabled=False):
                 sums = (real[:, k : k + EXACT_K] @ decoded.t()).to(torch.int32)
             if k == 0:
