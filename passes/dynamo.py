@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_NAME_PART = re.compile(r"([A-Za-z_]\w*)|\[['\"]?([^'\"\]]*)['\"]?\]")
+_NAME_PART = re.compile(r"(\w+)|\[['\"]?([^'\"\]]*)['\"]?\]")
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
 
 
@@ -84,6 +84,6 @@ def _source_name(node: fx.Node) -> str:
 
 
 def _dotted(path: str) -> str:
-    """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks[0]`` to blocks.0"""
+    """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks.0`` to blocks.0"""
     parts = [word or index for word, index in _NAME_PART.findall(path)]
     return ".".join(p for p in parts[2:] if p not in _NOT_LAYERS)

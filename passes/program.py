@@ -108,7 +108,7 @@ def _name(node: fx.Node) -> str:
         return _identifier(dynamo.weight_name(node))
     if node.op == "placeholder":
         return node.name.removeprefix("l_").removeprefix("kwargs_").removesuffix("_") or node.name
-    return node.name.removesuffix("_default")
+    return re.sub(r"_default(_\d+)?$", r"\1", node.name)
 
 
 def _identifier(text: str) -> str:

@@ -52,6 +52,7 @@ def sites(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> list[Site]
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over the norm of what is expected."""
+    actual, expected = (torch.view_as_real(t) if t.is_complex() else t for t in (actual, expected))
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()
 

@@ -121,6 +121,29 @@ def test_ignored_layers_keeps_exactly_these(patterns: list[str], kept: list[str]
         assert torch.equal(compiled(model, ignored_layers=patterns)(x), model(x))
 
 
+def test_a_product_without_a_weight_is_named_by_its_module_and_index() -> None:
+    class Scores(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ x.transpose(-1, -2)
+
+    blocks = nn.ModuleList(Scores() for _ in range(3))
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    options = OPTIONS | {"matmul": True, "ignored_layers": ["blocks.1"]}
+    report = explain(Blocks(), (torch.randn(7, 38),), options)
+    assert [site.layer for site in report.sites] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [site.layer for site in report.kept] == ["blocks.1"]
+
+
 def test_a_pattern_that_matches_nothing_is_reported_and_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

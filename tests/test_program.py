@@ -27,8 +27,8 @@ import torch
 
 
 def forward(
-    x,  # f32[2, 7, 38]
     mlp_up_bias,  # f32[19]
+    x,  # f32[2, 7, 38]
     head_weight,  # f32[3, 38]
     mlp_up_codes,  # i8[19, 38]
     mlp_up_scale,  # f32[19]
@@ -93,11 +93,12 @@ def copies(inputs: list[Any]) -> list[Any]:
 
 
 def same(results: list[Any], expected: list[Any]) -> bool:
-    pairs = zip(results, expected, strict=True)
-    return all(
-        torch.equal(a.nan_to_num(3.25), b.nan_to_num(3.25)) if isinstance(b, torch.Tensor) else a == b
-        for a, b in pairs
-    )
+    def equal(a: Any, b: Any) -> bool:
+        if not isinstance(b, torch.Tensor):
+            return bool(a == b)
+        return a.dtype is b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+    return all(equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def check_every_stage(
@@ -118,8 +119,12 @@ def check_every_stage(
     # Lowering replaces operators by the same arithmetic.
     assert same(results["lowered"], results["quantized"])
     for result, expected in zip(results["quantized"], eager, strict=True):
-        if isinstance(expected, torch.Tensor) and expected.is_floating_point():
-            assert error(result, expected) < limit
+        if not isinstance(expected, torch.Tensor) or expected.dtype in (torch.bool, torch.int64):
+            assert same([result], [expected])
+        else:
+            finite = expected.isfinite()
+            assert torch.equal(result.isfinite(), finite)
+            assert error(result[finite], expected[finite]) < limit
 
 
 def test_a_golden_program() -> None:
@@ -155,7 +160,7 @@ def test_every_stage_of_a_family_runs(name: str) -> None:
     linears = {n for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear)}
     layers, gemms = set(), 0
     for gm, inputs in graphs:
-        _, quantized, _ = check_every_stage(gm, inputs, 0.15, min_features=1)
+        _, quantized, _ = check_every_stage(gm, inputs, 0.05, min_features=1)
         layers |= {line.strip(" #") for line in quantized.splitlines() if line.startswith("    #")}
         gemms += quantized.count("torch.ops.omniq.gemm.default(")
     assert linears <= layers
@@ -189,15 +194,13 @@ DIFFICULT: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
         memory_format=torch.channels_last
     ),
     "named_tuple": lambda x, w: F.linear(x, w).max(dim=1).values,
-    "complex": lambda x, w: torch.view_as_real(
-        torch.view_as_complex(F.linear(x, w)[:, :18].unflatten(1, (9, 2))) * 1j
-    ),
+    "complex": lambda x, w: torch.polar(F.linear(x, w), w[:7, :19]) * 1j,
     "subscripts": lambda x, w: F.linear(x, w)[..., None, ::2][:-1],
     "nested_output": lambda x, w: {"a": [F.linear(x, w), (x, None, 3)], "b": "text"},
     "split": lambda x, w: F.linear(x, w).split([9, 10], dim=-1),
     "interpolate": lambda x, w: F.interpolate(F.linear(x, w)[None], scale_factor=2.0),
     "attention": lambda x, w: F.scaled_dot_product_attention(*(3 * (F.linear(x, w)[None],))),
-    "operators": lambda x, w: -F.linear(x, w) ** 2 // 3 % 2,
+    "operators": lambda x, w: -(abs(F.linear(x, w)) ** 0.5) / 3 - 2 + (x[:, :19] // 3) % 2,
     "autocast": in_autocast,
     "in_place": in_place,
     "own_function": lambda x, w: allowed(F.linear(x, w)),
@@ -209,8 +212,7 @@ DIFFICULT: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 def test_every_stage_of_a_difficult_graph_runs(name: str) -> None:
     model = Holder(DIFFICULT[name], w=torch.randn(19, 38))
     ((gm, inputs),) = traced(model, torch.randn(7, 38))
-    limit = float("inf") if name in ("infinities", "nan", "operators") else 0.05
-    texts = list(check_every_stage(gm, inputs, limit))
+    texts = list(check_every_stage(gm, inputs, 0.05))
     assert [text.count("torch.ops.omniq.gemm.default(") for text in texts] == [0, 1, 0]
 
 
