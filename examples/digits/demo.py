@@ -152,7 +152,7 @@ def time_one_block(method: str, console: Console) -> None:
     from omniq_compile.cli.bench import print_table, run_bench
     from omniq_compile.cli.bench_result import BenchConfig
 
-    config = BenchConfig(method=method, eager=False, torchao=False)
+    config = BenchConfig(method=method, eager=False, torchao=False, rounds=3)
     print_table(run_bench(config, console), console)
 
 
