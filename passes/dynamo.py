@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_NAME_PART = re.compile(r"(\w+)|\[['\"]?([^'\"\]]*)['\"]?\]")
+_NAME_PART = re.compile(r"([^.\[\]]+)|\[['\"]?([^'\"\]]*)['\"]?\]")
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
 
 

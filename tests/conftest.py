@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import fx, nn
 
-from omniq_compile import Site, explain
+from omniq_compile import QuantConfig, Site, explain
+from omniq_compile.backend import omniq
+from omniq_compile.lowering.target import detect
+from omniq_compile.passes import pipeline
+from omniq_compile.passes import sites as passes
 from omniq_compile.passes.context import Context
 
 # The graph alone, and every size: what these tests are about.
@@ -48,6 +52,20 @@ def compiled(model: Any, **options: Any) -> Any:
 
 def sites(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> list[Site]:
     return explain(model, inputs, OPTIONS | options).sites
+
+
+def run(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[passes.Site]]:
+    """Call a model compiled by omniq; returns its result and its sites, from one trace."""
+    config = QuantConfig.from_options(OPTIONS | options)
+    found: list[passes.Site] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        context = Context(config, detect("cpu"))
+        pipeline.run(gm, pipeline.build(config), context)
+        found.extend(context.sites)
+        return omniq(gm, example_inputs, options=config)
+
+    return torch.compile(model, backend=backend)(*inputs), found
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

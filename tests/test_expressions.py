@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPTIONS, Holder, compiled, count, dequantized, error, sites, traced
+from conftest import OPTIONS, Holder, compiled, count, dequantized, error, run, sites
 from torch import fx
 
 from omniq_compile import QuantConfig
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
+from omniq_compile.passes.sites import Kind
 
 Tensors = Callable[..., torch.Tensor]
 
@@ -51,12 +54,17 @@ def parameters() -> dict[str, torch.Tensor]:
     return {"p": torch.randn(57, 38), "q": torch.randn(19, 38)}
 
 
-def quantized(model: Holder, *inputs: torch.Tensor) -> fx.GraphModule:
-    ((gm, _),) = traced(model, *inputs)
+def quantized(model: Holder, *inputs: torch.Tensor) -> tuple[Any, fx.GraphModule]:
+    """Return the result of a compiled call, and the graph before it is lowered."""
     context = Context(QuantConfig.from_options(OPTIONS), detect("cpu"), stages={})
-    pipeline.run(gm, pipeline.build(context.config), context)
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        pipeline.run(gm, pipeline.build(context.config), context)
+        return omniq(gm, example_inputs, options=OPTIONS)
+
+    result = torch.compile(model, backend=backend)(*inputs)
     assert context.stages is not None
-    return context.stages["quantized"]
+    return result, context.stages["quantized"]
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -65,21 +73,21 @@ def test_a_moved_parameter_is_a_weight_and_leaves_nothing_in_the_graph(name: str
     model = Holder(lambda x, p, q: F.linear(x, weight(p, q)), **parameters())
     x = torch.randn(7, 38)
 
-    gm = quantized(model, x)
+    result, gm = quantized(model, x)
     operations = [n.target for n in gm.graph.nodes if n.op.startswith("call")]
     assert operations == [QUANTIZE, GEMM]
     assert sum(n.op == "placeholder" for n in gm.graph.nodes) == 3  # x, codes and scale
 
     exact = dequantized(x) @ dequantized(weight(model.p, model.q)).T
-    assert error(compiled(model)(x), exact) < 5e-7
+    assert error(result, exact) < 5e-7
 
 
 def test_a_buffer_is_a_weight() -> None:
     model = Holder(F.linear, buffers=True, w=torch.randn(19, 38))
     x = torch.randn(7, 38)
-    (site,) = sites(model, x)
-    assert (site.kind, site.decision.method) == ("weight x activation", "int8")
-    assert error(compiled(model)(x), dequantized(x) @ dequantized(model.w).T) < 5e-7
+    result, (site,) = run(model, x)
+    assert (site.kind, site.decision.method) == (Kind.WEIGHT, "int8")
+    assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
 
 
 def test_a_plain_tensor_attribute_is_no_weight() -> None:
@@ -93,10 +101,9 @@ def test_a_plain_tensor_attribute_is_no_weight() -> None:
 def test_a_weight_that_other_nodes_use_too_stays_an_input() -> None:
     model = Holder(lambda x, w: (F.linear(x, w), w.sum(0)), w=torch.randn(19, 38))
     x = torch.randn(7, 38)
-    gm = quantized(model, x)
+    (product, total), gm = quantized(model, x)
     assert count(gm, GEMM) == 1
     assert sum(n.op == "placeholder" for n in gm.graph.nodes) == 4
-    product, total = compiled(model)(x)
     assert error(product, dequantized(x) @ dequantized(model.w).T) < 5e-7
     assert torch.equal(total, model.w.sum(0))
 
@@ -104,8 +111,8 @@ def test_a_weight_that_other_nodes_use_too_stays_an_input() -> None:
 def test_two_slices_of_one_parameter_are_two_weights() -> None:
     model = Holder(lambda x, p, q: (F.linear(x, p[:20]), F.linear(x, p[20:])), **parameters())
     x = torch.randn(7, 38)
-    assert [s.N for s in sites(model, x)] == [20, 37]
-    first, second = compiled(model)(x)
+    (first, second), sites = run(model, x)
+    assert [site.problem.N for site in sites if site.problem] == [20, 37]
     exact = dequantized(x) @ dequantized(model.p).T
     assert error(first, exact[:, :20]) < 5e-7
     assert error(second, exact[:, 20:]) < 5e-7
@@ -116,9 +123,9 @@ def test_a_weight_selected_by_an_input_is_not_one_weight() -> None:
     x, index = torch.randn(7, 38), torch.tensor(2)
     (site,) = sites(model, x, index)
     assert (site.kind, site.decision.method) == ("activation x activation", None)
-    run = compiled(model)
+    call = compiled(model)
     for i in range(3):
-        assert torch.equal(run(x, torch.tensor(i)), x @ model.w[i])
+        assert torch.equal(call(x, torch.tensor(i)), x @ model.w[i])
 
 
 # name: a weight that depends on more than parameters and moves
@@ -140,8 +147,7 @@ def test_a_weight_computed_in_the_graph_is_an_activation(name: str, matmul: bool
 
     model = Holder(function, w=torch.randn(19, 38), b=torch.randn(19))
     x = torch.randn(7, 38)
-    (site,) = sites(model, x, matmul=matmul)
-    result = compiled(model, matmul=matmul)(x)
+    result, (site,) = run(model, x, matmul=matmul)
     if matmul:
         assert site.decision.method == "int8"
         exact = dequantized(x) @ dequantized(weight(x, model.w)).T + model.b.double()
@@ -180,13 +186,11 @@ def test_a_weight_that_the_graph_writes_to_is_kept(name: str) -> None:
 
     model = Holder(function, buffers=True, w=torch.randn(19, 38))
     x = torch.randn(7, 38)
-    eager, reported = copy.deepcopy(model), copy.deepcopy(model)
-    before = model.w.clone()
-    (site,) = sites(reported, x)
+    eager, before = copy.deepcopy(model), model.w.clone()
+    result, (site,) = run(model, x)
     assert site.decision.reason == "the graph changes its weight in place"
-    run = compiled(model)
-    for _ in range(2):
-        assert torch.equal(run(x), eager(x))
+    assert torch.equal(result, eager(x))
+    assert torch.equal(model.w, eager.w)
     assert not torch.equal(model.w, before)
 
 
@@ -198,9 +202,9 @@ def test_a_clone_that_the_graph_writes_to_is_kept() -> None:
 
     model = Holder(function, w=torch.randn(19, 38))
     x, before = torch.randn(7, 38), model.w.clone()
-    (site,) = sites(model, x)
+    result, (site,) = run(model, x)
     assert site.decision.reason == "the graph changes its weight in place"
-    assert torch.equal(compiled(model)(x), model(x))
+    assert torch.equal(result, model(x))
     assert torch.equal(model.w, before)
 
 
@@ -219,6 +223,6 @@ READS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
 def test_a_weight_that_the_graph_only_reads_is_rewritten(name: str) -> None:
     model = Holder(lambda x, w: (READS[name](x, w), F.linear(x, w)), w=torch.randn(19, 38))
     x = torch.randn(7, 38)
-    (site,) = sites(model, x)
+    (_, result), (site,) = run(model, x)
     assert site.decision.method == "int8"
-    assert error(compiled(model)(x)[1], dequantized(x) @ dequantized(model.w).T) < 5e-7
+    assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7

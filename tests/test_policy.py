@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Holder, compiled, dequantized, error, sites
+from conftest import Holder, dequantized, error, run
 from torch import nn
 
 from omniq_compile import explain
+from omniq_compile.passes.sites import Kind
 
 COMPUTED = "its weight is computed in the graph (option 'matmul': True quantizes both operands)"
 ACTIVATIONS = "two activations (option 'matmul': True quantizes both operands)"
@@ -57,9 +58,9 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...
 def test_a_near_miss_is_one_site_kept_bitwise(name: str) -> None:
     function, x_shape, w_shape, reason = NEAR_MISSES[name]
     model, x = Holder(function, w=torch.randn(w_shape)), torch.randn(x_shape)
-    (site,) = sites(model, x, matmul=True)
+    result, (site,) = run(model, x, matmul=True)
     assert (site.decision.method, site.decision.reason) == (None, reason)
-    assert torch.equal(compiled(model, matmul=True)(x), model(x))
+    assert torch.equal(result, model(x))
 
 
 # name: the function of an activation and a weight; no site at all
@@ -77,8 +78,9 @@ NO_SITE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("name", NO_SITE)
 def test_a_graph_without_a_site_runs_as_it_is(name: str) -> None:
     model, x = Holder(NO_SITE[name], w=torch.randn(19, 38)), torch.randn(7, 38)
-    assert sites(model, x, matmul=True) == []
-    assert torch.equal(compiled(model, matmul=True)(x), model(x))
+    result, sites = run(model, x, matmul=True)
+    assert sites == []
+    assert torch.equal(result, model(x))
 
 
 # name: spelling, function of two activations, their shapes, axes summed over, reason when kept
@@ -112,9 +114,8 @@ def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul
     spelling, function, x_shape, y_shape, x_axis, y_axis, reason = PRODUCTS[name]
     x, y = torch.randn(x_shape), torch.randn(y_shape)
     model = Holder(function)
-    (site,) = sites(model, x, y, matmul=matmul)
-    assert (site.spelling, site.kind) == (spelling, "activation x activation")
-    result = compiled(model, matmul=matmul)(x, y)
+    result, (site,) = run(model, x, y, matmul=matmul)
+    assert (site.spelling, site.kind) == (spelling, Kind.ACTIVATION)
     if not matmul:
         assert (site.decision.method, site.decision.reason) == (None, reason)
         assert torch.equal(result, function(x, y))
@@ -137,18 +138,17 @@ def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul
 def test_other_dtypes_are_kept_bitwise(dtype: torch.dtype, reason: str) -> None:
     w, x = (torch.randn(s).mul(9).to(dtype) for s in ((38, 19), (7, 38)))
     model = Holder(torch.matmul, w=w)
-    (site,) = sites(model, x)
+    result, (site,) = run(model, x)
     assert (site.decision.method, site.decision.reason) == (None, reason)
-    assert torch.equal(compiled(model)(x), x @ w)
+    assert torch.equal(result, x @ w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_model_of_one_float_dtype_is_quantized(dtype: torch.dtype) -> None:
     w, x = torch.randn(19, 38, dtype=dtype), torch.randn(7, 38, dtype=dtype)
     model = Holder(F.linear, w=w)
-    (site,) = sites(model, x)
-    assert (site.decision.method, site.dtype) == ("int8", str(dtype).removeprefix("torch."))
-    result = compiled(model)(x)
+    result, (site,) = run(model, x)
+    assert site.decision.method == "int8"
     assert result.dtype is dtype
     exact = dequantized(x) @ dequantized(w).T
     assert error(result, exact) < {torch.float32: 5e-7}.get(dtype, torch.finfo(dtype).eps / 2)
@@ -165,11 +165,10 @@ def test_a_float32_layer_beside_bf16_is_kept() -> None:
 
     model = Model().requires_grad_(False)
     t, x = torch.randn(7, 38), torch.randn(7, 38).bfloat16()
-    time, body = sites(model, t, x)
+    result, (time, body) = run(model, t, x)
     assert time.decision.reason == "kept in float32 by the model, beside layers of lower precision"
     assert (time.decision.method, body.decision.method) == (None, "int8")
     exact, near = model(t, x)
-    result = compiled(model)(t, x)
     assert torch.equal(result[0], exact)
     assert error(result[1], near) < 0.03
 
@@ -190,10 +189,9 @@ def test_min_features_is_the_smallest_size_quantized(
     K: int, N: int, least: int, reason: str | None
 ) -> None:
     model, x = Holder(F.linear, w=torch.randn(N, K)), torch.randn(7, K)
-    (site,) = sites(model, x, min_features=least)
+    result, (site,) = run(model, x, min_features=least)
     assert site.decision.method == (None if reason else "int8")
     assert reason is None or site.decision.reason == reason
-    result = compiled(model, min_features=least)(x)
     if reason:
         assert torch.equal(result, model(x))
     else:
@@ -211,8 +209,7 @@ def test_the_number_of_tokens_has_no_minimum() -> None:
     model = Holder(F.linear, w=torch.randn(19, 38))
     for tokens in (0, 1):
         x = torch.randn(tokens, 38)
-        (site,) = sites(model, x, min_features=19)
+        result, (site,) = run(model, x, min_features=19)
         assert site.decision.method == "int8"
-        result = compiled(model, min_features=19)(x)
         assert result.shape == (tokens, 19)
         assert torch.allclose(result.double(), dequantized(x, 1) @ dequantized(model.w).T)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omniq_compile import QuantConfig
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import resolve
+from omniq_compile.cli.models import make_inputs, random_model
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
@@ -155,12 +155,13 @@ def test_two_traces_print_the_same_text() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_of_a_family_runs(name: str) -> None:
-    loaded = resolve(f"{name}:tiny", dtype=torch.float32)
-    graphs = traced(loaded.model, *loaded.args, **loaded.inputs)
-    linears = {n for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear)}
+    model = random_model(name, "tiny", num_blocks=1, dtype=torch.float32)
+    inputs = make_inputs(model, image_tokens=12, text_tokens=5, dtype=torch.float32)
+    graphs = traced(model, **inputs)
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     layers, gemms = set(), 0
-    for gm, inputs in graphs:
-        _, quantized, _ = check_every_stage(gm, inputs, 0.05, min_features=1)
+    for gm, example_inputs in graphs:
+        _, quantized, _ = check_every_stage(gm, example_inputs, 0.05, min_features=1)
         layers |= {line.strip(" #") for line in quantized.splitlines() if line.startswith("    #")}
         gemms += quantized.count("torch.ops.omniq.gemm.default(")
     assert linears <= layers

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPTIONS, Holder, compiled, dequantized, error, sites
+from conftest import OPTIONS, Holder, compiled, dequantized, error, run
 from torch import nn
+
+from omniq_compile.passes.sites import Kind
 
 Axes = tuple[int, ...]
 
@@ -162,16 +164,16 @@ def test_a_spelling_is_one_site_that_multiplies_the_dequantized_operands(row: Ca
     x, tensors = _operands(row, torch.float32)
     model = Holder(row.function, **tensors)
 
-    (site,) = sites(model, x)
-    assert (site.spelling, site.kind) == (row.spelling, "weight x activation")
-    assert (site.M, site.K, site.N) == row.MKN
+    result, (site,) = run(model, x)
+    assert (site.spelling, site.kind) == (row.spelling, Kind.WEIGHT)
+    assert site.problem is not None
+    assert (site.problem.M, site.problem.K, site.problem.N) == row.MKN
     assert site.decision.method == "int8"
 
     weight, *bias = tensors.values()
     exact = row.function(
         dequantized(x, *row.x_sums), dequantized(weight, *row.w_sums), *(b.double() for b in bias)
     )
-    result = compiled(model)(x)
     assert result.shape == exact.shape
     assert error(result, exact) < 5e-7
     assert 1e-4 < error(result, model(x)) < 0.03
@@ -195,11 +197,11 @@ def test_a_spelling_in_bf16_is_near_eager(name: str) -> None:
 def test_a_linear_module_is_one_site_named_after_it(bias: bool) -> None:
     model = nn.Sequential(nn.GELU(), nn.Linear(38, 19, bias=bias)).requires_grad_(False)
     x = torch.randn(3, 7, 38)
-    (site,) = sites(model, x)
-    assert (site.layer, site.weight, site.decision.method) == ("1", "1.weight", "int8")
+    result, (site,) = run(model, x)
+    assert (site.layer, site.weight_name, site.decision.method) == ("1", "1.weight", "int8")
     b = model[1].bias.double() if bias else 0
     exact = dequantized(F.gelu(x)) @ dequantized(model[1].weight).T + b
-    assert error(compiled(model)(x), exact) < 5e-7
+    assert error(result, exact) < 5e-7
 
 
 @pytest.mark.parametrize("spelling", ["addmm", "baddbmm"])
@@ -209,28 +211,28 @@ def test_beta_zero_ignores_a_nan_input(spelling: str) -> None:
     w = torch.randn(*front, 38, 19)
     model = Holder(lambda x, w: function(x.new_full((19,), torch.nan), x, w, beta=0), w=w)
     x = torch.randn(*front, 7, 38)
-    (site,) = sites(model, x)
+    result, (site,) = run(model, x)
     assert site.decision.method == "int8"
-    assert error(compiled(model)(x), dequantized(x) @ dequantized(w, -2)) < 5e-7
+    assert error(result, dequantized(x) @ dequantized(w, -2)) < 5e-7
 
 
 def test_alpha_may_change_between_calls() -> None:
     w = torch.randn(38, 19)
     model = Holder(lambda x, alpha, w: torch.addmm(x[:, :1], x, w, alpha=alpha), w=w)
-    run = torch.compile(model, backend="omniq", options=OPTIONS, dynamic=True)
+    call = torch.compile(model, backend="omniq", options=OPTIONS, dynamic=True)
     x = torch.randn(7, 38)
     for alpha in (3, 5, 11):
         exact = x[:, :1] + alpha * (dequantized(x) @ dequantized(w, -2))
-        assert error(run(x, alpha), exact) < 5e-7
+        assert error(call(x, alpha), exact) < 5e-7
 
 
 def test_the_number_of_tokens_may_change_without_a_new_compile() -> None:
     w = torch.randn(19, 38)
-    run = torch.compile(Holder(F.linear, w=w), backend="omniq", options=OPTIONS, dynamic=True)
+    call = torch.compile(Holder(F.linear, w=w), backend="omniq", options=OPTIONS, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (7, 11, 30):
             x = torch.randn(2, tokens, 38)
-            assert error(run(x), dequantized(x) @ dequantized(w).T) < 5e-7
+            assert error(call(x), dequantized(x) @ dequantized(w).T) < 5e-7
 
 
 def test_both_kernels_of_cpu_give_the_same_numbers() -> None:
