@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -22,11 +22,9 @@ OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 class Holder(nn.Module):

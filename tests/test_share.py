@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPTIONS, Holder, compiled, count, dequantized, error, traced
+from conftest import OPTIONS, Holder, count, dequantized, error
 from torch import fx, nn
 
 from omniq_compile import QuantConfig
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
-from omniq_compile.passes.context import Context
+from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
 
 
@@ -22,13 +25,30 @@ def double_in_place(x: torch.Tensor) -> None:
     x.mul_(2)
 
 
-def run(model: nn.Module, *inputs: torch.Tensor) -> tuple[fx.GraphModule, fx.GraphModule, Context]:
-    """Return the quantized and the lowered graph of a model."""
-    ((gm, _),) = traced(model, *inputs)
+@dataclass(frozen=True)
+class Run:
+    """One compiled call: its result, and the graph before and after it was lowered."""
+
+    result: Any
+    quantized: fx.GraphModule
+    lowered: fx.GraphModule
+    bindings: list[Binding]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return count(self.quantized, QUANTIZE), count(self.quantized, GEMM)
+
+
+def run(model: nn.Module, *inputs: torch.Tensor) -> Run:
     context = Context(QuantConfig.from_options(OPTIONS), detect("cpu"), stages={})
-    lowered = pipeline.run(gm, pipeline.build(context.config), context)
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        pipeline.run(gm, pipeline.build(context.config), context)
+        return omniq(gm, example_inputs, options=OPTIONS)
+
+    result = torch.compile(model, backend=backend)(*inputs)
     assert context.stages is not None
-    return context.stages["quantized"], lowered, context
+    return Run(result, context.stages["quantized"], context.stages["lowered"], context.bindings)
 
 
 def two(between: Callable[[torch.Tensor], object]) -> Holder:
@@ -54,11 +74,11 @@ class Attention(nn.Module):
 
 def test_q_k_and_v_share_one_quantize_node() -> None:
     model, x = Attention(), torch.randn(2, 7, 38)
-    quantized, lowered, context = run(model, x)
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (2, 4)
-    assert len(context.bindings) == 4
+    ran = run(model, x)
+    assert ran.counts == (2, 4)
+    assert len(ran.bindings) == 4
     # Each activation is rounded once after lowering too.
-    assert count(lowered, torch.round) == 2
+    assert count(ran.lowered, torch.round) == 2
 
     q, k, v = (
         dequantized(x) @ dequantized(m.weight).T + (0 if m.bias is None else m.bias.double())
@@ -67,16 +87,16 @@ def test_q_k_and_v_share_one_quantize_node() -> None:
     mixed = F.scaled_dot_product_attention(q, k, v).float()
     exact = dequantized(mixed) @ dequantized(model.out.weight).T + model.out.bias.double()
     # Rounding q, k and v to float32 may move a code of `mixed` by one.
-    assert error(compiled(model)(x), exact) < 1e-3
+    assert error(ran.result, exact) < 1e-3
 
 
 def test_two_activations_have_a_quantize_node_each() -> None:
     model = Holder(
         lambda x, y, w: (F.linear(x, w), F.linear(y, w), F.linear(x + 0, w)), w=torch.randn(19, 38)
     )
-    quantized, _, context = run(model, torch.randn(7, 38), torch.randn(5, 38))
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (3, 3)
-    assert len(context.bindings) == 1
+    ran = run(model, torch.randn(7, 38), torch.randn(5, 38))
+    assert ran.counts == (3, 3)
+    assert len(ran.bindings) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,8 +115,8 @@ def test_the_steps_before_a_quantize_node_are_shared_too(
     shape: tuple[int, ...], function: Callable[..., object]
 ) -> None:
     model = Holder(function, w=torch.randn(19, 38), v=torch.randn(23, 38))
-    quantized, _, _ = run(model, torch.randn(shape))
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (1, 2)
+    ran = run(model, torch.randn(shape))
+    assert ran.counts == (1, 2)
 
 
 WRITES: dict[str, Callable[[torch.Tensor], object]] = {
@@ -120,13 +140,13 @@ WRITES: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.parametrize("name", WRITES)
 def test_an_activation_written_between_two_linears_is_quantized_twice(name: str) -> None:
     model, x = two(WRITES[name]), torch.randn(7, 38)
-    quantized, _, _ = run(model, x)
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (2, 2)
+    ran = run(model, x)
+    assert ran.counts == (2, 2)
 
     changed = x.clone()
     WRITES[name](changed)
     assert not torch.equal(changed, x)
-    first, second = compiled(model)(x)
+    first, second = ran.result
     assert error(first, dequantized(x) @ dequantized(model.w).T) < 5e-7
     assert error(second, dequantized(changed) @ dequantized(model.v).T) < 5e-7
 
@@ -144,19 +164,19 @@ READS: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.parametrize("name", READS)
 def test_an_activation_only_read_between_two_linears_is_quantized_once(name: str) -> None:
     model, x = two(READS[name]), torch.randn(7, 38)
-    quantized, _, _ = run(model, x)
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (1, 2)
-    _, second = compiled(model)(x)
+    ran = run(model, x)
+    assert ran.counts == (1, 2)
+    _, second = ran.result
     assert error(second, dequantized(x) @ dequantized(model.v).T) < 5e-7
 
 
 def test_one_layer_used_twice_is_one_weight() -> None:
     layer = nn.Linear(38, 38).requires_grad_(False)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    quantized, _, context = run(model, torch.randn(7, 38))
-    assert (count(quantized, QUANTIZE), count(quantized, GEMM)) == (2, 2)
-    assert [b.layers for b in context.bindings] == [("0",)]
-    names = [n.name for n in quantized.graph.nodes if n.op == "placeholder"]
+    ran = run(model, torch.randn(7, 38))
+    assert ran.counts == (2, 2)
+    assert [b.layers for b in ran.bindings] == [("0",)]
+    names = [n.name for n in ran.quantized.graph.nodes if n.op == "placeholder"]
     assert sum("codes" in name for name in names) == 1
 
 
@@ -164,11 +184,11 @@ def test_tied_weights_are_one_weight() -> None:
     model = nn.Sequential(nn.Linear(38, 38), nn.Linear(38, 38)).requires_grad_(False)
     model[1].weight = model[0].weight
     x = torch.randn(7, 38)
-    quantized, _, context = run(model, x)
-    assert count(quantized, GEMM) == 2
-    assert len(context.bindings) == 1
-    placeholders = [n for n in quantized.graph.nodes if n.op == "placeholder"]
+    ran = run(model, x)
+    assert ran.counts == (2, 2)
+    assert len(ran.bindings) == 1
+    placeholders = [n for n in ran.quantized.graph.nodes if n.op == "placeholder"]
     assert len(placeholders) == 1 + 2 + 2  # x, two biases, codes and scale
     hidden = (dequantized(x) @ dequantized(model[0].weight).T + model[0].bias.double()).float()
     exact = dequantized(hidden) @ dequantized(model[0].weight).T + model[1].bias.double()
-    assert error(compiled(model)(x), exact) < 1e-3
+    assert error(ran.result, exact) < 1e-3
