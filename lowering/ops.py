@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omniq_compile.lowering import reference
 from omniq_compile.lowering.formats import get_format
 
 
 @torch.library.custom_op("omniq::quantize", mutates_args=())
-def quantize(x: Tensor, method: str) -> list[Tensor]:
-    """Quantize along the last dimension: ``x [..., K]`` -> the method's parts, codes first."""
-    return [part.contiguous() for part in get_format(method).quantize(x)]
+def quantize(x: Tensor, format: str) -> list[Tensor]:
+    """Quantize along the last dimension: ``x [..., K]`` -> the format's parts, codes first."""
+    return [part.contiguous() for part in get_format(format).quantize(x)]
 
 
-def quantize_like(x: Tensor, method: str) -> list[Tensor]:
+def quantize_like(x: Tensor, format: str) -> list[Tensor]:
     """Return what `quantize` returns, without values."""
-    return list(get_format(method).allocate(x))
+    return list(get_format(format).allocate(x))
 
 
 quantize.register_fake(quantize_like)
@@ -28,17 +29,27 @@ quantize.register_fake(quantize_like)
 
 @torch.library.custom_op("omniq::gemm", mutates_args=())
 def gemm(
-    a: list[Tensor], b: list[Tensor], bias: Tensor | None, method: str, dtype: torch.dtype
+    a: list[Tensor],
+    b: list[Tensor],
+    bias: Tensor | None,
+    a_format: str,
+    b_format: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Multiply quantized operands: a ``[..., M, K]``, b ``[N, K]`` or ``[..., N, K]``.
 
     The bias ``[N]`` is added before the one rounding to ``dtype``. Returns ``[..., M, N]``.
     """
-    return get_format(method).gemm(a, b, bias, dtype)
+    return reference.gemm(a, b, bias, a_format, b_format, dtype)
 
 
 def gemm_like(
-    a: list[Tensor], b: list[Tensor], bias: Tensor | None, method: str, dtype: torch.dtype
+    a: list[Tensor],
+    b: list[Tensor],
+    bias: Tensor | None,
+    a_format: str,
+    b_format: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return what `gemm` returns, without values."""
     batch = a[0].shape[:-2]

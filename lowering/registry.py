@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
 
@@ -33,13 +34,17 @@ class Problem:
 class Kernel:
     """What one (method, target) lowers to.
 
-    ``quantize`` and ``gemm`` are written in operations that a compiler traces through.
+    ``quantize`` and ``gemm`` are written in operations that a compiler traces through. What
+    ``quantize`` returns is between the two of them: an emulated kernel may decode at once.
 
     Attributes:
         name: device, operand type and how it multiplies, such as ``cpu_s8_int_mm``.
         native: True when the hardware multiplies in the method's own precision.
         about: what it does, and for an emulated kernel why.
-        refuse: Problem -> why this kernel cannot take it, or None.
+        quantize: ``(x [..., K], format)`` -> what ``gemm`` takes for an activation.
+        gemm: ``(a, b, bias, problem, scheme)`` -> ``[..., M, N]``, where b are a weight's parts
+            as its format stores them, or another activation's.
+        refuse: ``(problem, scheme)`` -> why this kernel cannot take it, or None.
     """
 
     name: str
@@ -48,9 +53,9 @@ class Kernel:
     archs: tuple[str, ...]
     native: bool
     about: str
-    quantize: Callable[[torch.Tensor], Parts]
-    gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem], torch.Tensor]
-    refuse: Callable[[Problem], str | None]
+    quantize: Callable[[torch.Tensor, str], Parts]
+    gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem, Scheme], torch.Tensor]
+    refuse: Callable[[Problem, Scheme], str | None]
 
 
 def kernels_of(device: str) -> tuple[Kernel, ...]:
@@ -65,15 +70,15 @@ def candidates(method: str, target: Target) -> list[Kernel]:
     return [k for k in kernels_of(target.device) if k.method == method and target.arch in k.archs]
 
 
-def choose(method: str, target: Target, problem: Problem) -> tuple[Kernel | None, str]:
+def choose(scheme: Scheme, target: Target, problem: Problem) -> tuple[Kernel | None, str]:
     """Return the first kernel that takes the problem, with the reasons of those that refused."""
     refusals: list[str] = []
-    for kernel in candidates(method, target):
-        refusal = kernel.refuse(problem)
+    for kernel in candidates(scheme.method, target):
+        refusal = kernel.refuse(problem, scheme)
         if refusal is None:
             return kernel, "; ".join(refusals)
         refusals.append(f"{kernel.name}: {refusal}")
-    return None, "; ".join(refusals) or f"no {method} kernel for {target}"
+    return None, "; ".join(refusals) or f"no {scheme.method} kernel for {target}"
 
 
 def table() -> list[tuple[Target, Kernel]]:

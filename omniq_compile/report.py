@@ -150,7 +150,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], record: 
 
 def _report(config: QuantConfig, contexts: Sequence[Context]) -> Report:
     bindings = {
-        (b.expression.key, b.expression.leaves, b.method): b for c in contexts for b in c.bindings
+        (b.expression.key, b.expression.leaves, b.format): b for c in contexts for b in c.bindings
     }
     sizes = [weight_bytes(binding) for binding in bindings.values()]
     layers = [site.layer for c in contexts for site in c.sites]

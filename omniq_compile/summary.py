@@ -13,7 +13,7 @@ def weight_bytes(binding: Binding) -> tuple[int, int]:
     """Return the bytes of a weight before and after quantization."""
     elements = math.prod(binding.shape)
     rows = elements // binding.shape[-1]
-    after = get_format(binding.method).nbytes(rows, binding.shape[-1])
+    after = get_format(binding.format).nbytes(rows, binding.shape[-1])
     return elements * binding.dtype.itemsize, after
 
 

@@ -102,7 +102,7 @@ class BoundWeights:
         self._rows = [
             (
                 binding,
-                (binding.method, binding.expression.key),
+                (binding.format, binding.expression.key),
                 [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves],
             )
             for binding in bindings
@@ -161,11 +161,11 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     start = time.perf_counter()
     weight = evaluate(binding.expression, parameters)
     with torch.inference_mode(False), torch.no_grad():
-        parts = quantize_rows(weight, binding.method)
+        parts = quantize_rows(weight, binding.format)
         if not all(torch.isfinite(p).all() for p in parts[1:]):
             raise WeightError(
                 f"the weight of {' and '.join(map(repr, binding.layers))} holds NaN or Inf, which "
-                f"{binding.method} cannot represent. Check the checkpoint, or keep the layer with "
+                f"{binding.format} cannot represent. Check the checkpoint, or keep the layer with "
                 f"options={{'ignored_layers': [{binding.layers[0]!r}]}}."
             )
     _statistics["quantized"] += 1
@@ -173,16 +173,20 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     return parts
 
 
-def quantize_rows(weight: torch.Tensor, method: str) -> Parts:
-    """Quantize ``weight [..., N, K]`` some rows at a time; the same parts as all at once."""
-    quantize = get_format(method).quantize
-    rows = weight.reshape(-1, weight.shape[-1])
-    outputs = get_format(method).allocate(rows)
-    step = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
-        for output, part in zip(outputs, quantize(rows[start : start + step]), strict=True):
-            output[start : start + step] = part
-    return tuple(o.view(*weight.shape[:-1], *o.shape[1:]) for o in outputs)
+def quantize_rows(weight: torch.Tensor, name: str) -> Parts:
+    """Quantize ``weight [..., N, K]`` to a format, some rows at a time, to the same parts."""
+    form = get_format(name)
+    parts = tuple(form.allocate(weight))
+    (N, K), batch = weight.shape[-2:], weight.shape[:-2]
+    flat = [part.view(-1, *part.shape[len(batch) :]) for part in parts]
+    step = max(1, CHUNK_ELEMENTS // max(1, K) // form.row_block) * form.row_block
+    for index, matrix in enumerate(weight.reshape(-1, N, K)):
+        for start in range(0, N, step):
+            chunk = form.quantize(matrix[start : start + step])
+            for output, part in zip(flat, chunk, strict=True):
+                first = start if output.shape[1] == N else start // form.row_block
+                output[index, first : first + part.shape[0]] = part
+    return parts
 
 
 def statistics() -> dict[str, float]:

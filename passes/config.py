@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omniq_compile.lowering.errors import OptionError, unknown
-from omniq_compile.lowering.formats import FORMATS
+from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme
 from omniq_compile.lowering.target import Target
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -43,6 +43,11 @@ class QuantConfig:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     target: Target | None = None
 
+    @property
+    def scheme(self) -> Scheme:
+        """The formats that the method multiplies in."""
+        return get_scheme(self.method)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QuantConfig | None) -> QuantConfig:
         """Check a user's options.
@@ -54,7 +59,7 @@ class QuantConfig:
             return options
         if not isinstance(options, Mapping) or "method" not in options:
             raise OptionError(
-                'omniq needs options={"method": ...}. Methods: ' + ", ".join(FORMATS) + "."
+                'omniq needs options={"method": ...}. Methods: ' + ", ".join(METHODS) + "."
             )
         valid = [f.name for f in fields(cls)]
         for name in options:
@@ -128,7 +133,7 @@ def _target(value: Any) -> Target | None:
 
 
 _CHECKS: dict[str, Any] = {
-    "method": _one_of("method", tuple(FORMATS)),
+    "method": _one_of("method", METHODS),
     "ignored_layers": _ignored_layers,
     "activation_scheme": _one_of("activation_scheme", ACTIVATION_SCHEMES),
     "min_features": _min_features,

@@ -18,7 +18,7 @@ class Binding:
     """A quantized weight: the inputs that stand for it, and where its values come from.
 
     Attributes:
-        method: of the quantization.
+        format: of the quantized weight.
         expression: the weight from its parameters.
         leaves: names of the parameter placeholders of the traced graph, or the parameters
             themselves where Dynamo made them attributes.
@@ -28,7 +28,7 @@ class Binding:
         dtype: of the weight before quantization.
     """
 
-    method: str
+    format: str
     expression: WeightExpression
     leaves: tuple[str | torch.Tensor, ...]
     parts: tuple[str, ...]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from omniq_compile.lowering.registry import Kernel
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.metadata import fill_values
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
@@ -17,71 +17,100 @@ from omniq_compile.passes.sites import Site
 
 def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Trace each site's kernel into the graph, in place of its operators."""
-    graph = gm.graph
-    quantized: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
-    for node in list(graph.nodes):
+    inliner = _Inliner(gm.graph)
+    for node in list(gm.graph.nodes):
         if node.target is not GEMM:
             continue
         site: Site = node.meta["omniq_site"]
-        kernel = site.decision.kernel
-        assert kernel is not None
-        a, b, bias = node.args[:3]
-        parts = [_parts(context, graph, operand, kernel, quantized) for operand in (a, b)]
-
-        def gemm(
-            a: Any, b: Any, bias: Any, kernel: Kernel = kernel, problem: Any = site.problem
-        ) -> Any:
-            return kernel.gemm(a, b, bias, problem)
-
-        result = _inline(context, graph, node, gemm, (*parts, bias))
+        result = inliner.gemm(node, site)
         result.meta |= {k: node.meta[k] for k in ("omniq_site", "omniq_name") if k in node.meta}
         node.replace_all_uses_with(result)
-        graph.erase_node(node)
+        gm.graph.erase_node(node)
         if site.node is node:
             site.node = result
-    for node in reversed(list(graph.nodes)):
+    for node in reversed(list(gm.graph.nodes)):
         if node.target is QUANTIZE:
-            graph.erase_node(node)
+            gm.graph.erase_node(node)
     return gm
 
 
-def _parts(
-    context: Context,
-    graph: fx.Graph,
-    operand: Any,
-    kernel: Kernel,
-    quantized: dict[Any, list[fx.Node]],
-) -> list[fx.Node]:
-    """Return an operand's parts: a weight's placeholders, or an activation quantized here."""
-    if not isinstance(operand, fx.Node):
-        return list(operand)
-    key = (operand, kernel.quantize)
-    if key not in quantized:
-        quantized[key] = list(_inline(context, graph, operand, kernel.quantize, operand.args[:1]))
-    return quantized[key]
+class _Inliner:
+    """Writes the operations of kernels into one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._tracer = GraphAppendingTracer(graph)
+        self._quantized: dict[Any, list[fx.Node]] = {}
+        # A model repeats a few shapes, and finding the values of one node takes half a millisecond.
+        self._values: dict[Any, list[Any]] = {}
+
+    def gemm(self, node: fx.Node, site: Site) -> fx.Node:
+        """Write a site's GEMM before its node; returns the result."""
+        kernel, problem, scheme = site.decision.kernel, site.problem, site.decision.scheme
+        assert kernel is not None
+        assert problem is not None
+        assert scheme is not None
+        a, b, bias = node.args[:3]
+        parts = [self._parts(operand, site) for operand in (a, b)]
+
+        def function(a: Any, b: Any, bias: Any) -> Any:
+            return kernel.gemm(a, b, bias, problem, scheme)
+
+        key = (kernel.name, str(problem), scheme)
+        result: fx.Node = self._inline(node, function, (*parts, bias), key)
+        return result
+
+    def _parts(self, operand: Any, site: Site) -> list[fx.Node]:
+        """Return an operand's parts: a weight's placeholders, or an activation quantized here."""
+        if not isinstance(operand, fx.Node):
+            return list(operand)
+        kernel = site.decision.kernel
+        assert kernel is not None
+        x, format = operand.args[0], str(operand.args[1])
+        key = (operand, kernel.quantize)
+        if key not in self._quantized:
+            self._quantized[key] = self._inline(
+                operand, lambda x: kernel.quantize(x, format), (x,), (kernel.name, format)
+            )
+        return self._quantized[key]
+
+    def _inline(self, at: fx.Node, function: Callable[..., Any], args: Any, key: Any) -> Any:
+        """Run a kernel's function on proxies, so that its operations land before ``at``."""
+
+        def proxy_of(node: fx.Node) -> Any:
+            return fx.Proxy(node, self._tracer)
+
+        before = at.prev
+        with self._graph.inserting_before(at):
+            result = function(*fx.map_arg(args, proxy_of))
+        added = []
+        node = before.next
+        while node is not at:
+            for name in ("nn_module_stack", "stack_trace"):
+                if name in at.meta:
+                    node.meta[name] = at.meta[name]
+            added.append(node)
+            node = node.next
+        self._fill(added, (key, str(fx.map_arg(args, _looks))))
+        if isinstance(result, tuple):
+            return [proxy.node for proxy in result]
+        return result.node
+
+    def _fill(self, added: list[fx.Node], key: Any) -> None:
+        """Set the values of new nodes.
+
+        They are for readers, and for AOTAutograd's cache, which takes a method call only on a node
+        whose value it can see.
+        """
+        if key not in self._values:
+            for node in added:
+                fill_values(node)
+            self._values[key] = [dynamo.value(node) for node in added]
+        for node, value in zip(added, self._values[key], strict=True):
+            node.meta["example_value"] = value
 
 
-def _inline(
-    context: Context, graph: fx.Graph, at: fx.Node, function: Callable[..., Any], args: Any
-) -> Any:
-    """Run a kernel's function on proxies, so that its operations land in the graph before `at`."""
-    tracer = GraphAppendingTracer(graph)
-
-    def proxy_of(node: fx.Node) -> Any:
-        return fx.Proxy(node, tracer)
-
-    before = at.prev
-    with graph.inserting_before(at):
-        result = function(*fx.map_arg(args, proxy_of))
-    node = before.next
-    while node is not at:
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in at.meta:
-                node.meta[key] = at.meta[key]
-        if context.stages is not None:
-            # Only for reading: what compiles the graph next finds shapes for itself.
-            fill_values(node)
-        node = node.next
-    if isinstance(result, tuple):
-        return [proxy.node for proxy in result]
-    return result.node
+def _looks(node: fx.Node) -> Any:
+    """What the operations on a tensor depend on, beside its values."""
+    value = dynamo.value(node)
+    return str((tuple(value.shape), value.dtype, value.stride(), value.device))

@@ -25,11 +25,11 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
             site.decision = Decision(None, reason)
             continue
         assert site.problem is not None
-        kernel, refusals = registry.choose(config.method, target, site.problem)
+        kernel, refusals = registry.choose(config.scheme, target, site.problem)
         if kernel is None:
             site.decision = Decision(None, refusals)
         else:
-            site.decision = Decision(config.method, refusals or kernel.about, kernel)
+            site.decision = Decision(config.scheme, refusals or kernel.about, kernel)
 
 
 def _keep(site: Site, config: QuantConfig, low_precision: bool) -> str | None:

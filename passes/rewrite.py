@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
@@ -76,12 +77,14 @@ def _create(graph: fx.Graph, site: Site, op: str, target: Any, args: Any) -> fx.
 
 def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node:
     node = _steps(graph, site, operand.node, operand.steps)
-    return _create(graph, site, "call_function", QUANTIZE, (node, site.decision.method))
+    return _create(graph, site, "call_function", QUANTIZE, (node, _scheme(site).activation))
 
 
 def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> fx.Node:
     bias = product.bias if _bias_in_epilogue(product) else None
-    arguments = (a, b, bias, site.decision.method, site.dtype)
+    scheme = _scheme(site)
+    b_format = scheme.activation if site.weight is None else scheme.weight
+    arguments = (a, b, bias, scheme.activation, b_format, site.dtype)
     gemm = _create(graph, site, "call_function", GEMM, arguments)
     result = _steps(graph, site, gemm, product.out_steps)
     if not _is_one(product.alpha):
@@ -92,6 +95,11 @@ def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> 
             term = _create(graph, site, "call_function", torch.mul, (term, product.beta))
         result = _create(graph, site, "call_function", torch.add, (result, term))
     return result
+
+
+def _scheme(site: Site) -> Scheme:
+    assert site.decision.scheme is not None
+    return site.decision.scheme
 
 
 def _is_one(number: Any) -> bool:
@@ -111,10 +119,9 @@ def _bias_in_epilogue(product: Product) -> bool:
 
 def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node]:
     """Return the placeholders that stand for the site's quantized weight."""
-    weight, method = site.weight, site.decision.method
+    weight, format = site.weight, _scheme(site).weight
     assert weight is not None
-    assert method is not None
-    key = (method, weight.key, weight.leaves)
+    key = (format, weight.key, weight.leaves)
     if key in bound:
         binding, placeholders = bound[key]
         bound[key] = (_with_layer(binding, site.layer), placeholders)
@@ -122,14 +129,14 @@ def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node
     values = [dynamo.value(leaf) for leaf in weight.leaves]
     with values[0].fake_mode:
         shaped = weight.module(*values)
-        parts = get_format(method).allocate(shaped)
-    placeholders = _add_placeholders(gm.graph, site, method, parts)
+        parts = get_format(format).allocate(shaped)
+    placeholders = _add_placeholders(gm.graph, site, format, parts)
     leaves = tuple(
         leaf.name if leaf.op == "placeholder" else _attribute(gm, str(leaf.target))
         for leaf in weight.leaves
     )
     binding = Binding(
-        method=method,
+        format=format,
         expression=weight,
         leaves=leaves,
         parts=tuple(p.name for p in placeholders),
@@ -146,13 +153,13 @@ def _with_layer(binding: Binding, layer: str) -> Binding:
     return dataclasses.replace(binding, layers=layers)
 
 
-def _add_placeholders(graph: fx.Graph, site: Site, method: str, parts: Any) -> list[fx.Node]:
+def _add_placeholders(graph: fx.Graph, site: Site, format: str, parts: Any) -> list[fx.Node]:
     """Append one placeholder a part. Existing ones keep their places, so calls keep their order."""
     before = [n for n in graph.nodes if n.op == "placeholder"]
     anchor = before[-1] if before else None
     owner = site.layer or site.weight_name
     added = []
-    for name, part in zip(get_format(method).parts, parts, strict=True):
+    for name, part in zip(get_format(format).parts, parts, strict=True):
         with graph.inserting_after(anchor) if anchor else graph.inserting_before(None):
             anchor = graph.placeholder(_identifier(f"{owner}_{name}"))
         anchor.target = anchor.name  # the name is made unique, the argument is named by the target

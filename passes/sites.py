@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes.expression import Step, WeightExpression
 
 TRANSPOSE: Step = ("transpose", (-1, -2))
@@ -50,11 +51,16 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a site: a method, or None to keep its own precision; always a reason."""
+    """What becomes of a site: a scheme, or None to keep its own precision; always a reason."""
 
-    method: str | None
+    scheme: Scheme | None
     reason: str
     kernel: Kernel | None = None
+
+    @property
+    def method(self) -> str | None:
+        """The method as a user spells it."""
+        return self.scheme.method if self.scheme else None
 
 
 @dataclass

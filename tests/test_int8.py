@@ -15,8 +15,10 @@ from omniq_compile.lowering import registry
 from omniq_compile.lowering.cpu.integer_matmul import int8_matmul
 from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
+SCHEME = get_scheme("int8")
 KERNELS = [registry.candidates("int8", Target("cpu", arch))[0] for arch in ARCHITECTURES["cpu"]]
 by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 
@@ -33,7 +35,7 @@ def run(
     kernel: Kernel, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     problem = Problem(x.shape[-2], x.shape[-1], w.shape[-2], x.dim(), w.dim(), x.dtype)
-    return kernel.gemm(kernel.quantize(x), int8.quantize(w), bias, problem)
+    return kernel.gemm(kernel.quantize(x, "int8"), int8.quantize(w), bias, problem, SCHEME)
 
 
 def decode(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -110,7 +112,7 @@ def test_a_gemm_is_tight_to_its_codes_and_loose_to_full_precision(
     out = run(kernel, x, w, bias)
     assert out.shape == (*shape, N)
     assert out.dtype is dtype
-    decoded = decode(kernel.quantize(x)) @ decode(int8.quantize(w)).T
+    decoded = decode(kernel.quantize(x, "int8")) @ decode(int8.quantize(w)).T
     tight = (out.double() - (decoded + bias.double())).abs()
     # Two scales and a bias in float32, then one rounding to dtype.
     rounding = torch.finfo(dtype).eps / 2 + 3 * torch.finfo(torch.float32).eps
@@ -142,5 +144,6 @@ def test_a_bad_token_stays_alone(kernel: Kernel) -> None:
 @by_kernel
 def test_a_k_that_could_overflow_int32_is_refused(kernel: Kernel) -> None:
     largest = (2**31 - 1) // 127**2
-    assert kernel.refuse(Problem(1, largest, 1, 2, 2, torch.float32)) is None
-    assert "overflow" in str(kernel.refuse(Problem(1, largest + 1, 1, 2, 2, torch.float32)))
+    assert kernel.refuse(Problem(1, largest, 1, 2, 2, torch.float32), SCHEME) is None
+    too_large = Problem(1, largest + 1, 1, 2, 2, torch.float32)
+    assert "overflow" in str(kernel.refuse(too_large, SCHEME))

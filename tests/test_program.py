@@ -38,13 +38,13 @@ def forward(
     # mlp.up
     quantize = torch.ops.omniq.quantize.default(x, 'int8')  # i8[2, 7, 38], f32[2, 7]
     linear = torch.ops.omniq.gemm.default(quantize, [mlp_up_codes, mlp_up_scale], mlp_up_bias, \
-'int8', torch.float32)  # f32[2, 7, 19]  int8: cpu_s8_float32
+'int8', 'int8', torch.float32)  # f32[2, 7, 19]  int8: cpu_s8_float32
     # mlp
     gelu = torch._C._nn.gelu(linear, approximate = 'tanh')  # f32[2, 7, 19]
     # mlp.down
     quantize_1 = torch.ops.omniq.quantize.default(gelu, 'int8')  # i8[2, 7, 19], f32[2, 7]
     linear_1 = torch.ops.omniq.gemm.default(quantize_1, [mlp_down_codes, mlp_down_scale], None, \
-'int8', torch.float32)  # f32[2, 7, 38]  int8: cpu_s8_float32
+'int8', 'int8', torch.float32)  # f32[2, 7, 38]  int8: cpu_s8_float32
     # head
     linear_2 = torch._C._nn.linear(linear_1, head_weight, None)  # f32[2, 7, 3]  kept: N = 3 is \
 under min_features = 4

@@ -12,18 +12,25 @@ from omniq_compile.lowering.cpu import integer_matmul  # noqa: F401  (defines th
 from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
 
 # |sum| <= K * 127 * 127 has to stay below 2**31.
 MAX_K = (2**31 - 1) // 127**2
 
 
-def _refuse(problem: Problem) -> str | None:
+def _refuse(problem: Problem, scheme: Scheme) -> str | None:
     if problem.K > MAX_K:
         return f"K = {problem.K} can overflow an int32 sum (at most {MAX_K})"
     return None
 
 
-def _gemm_int_mm(a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem) -> torch.Tensor:
+def _quantize(x: torch.Tensor, format: str) -> Parts:
+    return int8.quantize(x)
+
+
+def _gemm_int_mm(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
     if problem.b_rank > 2:
         sums = torch.ops.omniq.int8_matmul(a[0], b[0], True)
     elif problem.a_rank == 2:
@@ -34,7 +41,9 @@ def _gemm_int_mm(a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem
     return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
 
 
-def _gemm_float32(a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem) -> torch.Tensor:
+def _gemm_float32(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
     sums = torch.ops.omniq.int8_matmul(a[0], b[0], False)
     return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
 
@@ -46,7 +55,7 @@ INT_MM = Kernel(
     archs=("avx512_vnni",),
     native=True,
     about="torch._int_mm (oneDNN s8 GEMM), epilogue by Inductor",
-    quantize=int8.quantize,
+    quantize=_quantize,
     gemm=_gemm_int_mm,
     refuse=_refuse,
 )
@@ -58,7 +67,7 @@ FLOAT32 = Kernel(
     archs=("generic",),
     native=False,
     about="no VNNI: codes multiplied exactly by float32 GEMMs over short runs of K",
-    quantize=int8.quantize,
+    quantize=_quantize,
     gemm=_gemm_float32,
     refuse=_refuse,
 )

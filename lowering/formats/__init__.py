@@ -1,4 +1,4 @@
-"""The arithmetic of each method: one file a method, one row here."""
+"""The number formats: one file a format, one row here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def get_format(method: str) -> Format:
-    """Return the format of a method.
+def get_format(name: str) -> Format:
+    """Return a format by its name.
 
     Raises:
-        OptionError: no such method.
+        OptionError: no such format.
     """
-    if method not in FORMATS:
-        raise OptionError(unknown("method", method, FORMATS))
-    return FORMATS[method]
+    if name not in FORMATS:
+        raise OptionError(unknown("format", name, FORMATS))
+    return FORMATS[name]

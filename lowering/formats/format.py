@@ -1,4 +1,4 @@
-"""What a method has to define: its parts, and the arithmetic between them and real numbers."""
+"""What a number format has to define: its parts, and the arithmetic between them and reals."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Parts = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """The arithmetic of one method, in plain torch operations that a compiler can fuse.
+    """The arithmetic of one format, in plain torch operations that a compiler can fuse.
 
     Attributes:
-        name: the method, as a user spells it.
+        name: by which graphs and kernels name it.
         parts: the names of the tensors that stand for one matrix, codes first.
         nbytes: ``(N, K)`` -> bytes stored for a weight ``[N, K]``, every part counted.
         quantize: ``x [..., K]`` of any float dtype -> its parts.
         allocate: ``x [..., K]`` -> contiguous parts of the right shapes, without values.
-        dequantize: parts -> float32 ``[..., K]``.
-        gemm: the reference: ``(a_parts [..., M, K], b_parts [..., N, K], bias, dtype)`` ->
-            ``[..., M, N]``. Slow and exact; every kernel is checked against it.
+        dequantize: parts -> float32 ``[..., K]``, with K padded to whole blocks where the format
+            has blocks of a fixed size.
+        row_block: how many rows of a matrix share a scale.
     """
 
     name: str
@@ -31,4 +31,4 @@ class Format:
     quantize: Callable[[torch.Tensor], Parts]
     allocate: Callable[[torch.Tensor], Parts]
     dequantize: Callable[[Parts], torch.Tensor]
-    gemm: Callable[[Parts, Parts, torch.Tensor | None, torch.dtype], torch.Tensor]
+    row_block: int = 1

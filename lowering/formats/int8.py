@@ -66,7 +66,7 @@ def epilogue(
 
 
 def gemm(a: Parts, b: Parts, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The reference GEMM: integer sums, exact because float64 holds integers to 2**53."""
+    """Multiply exactly in integers (float64 holds them to 2**53), then round as `epilogue` does."""
     accumulator = a[0].to(torch.float64) @ b[0].to(torch.float64).transpose(-1, -2)
     return epilogue(accumulator.to(torch.int32), a[1], b[1], bias, dtype)
 
@@ -78,5 +78,4 @@ FORMAT = Format(
     quantize=quantize,
     allocate=allocate,
     dequantize=dequantize,
-    gemm=gemm,
 )

@@ -1,0 +1,150 @@
+"""What the OCP Microscaling formats share: blocks of 32 along K, and their e8m0 scale.
+
+The source is OCP Microscaling Formats (MX) v1.0: section 5.1 (a block of k elements and one scale),
+5.2 (k = 32), 5.4.1 (e8m0) and 6.3 (conversion from float32). A ragged K is padded with zeros, which
+no block scale depends on.
+
+Edges: an all-zero block, and one so small that its exponent falls below e8m0's, has scale byte 0
+(2**-127). A NaN or Inf makes its own block's scale NaN (255), and the whole block decodes to NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from omniq_compile.lowering.formats.float_codes import (
+    E8M0_NAN,
+    pad_last,
+    round_to_e2m1,
+    round_to_e4m3,
+    scale_by_e8m0,
+)
+
+BLOCK = 32
+
+# How the shared exponent follows from amax.
+OCP = 0
+UOS = 2
+
+# The mantissa bits of 7.25 = 1.8125 * 2**2.
+_UOS_MANTISSA = 0x680000
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element type of MX v1.0, section 5.3.
+
+    Attributes:
+        emax: exponent of the largest normal value.
+        round: float32 -> float32, to the nearest value, half to even, saturated.
+    """
+
+    emax: int
+    round: Callable[[torch.Tensor], torch.Tensor]
+
+
+E4M3 = Element(8, round_to_e4m3)
+E2M1 = Element(2, round_to_e2m1)
+
+
+def padded(K: int) -> int:
+    """Return K rounded up to whole blocks."""
+    return K + -K % BLOCK
+
+
+def blocks(x: torch.Tensor) -> torch.Tensor:
+    """Cut ``x [..., K]`` of any float dtype into blocks: float32 ``[..., ceil(K / 32), 32]``."""
+    x = pad_last(x, BLOCK)
+    return x.unflatten(-1, (x.shape[-1] // BLOCK, BLOCK)).to(torch.float32)
+
+
+def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
+    """Choose the e8m0 scale of each block.
+
+    ``OCP`` is MX v1.0 section 6.3: ``2**(floor(log2(amax)) - emax)``. It is exact at powers of two,
+    because it reads the exponent bits.
+
+    ``UOS`` (e2m1 only) is the smallest power of two s with ``amax / s <= 7.25``: OCP's, doubled
+    where amax / s would be in (7.25, 8). This is what Ascend's ``npu_dynamic_mx_quant`` calls
+    ``scale_alg=2`` with ``dst_type_max=7.25``: up to 7.25 it costs less to saturate amax at 6 than
+    to halve the resolution of the other 31. It never goes above OCP's largest scale, so that no
+    finite block decodes to Inf.
+
+    Args:
+        amax: float32, not negative, any shape.
+        element: whose emax counts.
+        scale_alg: ``OCP`` or ``UOS``.
+
+    Returns:
+        int32 e8m0 bytes of the same shape, 255 where amax is NaN or Inf.
+    """
+    bits = amax.view(torch.int32)
+    field = (bits >> 23) & 255
+    exponent = field
+    if scale_alg == UOS:
+        exponent = field + ((bits & 0x7FFFFF) > _UOS_MANTISSA).to(torch.int32)
+    byte = (exponent - element.emax).clamp(0, 254 - element.emax)
+    return torch.where(field == 255, E8M0_NAN, byte)
+
+
+def scale_down(values: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
+    """Divide by ``2**(byte - 127)``, which `block_scale` chose; byte 255 makes NaN."""
+    reciprocal = ((254 - byte) << 23).view(torch.float32)
+    return values * torch.where(byte == E8M0_NAN, torch.nan, reciprocal)
+
+
+def scaled(
+    block: torch.Tensor, element: Element, scale_alg: int = OCP
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the elements are rounded from, and the scale.
+
+    Args:
+        block: float32 ``[..., n, 32]``.
+        element: the element type.
+        scale_alg: ``OCP`` or ``UOS``.
+
+    Returns:
+        float32 ``[..., n, 32]``, and int32 e8m0 bytes ``[..., n, 1]``.
+    """
+    byte = block_scale(block.abs().amax(dim=-1, keepdim=True), element, scale_alg)
+    return scale_down(block, byte), byte
+
+
+def fake_quantize(x: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
+    """Quantize and dequantize without making codes, bit for bit the same.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        element: the element type.
+        scale_alg: ``OCP`` or ``UOS``.
+
+    Returns:
+        float32 ``[..., K']``, K' = K padded to whole blocks. bfloat16 holds every value exactly.
+    """
+    return fake_quantize_blocks(blocks(x), element, scale_alg).flatten(-2)
+
+
+def fake_quantize_blocks(
+    block: torch.Tensor, element: Element, scale_alg: int = OCP
+) -> torch.Tensor:
+    """Do what `fake_quantize` does to blocks: float32 ``[..., n, 32]`` -> the same."""
+    values, byte = scaled(block, element, scale_alg)
+    return scale_by_e8m0(element.round(values), byte)
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Apply scales to decoded elements.
+
+    Args:
+        values: float32 ``[..., K']``, or ``[..., K' / 2]`` (every second one).
+        scale: uint8 e8m0 ``[..., K' / 32]``.
+
+    Returns:
+        float32, the shape of ``values``.
+    """
+    count = scale.shape[-1]
+    split = values.unflatten(-1, (count, values.shape[-1] // max(count, 1)))
+    return scale_by_e8m0(split, scale.unsqueeze(-1)).flatten(-2)
