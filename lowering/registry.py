@@ -19,7 +19,8 @@ class Problem:
     """One GEMM as a kernel sees it: a ``[..., M, K]`` times b ``[..., N, K]``.
 
     M may be symbolic. ``a_rank`` and ``b_rank`` count dimensions; b of rank 2 is one matrix for
-    every row of a, a higher rank is a batch of matrices.
+    every row of a, a higher rank is a batch of matrices. ``b_is_weight`` says that b comes as its
+    format stores it, and not from the kernel's own ``quantize``.
     """
 
     M: Any
@@ -28,6 +29,7 @@ class Problem:
     a_rank: int
     b_rank: int
     dtype: torch.dtype
+    b_is_weight: bool = True
 
 
 @dataclass(frozen=True)

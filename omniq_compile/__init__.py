@@ -1,5 +1,6 @@
 """omniq: a torch.compile backend that quantizes diffusion transformers online."""
 
+from omniq_compile.denoise import denoise_step
 from omniq_compile.kernels import KernelRow, kernels
 from omniq_compile.lowering.errors import GradientError, OmniqError, OptionError, WeightError
 from omniq_compile.passes.config import QuantConfig
@@ -18,6 +19,7 @@ __all__ = [
     "Site",
     "WeightError",
     "__version__",
+    "denoise_step",
     "explain",
     "kernels",
 ]

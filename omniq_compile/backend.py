@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile.denoise import current_step
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
 from omniq_compile.lowering.errors import GradientError, OptionError
 from omniq_compile.lowering.target import Target, detect
@@ -49,6 +50,21 @@ def omniq(
     """
     config = QuantConfig.from_options(options)
     _refuse_gradients(example_inputs)
+    usual = _compile_graph(gm, example_inputs, config, mode)
+    if not config.w4a8_fallback_steps:
+        return usual
+    fallback = _compile_graph(gm, example_inputs, config.with_mxfp8_activations(), mode)
+
+    def run(*arguments: Any) -> Any:
+        in_fallback = current_step() in config.w4a8_fallback_steps
+        return (fallback if in_fallback else usual)(*arguments)
+
+    return run
+
+
+def _compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, mode: str | None
+) -> Compiled:
     start = time.perf_counter()
     context = Context(config, run_target(config, example_inputs))
     rewritten = pipeline.run(gm, pipeline.build(config), context)
@@ -128,10 +144,19 @@ def _log(context: Context, seconds: float) -> None:
         if site.decision.method is None:
             logger.debug("kept %s (%s): %s", site.layer, site.spelling, site.decision.reason)
     layers = [site.layer for site in context.sites]
-    for pattern, close in unmatched(context.config.ignored_layers, layers).items():
+    named = {
+        "ignored_layers": context.config.ignored_layers,
+        "w4a8_fallback_layers": context.config.w4a8_fallback_layers,
+    }
+    for option, pattern, close in (
+        (option, *found)
+        for option, given in named.items()
+        for found in unmatched(given, layers).items()
+    ):
         if layers:
             logger.warning(
-                "ignored_layers pattern %r matches none of this graph's %d layers; nearest: %s",
+                "%s pattern %r matches none of this graph's %d layers; nearest: %s",
+                option,
                 pattern,
                 len(layers),
                 ", ".join(close) or ", ".join(layers[:3]),

@@ -1,22 +1,24 @@
-"""QuantConfig: what a user may ask for, checked."""
+"""QuantConfig: what a user may ask for."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme
 from omniq_compile.lowering.target import Target
-
-COMPILERS = ("inductor", "aot_eager", "eager")
-ACTIVATION_SCHEMES = ("dynamic",)
+from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
 
 # Narrower layers hold little of a transformer's work, and their quantize and epilogue loops weigh
 # more beside the smaller GEMM. Chosen by that argument; a measured sweep is still owed.
 MIN_FEATURES = 256
+
+# vLLM-Omni's default for the method: the first blocks of a diffusion transformer are its most
+# sensitive.
+DUALSCALE_FALLBACK_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class QuantConfig:
         compiler: what compiles the rewritten graph.
         inductor: settings passed on to Inductor.
         target: the device to lower for; None means the model's own device.
+        mxfp4_scale_alg: how an mxfp4 block chooses its scale: 0 (OCP) or 2 (UOS).
+        weight_block_size: fp8: ``(rows, columns)`` of a weight that share a scale; None is a scale
+            per row. Activations then have one per 1 x 128 group.
+        num_bf16_fallback_layers: mxfp4_dualscale: how many leading transformer blocks stay BF16.
+        w4a8_fallback_layers: mxfp4: patterns of layers whose activations are mxfp8.
+        w4a8_fallback_steps: mxfp4: zero-based denoising steps in which all activations are mxfp8.
+        keep_all: not an option: why every site keeps its own precision, set for whole blocks.
     """
 
     method: str
@@ -42,18 +51,25 @@ class QuantConfig:
     compiler: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     target: Target | None = None
+    mxfp4_scale_alg: int = 0
+    weight_block_size: tuple[int, int] | None = None
+    num_bf16_fallback_layers: int = 0
+    w4a8_fallback_layers: tuple[str, ...] = ()
+    w4a8_fallback_steps: tuple[int, ...] = ()
+    keep_all: str = ""
 
     @property
     def scheme(self) -> Scheme:
         """The formats that the method multiplies in."""
-        return get_scheme(self.method)
+        return get_scheme(self.method, self.mxfp4_scale_alg, self.weight_block_size)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QuantConfig | None) -> QuantConfig:
         """Check a user's options.
 
         Raises:
-            OptionError: an unknown option or value; the message lists the valid ones.
+            OptionError: an unknown option or value, or an option of another method; the message
+                lists the valid ones.
         """
         if isinstance(options, QuantConfig):
             return options
@@ -61,84 +77,22 @@ class QuantConfig:
             raise OptionError(
                 'omniq needs options={"method": ...}. Methods: ' + ", ".join(METHODS) + "."
             )
-        valid = [f.name for f in fields(cls)]
         for name in options:
-            if name not in valid:
-                raise OptionError(unknown("option", name, valid))
-        checked = {name: _CHECKS[name](value) for name, value in options.items()}
+            if name not in CHECKS:
+                raise OptionError(unknown("option", name, CHECKS))
+        checked = {name: CHECKS[name](value) for name, value in options.items()}
+        method = checked["method"]
+        for name in checked:
+            methods = METHODS_OF.get(name, METHODS)
+            if method not in methods:
+                raise OptionError(
+                    f"option {name!r} is for method {' and '.join(methods)}, not for {method!r}. "
+                    "Leave it out."
+                )
+        if method == "mxfp4_dualscale":
+            checked.setdefault("num_bf16_fallback_layers", DUALSCALE_FALLBACK_LAYERS)
         return cls(**checked)
 
-
-def _one_of(name: str, valid: tuple[str, ...]) -> Any:
-    def check(value: Any) -> str:
-        text = value.lower().replace("-", "_") if isinstance(value, str) else value
-        if text not in valid:
-            raise OptionError(unknown(name, value, valid))
-        return str(text)
-
-    return check
-
-
-def _boolean(name: str) -> Any:
-    def check(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise OptionError(f"option {name!r} must be True or False, not {value!r}.")
-        return value
-
-    return check
-
-
-def _min_features(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"option 'min_features' must be an integer of at least 1, not {value!r}.")
-    return value
-
-
-def _ignored_layers(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(v, str) and v for v in _iterate(value)):
-        raise OptionError(
-            f"option 'ignored_layers' must be a list of layer patterns, not {value!r}. "
-            "Write for example ['img_mod', 're:.*attn.*']."
-        )
-    for pattern in value:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise OptionError(
-                    f"ignored_layers pattern {pattern!r} is not a regular expression: {error}."
-                ) from error
-    return tuple(value)
-
-
-def _iterate(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [None]
-
-
-def _inductor(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise OptionError(
-            f"option 'inductor' must be a dict of Inductor settings, not {value!r}; "
-            "torch._inductor.list_options() lists them."
-        )
-    return dict(value)
-
-
-def _target(value: Any) -> Target | None:
-    if value is None or isinstance(value, Target):
-        return value
-    if not isinstance(value, str):
-        raise OptionError(f"option 'target' must be text such as 'cpu', not {value!r}.")
-    return Target.parse(value)
-
-
-_CHECKS: dict[str, Any] = {
-    "method": _one_of("method", METHODS),
-    "ignored_layers": _ignored_layers,
-    "activation_scheme": _one_of("activation_scheme", ACTIVATION_SCHEMES),
-    "min_features": _min_features,
-    "matmul": _boolean("matmul"),
-    "compiler": _one_of("compiler", COMPILERS),
-    "inductor": _inductor,
-    "target": _target,
-}
+    def with_mxfp8_activations(self) -> QuantConfig:
+        """Return the configuration of a denoising step listed in ``w4a8_fallback_steps``."""
+        return dataclasses.replace(self, w4a8_fallback_layers=("re:.*",), w4a8_fallback_steps=())

@@ -56,6 +56,27 @@ def layer_name(node: fx.Node) -> str:
     return _dotted(path)
 
 
+def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """Return the (dotted name, class) of each module the node was traced in, the root left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    named = [(_dotted(path), getattr(kind, "__name__", str(kind))) for path, kind in stack.values()]
+    return tuple((name, kind) for name, kind in named if name)
+
+
+def is_resumed() -> bool:
+    """Say whether the graph being compiled continues a function after a graph break.
+
+    Reads ``InstructionTranslator.current_tx``, checked on torch 2.13.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx()
+    except AttributeError:
+        return False  # outside a compile there is no frame
+    return bool(frame.f_code.co_name.startswith("torch_dynamo_resume"))
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph; tensors and submodules are shared, metadata dicts are not.
 

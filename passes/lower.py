@@ -34,15 +34,66 @@ def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     return gm
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that knows its tensor's rank, dtype and shape, so that kernels may depend on them.
+
+    Symbolic sizes are proxies again: they stay computations of the graph.
+    """
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        sizes = dynamo.value(self.node).shape
+        return tuple(
+            size if isinstance(size, int) else self.size(dim) for dim, size in enumerate(sizes)
+        )
+
+    @property
+    def dtype(self) -> Any:
+        return dynamo.value(self.node).dtype
+
+    def dim(self) -> int:
+        return int(dynamo.value(self.node).dim())
+
+
+class _Tracer(GraphAppendingTracer):
+    """Records operations on proxies, and gives each new node its value.
+
+    Values are for `_Proxy`, for readers, and for AOTAutograd's cache, which takes a method call
+    only on a node whose value it can see.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        # A model repeats a few shapes, and finding the value of one node takes half a millisecond.
+        self._known: dict[Any, list[Any]] = {}
+        self._values: list[Any] = []
+        self._added = 0
+
+    def start(self, key: Any) -> None:
+        """Begin operations that are the same, on tensors that look the same, for equal keys."""
+        self._values = self._known.setdefault(key, [])
+        self._added = 0
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self._added == len(self._values):
+            fill_values(node)
+            self._values.append(dynamo.value(node))
+        node.meta["example_value"] = self._values[self._added]
+        self._added += 1
+        return node
+
+
 class _Inliner:
     """Writes the operations of kernels into one graph."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._tracer = GraphAppendingTracer(graph)
+        self._tracer = _Tracer(graph)
         self._quantized: dict[Any, list[fx.Node]] = {}
-        # A model repeats a few shapes, and finding the values of one node takes half a millisecond.
-        self._values: dict[Any, list[Any]] = {}
 
     def gemm(self, node: fx.Node, site: Site) -> fx.Node:
         """Write a site's GEMM before its node; returns the result."""
@@ -78,36 +129,21 @@ class _Inliner:
         """Run a kernel's function on proxies, so that its operations land before ``at``."""
 
         def proxy_of(node: fx.Node) -> Any:
-            return fx.Proxy(node, self._tracer)
+            return self._tracer.proxy(node)
 
+        self._tracer.start((key, str(fx.map_arg(args, _looks))))
         before = at.prev
         with self._graph.inserting_before(at):
             result = function(*fx.map_arg(args, proxy_of))
-        added = []
         node = before.next
         while node is not at:
             for name in ("nn_module_stack", "stack_trace"):
                 if name in at.meta:
                     node.meta[name] = at.meta[name]
-            added.append(node)
             node = node.next
-        self._fill(added, (key, str(fx.map_arg(args, _looks))))
         if isinstance(result, tuple):
             return [proxy.node for proxy in result]
         return result.node
-
-    def _fill(self, added: list[fx.Node], key: Any) -> None:
-        """Set the values of new nodes.
-
-        They are for readers, and for AOTAutograd's cache, which takes a method call only on a node
-        whose value it can see.
-        """
-        if key not in self._values:
-            for node in added:
-                fill_values(node)
-            self._values[key] = [dynamo.value(node) for node in added]
-        for node, value in zip(added, self._values[key], strict=True):
-            node.meta["example_value"] = value
 
 
 def _looks(node: fx.Node) -> Any:

@@ -50,7 +50,7 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
         layer=_layer(node, names),
         kind=kind,
         product=product,
-        problem=None if product.unsupported else _problem(node, product),
+        problem=None if product.unsupported else _problem(node, product, weight is not None),
         weight=weight,
         weight_name=" + ".join(names),
     )
@@ -63,10 +63,11 @@ def _layer(node: fx.Node, weight_names: list[str]) -> str:
     return dynamo.layer_name(node)
 
 
-def _problem(node: fx.Node, product: Product) -> Problem:
+def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:
     a, b = _layout(product.a), _layout(product.b)
     dtype = dynamo.value(node).dtype
-    return Problem(a.shape[-2], a.shape[-1], b.shape[-2], a.dim(), b.dim(), dtype)
+    M, K, N = a.shape[-2], a.shape[-1], b.shape[-2]
+    return Problem(M, K, N, a.dim(), b.dim(), dtype, b_is_weight)
 
 
 def _layout(operand: Operand) -> Any:

@@ -1,46 +1,90 @@
-"""Decides each site: a method, or keep its own precision; always with the reason."""
+"""Decides each site: a scheme, or keep its own precision; always with the reason."""
 
 from __future__ import annotations
 
 import torch
 
 from omniq_compile.lowering import registry
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes import expression
+from omniq_compile.passes import dynamo, expression
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
+from omniq_compile.passes.regions import find_blocks
 from omniq_compile.passes.sites import Decision, Kind, Site
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
-    """Set the decision of every site."""
+    """Set the decision of every site.
+
+    Raises:
+        OptionError: the policy needs the order of the blocks, which this graph does not show.
+    """
     low_precision = any(
         s.kind is Kind.WEIGHT and s.dtype in (torch.bfloat16, torch.float16) for s in sites
     )
+    leading = _in_leading_blocks(sites, config)
     for site in sites:
-        reason = _keep(site, config, low_precision)
+        reason = _keep(site, config, low_precision, leading)
         if reason is not None:
             site.decision = Decision(None, reason)
             continue
         assert site.problem is not None
-        kernel, refusals = registry.choose(config.scheme, target, site.problem)
+        scheme, note = _scheme(site, config)
+        kernel, refusals = registry.choose(scheme, target, site.problem)
         if kernel is None:
             site.decision = Decision(None, refusals)
         else:
-            site.decision = Decision(config.scheme, refusals or kernel.about, kernel)
+            reason = "; ".join(text for text in (note, refusals or kernel.about) if text)
+            site.decision = Decision(scheme, reason, kernel)
 
 
-def _keep(site: Site, config: QuantConfig, low_precision: bool) -> str | None:
+def _scheme(site: Site, config: QuantConfig) -> tuple[Scheme, str]:
+    """Return what a site multiplies in, and why that is not the method's own, if it is not."""
+    pattern = first_match(config.w4a8_fallback_layers, site.layer)
+    if pattern is not None and site.kind is Kind.WEIGHT:
+        return w4a8(config.scheme), f"mxfp8 activations by {pattern!r}"
+    return config.scheme, ""
+
+
+def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
+    """Identify the sites of the first ``num_bf16_fallback_layers`` blocks that the graph runs."""
+    if not config.num_bf16_fallback_layers or config.keep_all:
+        return set()
+    chains = {
+        id(s): tuple(link for link in dynamo.modules_around(s.node) if link[0] != s.layer)
+        for s in sites
+    }
+    blocks = find_blocks(chains.values())
+    if sites and (not blocks or dynamo.is_resumed()):
+        raise OptionError(
+            f"num_bf16_fallback_layers = {config.num_bf16_fallback_layers} keeps the leading "
+            "blocks of the model in BF16, and this graph does not show which blocks it holds: it "
+            "is one block compiled on its own, a part of a model after a graph break, or a model "
+            "without repeated blocks. Use omniq_compile.compile(model, options), which knows every "
+            "block; or set 'num_bf16_fallback_layers': 0."
+        )
+    order = list(dict.fromkeys(blocks[c] for c in chains.values() if c in blocks))
+    leading = set(order[: config.num_bf16_fallback_layers])
+    return {key for key, chain in chains.items() if blocks.get(chain) in leading}
+
+
+def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int]) -> str | None:
     """Return why a site keeps its own precision, or None when it can be quantized."""
     if site.product.unsupported:
         return site.product.unsupported
     if site.kind is Kind.CONSTANT:
         return "both operands are parameters"
+    if config.keep_all:
+        return config.keep_all
     pattern = first_match(config.ignored_layers, site.layer)
     if pattern is not None:
         return f"ignored by {pattern!r}"
+    if id(site) in leading:
+        return leading_reason(config)
     if site.kind is Kind.ACTIVATION and not config.matmul:
         computed = site.spelling == "linear"
         what = "its weight is computed in the graph" if computed else "two activations"
@@ -52,6 +96,11 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool) -> str | None:
     if expression.changed_in_graph(site.product.b.node) and site.kind is Kind.WEIGHT:
         return "the graph changes its weight in place"
     return _too_small(site, config.min_features)
+
+
+def leading_reason(config: QuantConfig) -> str:
+    """Word why a block is kept."""
+    return f"in one of the {config.num_bf16_fallback_layers} leading blocks, which stay BF16"
 
 
 def _too_small(site: Site, min_features: int) -> str | None:

@@ -1,5 +1,5 @@
 """CPU kernels, in order of preference."""
 
-from omniq_compile.lowering.cpu.int8 import FLOAT32, INT_MM
+from omniq_compile.lowering.cpu import decoded, int8
 
-KERNELS = (INT_MM, FLOAT32)
+KERNELS = (int8.INT_MM, int8.FLOAT32, *decoded.KERNELS)

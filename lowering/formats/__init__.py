@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+
 from omniq_compile.lowering.errors import OptionError, unknown
-from omniq_compile.lowering.formats import int8
+from omniq_compile.lowering.formats import fp8, int8, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Format
 
 FORMATS: dict[str, Format] = {
-    int8.FORMAT.name: int8.FORMAT,
+    form.name: form
+    for form in (
+        int8.FORMAT,
+        fp8.FORMAT,
+        mxfp8.FORMAT,
+        mxfp4.FORMAT,
+        mxfp4.UOS_FORMAT,
+        mxfp4_dualscale.FORMAT,
+        mxfp4_dualscale.UOS_FORMAT,
+    )
 }
 
+_BLOCK = re.compile(r"fp8_block_(\d+)x(\d+)")
+_GROUP = re.compile(r"fp8_group_(\d+)")
 
+
+@cache
 def get_format(name: str) -> Format:
-    """Return a format by its name.
+    """Return a format by its name: a row of `FORMATS`, ``fp8_block_RxC`` or ``fp8_group_C``.
 
     Raises:
         OptionError: no such format.
     """
-    if name not in FORMATS:
-        raise OptionError(unknown("format", name, FORMATS))
-    return FORMATS[name]
+    if name in FORMATS:
+        return FORMATS[name]
+    if match := _BLOCK.fullmatch(name):
+        return fp8.block_format(int(match[1]), int(match[2]))
+    if match := _GROUP.fullmatch(name):
+        return fp8.group_format(int(match[1]))
+    raise OptionError(unknown("format", name, (*FORMATS, "fp8_block_RxC", "fp8_group_C")))

@@ -11,7 +11,6 @@ e8m0 is stored as uint8: Inductor's C++ backend has no ``torch.float8_e8m0fnu``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 E4M3_MAX = 448.0
 E4M3_MIN_NORMAL = 2.0**-6
@@ -68,9 +67,15 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3_to_float(code: torch.Tensor) -> torch.Tensor:
-    """Decode int32 ``[0, 255]`` -> float32: float16 has e4m3's fields with another bias."""
-    half = (((code & 0x7F) << 7) | ((code & 0x80) << 8)).to(torch.int16).view(torch.float16)
-    return torch.where((code & 0x7F) == 0x7F, torch.nan, half.to(torch.float32) * 2.0**8)
+    """Decode int32 codes, 0 to 255 -> float32."""
+    magnitude = code & 0x7F
+    # Field 121 in place of 0 makes a subnormal the normal 2**-6 more, which is taken again.
+    subnormal = ((magnitude << 20) + (121 << 23)).view(torch.float32) - E4M3_MIN_NORMAL
+    # Magnitude 0x7F alone carries into bit 7, and gets the exponent field of a NaN.
+    nan_field = -((magnitude + 1) >> 7) & 0x7F800000
+    normal = (((magnitude << 20) + (120 << 23)) | nan_field).view(torch.float32)
+    value = torch.where(magnitude < 8, subnormal, normal)
+    return (value.view(torch.int32) | ((code & 0x80) << 24)).view(torch.float32)
 
 
 def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
@@ -82,7 +87,7 @@ def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
     """Decode e2m1 codes, any integer dtype, 0 to 15 -> float32 of the same shape."""
     code = codes.to(torch.int32)
     magnitude = code & 7
-    # Field 127 in place of 0 makes a subnormal m / 2 the normal 1 + m / 2, from which 1 is taken.
+    # Field 127 in place of 0 makes a subnormal the normal 1 more, which is taken again.
     subnormal = ((magnitude << 22) + (127 << 23)).view(torch.float32) - 1.0
     normal = ((magnitude << 22) + (126 << 23)).view(torch.float32)
     value = torch.where(magnitude < 2, subnormal, normal)
@@ -120,7 +125,7 @@ def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
 
     The order is that of `torch.float4_e2m1fn_x2`.
     """
-    pairs = codes.unflatten(-1, (codes.shape[-1] // 2, 2))
+    pairs: torch.Tensor = codes.unflatten(-1, (codes.shape[-1] // 2, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -136,9 +141,19 @@ def e2m1_pairs(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def e4m3_pairs(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode a row as two: e4m3 ``[..., 2n]`` -> float32 ``[..., n]`` of even and odd k."""
+    """Decode a row as two: e4m3 ``[..., 2n]`` -> float32 ``[..., n]`` of even and odd k.
+
+    A NaN code comes out as +-480: quantizing makes one only where the scale is NaN or Inf too, and
+    looking for them would double the time.
+    """
     word = codes.view(torch.int16).to(torch.int32)
-    return _e4m3_to_float(word & 0xFF), _e4m3_to_float((word >> 8) & 0xFF)
+    return _e4m3_through_half(word & 0xFF), _e4m3_through_half((word >> 8) & 0xFF)
+
+
+def _e4m3_through_half(code: torch.Tensor) -> torch.Tensor:
+    """Decode int32 codes as float16, which has e4m3's fields with a bias larger by 8."""
+    half = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+    return half.to(torch.int16).view(torch.float16).to(torch.float32) * 2.0**8
 
 
 def join_bfloat16(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
@@ -148,9 +163,3 @@ def join_bfloat16(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
     """
     low = (even.view(torch.int32) >> 16) & 0xFFFF
     return (low | (odd.view(torch.int32) & -0x10000)).view(torch.bfloat16)
-
-
-def pad_last(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Append zeros until the last dimension is a multiple."""
-    missing = -x.shape[-1] % multiple
-    return F.pad(x, (0, missing)) if missing else x

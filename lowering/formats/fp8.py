@@ -16,22 +16,26 @@ import torch
 import torch.nn.functional as F
 
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.formats.blocks import repeat
 from omniq_compile.lowering.formats.float_codes import (
     E4M3_MAX,
     decode_e4m3,
     e4m3_pairs,
     encode_e4m3,
     join_bfloat16,
+    round_to_e4m3,
 )
 from omniq_compile.lowering.formats.format import Format, Parts
 
 
-def scale_and_divide(
-    real: torch.Tensor, dims: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``real / scale`` and the scale, amax / 448 over ``dims``, which it keeps as 1."""
-    scale = real.abs().amax(dim=dims, keepdim=True) / E4M3_MAX
-    return real / torch.where(scale == 0, 1.0, scale), scale
+def amax_scale(real: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """Return amax / 448 over ``dims``."""
+    return real.abs().amax(dim=dims) / E4M3_MAX
+
+
+def divide(real: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return ``real / scale``, and ``real`` where the scale is 0."""
+    return real / torch.where(scale == 0, 1.0, scale)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +47,9 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         codes float8_e4m3fn ``[..., K]`` and scale float32 ``[...]``.
     """
-    quotient, scale = scale_and_divide(x.to(torch.float32), (-1,))
-    return encode_e4m3(quotient), scale.squeeze(-1)
+    real = x.to(torch.float32)
+    scale = amax_scale(real, (-1,))
+    return encode_e4m3(divide(real, scale.unsqueeze(-1))), scale
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,8 +64,18 @@ def dequantize(parts: Parts) -> torch.Tensor:
     return decode_e4m3(codes) * scale.unsqueeze(-1)
 
 
+def fake_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of `quantize` as float32 values ``[..., K]``, and the scale ``[...]``."""
+    real = x.to(torch.float32)
+    scale = amax_scale(real, (-1,))
+    return round_to_e4m3(divide(real, scale.unsqueeze(-1))), scale
+
+
 def codes_bfloat16(codes: torch.Tensor) -> torch.Tensor:
-    """Decode codes alone, exactly: float8_e4m3fn ``[..., K]`` -> bfloat16 ``[..., K]``."""
+    """Decode codes alone, exactly: float8_e4m3fn ``[..., K]`` -> bfloat16 ``[..., K]``.
+
+    A NaN code, which stands beside a NaN or Inf scale, may come out as a number.
+    """
     if codes.shape[-1] % 2:
         return decode_e4m3(codes).to(torch.bfloat16)
     return join_bfloat16(*e4m3_pairs(codes))
@@ -80,6 +95,24 @@ def _ceil(size: int, block: int) -> int:
     return (size + block - 1) // block
 
 
+def _repeat(scale: torch.Tensor, rows: int, columns: int, N: int, K: int) -> torch.Tensor:
+    """Give each element its block's scale: ``[..., N, K]``."""
+    by_column = repeat(scale, -1, columns, K)
+    return by_column if rows == 1 else repeat(by_column, -2, rows, N)
+
+
+def _divide_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K = x.shape[-2:]
+    across, down = _ceil(K, columns), _ceil(N, rows)
+    real = x.to(torch.float32)
+    whole = real
+    if N % rows or K % columns:
+        whole = F.pad(real, (0, across * columns - K, 0, down * rows - N))
+    block = whole.unflatten(-1, (across, columns)).unflatten(-3, (down, rows))
+    scale = amax_scale(block, (-3, -1))
+    return divide(real, _repeat(scale, rows, columns, N, K)), scale
+
+
 def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize blocks of ``rows`` by ``columns``; those at the edges may be smaller.
 
@@ -92,14 +125,22 @@ def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
         codes float8_e4m3fn ``[..., N, K]``, and scale float32
         ``[..., ceil(N / rows), ceil(K / columns)]``.
     """
-    N, K = x.shape[-2:]
-    across, down = _ceil(K, columns), _ceil(N, rows)
-    if N % rows or K % columns:
-        x = F.pad(x, (0, across * columns - K, 0, down * rows - N))
-    block = x.to(torch.float32).unflatten(-1, (across, columns)).unflatten(-3, (down, rows))
-    quotient, scale = scale_and_divide(block, (-3, -1))
-    codes = encode_e4m3(quotient.flatten(-2).flatten(-3, -2)[..., :N, :K])
-    return codes.contiguous(), scale.squeeze(-1).squeeze(-2)
+    quotient, scale = _divide_block(x, rows, columns)
+    return encode_e4m3(quotient), scale
+
+
+def fake_quantize_group(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of `group_format` as float32 values, and the scales.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        columns: that share a scale.
+
+    Returns:
+        float32 ``[..., K]``, exact in e4m3, and scale float32 ``[..., ceil(K / columns)]``.
+    """
+    quotient, scale = _divide_block(x.unsqueeze(-2), 1, columns)
+    return round_to_e4m3(quotient).squeeze(-2), scale.squeeze(-2)
 
 
 def allocate_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,20 +151,11 @@ def allocate_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
     return codes, x.new_empty(shape, dtype=torch.float32)
 
 
-def _repeat(scale: torch.Tensor, dim: int, times: int, size: int) -> torch.Tensor:
-    """Repeat each entry along a negative ``dim``, cut to ``size``."""
-    if times > 1:
-        shape = [-1] * (scale.dim() + 1)
-        shape[dim] = times
-        scale = scale.unsqueeze(dim).expand(shape).flatten(dim - 1, dim)
-    return scale.narrow(dim, 0, size)
-
-
 def dequantize_block(parts: Parts, rows: int, columns: int) -> torch.Tensor:
     """Return ``codes * scale`` in float32, ``[..., N, K]``."""
     codes, scale = parts
     N, K = codes.shape[-2:]
-    return decode_e4m3(codes) * _repeat(_repeat(scale, -1, columns, K), -2, rows, N)
+    return decode_e4m3(codes) * _repeat(scale, rows, columns, N, K)
 
 
 def block_format(rows: int, columns: int) -> Format:

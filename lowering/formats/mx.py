@@ -1,8 +1,7 @@
 """What the OCP Microscaling formats share: blocks of 32 along K, and their e8m0 scale.
 
-The source is OCP Microscaling Formats (MX) v1.0: section 5.1 (a block of k elements and one scale),
-5.2 (k = 32), 5.4.1 (e8m0) and 6.3 (conversion from float32). A ragged K is padded with zeros, which
-no block scale depends on.
+The source is OCP Microscaling Formats (MX) v1.0: sections 5.3 (elements), 5.4.1 (e8m0) and 6.3
+(conversion from float32). A ragged K is padded with zeros, which no block scale depends on.
 
 Edges: an all-zero block, and one so small that its exponent falls below e8m0's, has scale byte 0
 (2**-127). A NaN or Inf makes its own block's scale NaN (255), and the whole block decodes to NaN.
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from omniq_compile.lowering.formats.blocks import pad_last
 from omniq_compile.lowering.formats.float_codes import (
     E8M0_NAN,
-    pad_last,
     round_to_e2m1,
     round_to_e4m3,
     scale_by_e8m0,
@@ -58,7 +57,8 @@ def padded(K: int) -> int:
 def blocks(x: torch.Tensor) -> torch.Tensor:
     """Cut ``x [..., K]`` of any float dtype into blocks: float32 ``[..., ceil(K / 32), 32]``."""
     x = pad_last(x, BLOCK)
-    return x.unflatten(-1, (x.shape[-1] // BLOCK, BLOCK)).to(torch.float32)
+    block: torch.Tensor = x.unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
+    return block.to(torch.float32)
 
 
 def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
@@ -122,7 +122,8 @@ def fake_quantize(x: torch.Tensor, element: Element, scale_alg: int = OCP) -> to
         scale_alg: ``OCP`` or ``UOS``.
 
     Returns:
-        float32 ``[..., K']``, K' = K padded to whole blocks. bfloat16 holds every value exactly.
+        float32 ``[..., K']``, K' = K padded to whole blocks. bfloat16 holds every
+        value exactly, save float32 denormals.
     """
     return fake_quantize_blocks(blocks(x), element, scale_alg).flatten(-2)
 

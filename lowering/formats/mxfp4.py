@@ -71,7 +71,7 @@ def dequantize(parts: Parts) -> torch.Tensor:
 
 
 def dequantize_bfloat16(parts: Parts) -> torch.Tensor:
-    """Return bfloat16 ``[..., K']``, exact, about three times as fast on CPU as `dequantize`."""
+    """Return bfloat16 ``[..., K']``, exact, and several times as fast on CPU as `dequantize`."""
     codes, scale = parts
     even, odd = e2m1_pairs(codes)
     return join_bfloat16(mx.dequantize(even, scale), mx.dequantize(odd, scale))

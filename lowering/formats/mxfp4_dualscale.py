@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from omniq_compile.lowering.formats import mx, mxfp4
-from omniq_compile.lowering.formats.float_codes import E2M1_MAX, pad_last
+from omniq_compile.lowering.formats.blocks import pad_last, repeat
+from omniq_compile.lowering.formats.float_codes import E2M1_MAX
 from omniq_compile.lowering.formats.format import Format, Parts
 
 RUN = 512
@@ -24,12 +25,6 @@ BLOCKS_A_RUN = RUN // mx.BLOCK
 def runs(K: int) -> int:
     """Return how many coarse scales a row of K has."""
     return (K + RUN - 1) // RUN
-
-
-def spread(coarse: torch.Tensor, count: int) -> torch.Tensor:
-    """Repeat each coarse scale for its blocks: ``[..., runs]`` -> ``[..., count, 1]``."""
-    by_block = coarse.unsqueeze(-1).expand(*coarse.shape, BLOCKS_A_RUN).flatten(-2)
-    return by_block[..., :count].unsqueeze(-1)
 
 
 def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,8 +40,8 @@ def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     block = mx.blocks(x)
     amax = pad_last(block.abs().amax(dim=-1), BLOCKS_A_RUN)
     coarse = amax.unflatten(-1, (runs(x.shape[-1]), BLOCKS_A_RUN)).amax(dim=-1) / E2M1_MAX
-    divisor = spread(torch.where(coarse == 0, 1.0, coarse), block.shape[-2])
-    return block / divisor, coarse
+    divisor = repeat(torch.where(coarse == 0, 1.0, coarse), -1, BLOCKS_A_RUN, block.shape[-2])
+    return block / divisor.unsqueeze(-1), coarse
 
 
 def quantize(
@@ -74,8 +69,7 @@ def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def apply_coarse(values: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
     """Multiply MX values ``[..., K']`` by their runs' coarse scales ``[..., ceil(K / 512)]``."""
-    count = values.shape[-1] // mx.BLOCK
-    return (values.unflatten(-1, (count, mx.BLOCK)) * spread(coarse, count)).flatten(-2)
+    return values * repeat(coarse, -1, RUN, values.shape[-1])
 
 
 def dequantize(parts: Parts) -> torch.Tensor:

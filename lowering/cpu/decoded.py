@@ -1,0 +1,128 @@
+"""Emulated float formats on CPU: codes are decoded and multiplied in float32.
+
+Every code is exact in float32, and so is every product of two, so that the result is that of
+native hardware up to the order of accumulation. A weight is decoded in each call by a loop that
+Inductor generates: what stays in memory are its codes. An activation goes straight to the values
+its codes stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from omniq_compile.lowering.cpu import float32_matmul  # noqa: F401  (defines the operator)
+from omniq_compile.lowering.formats import fp8, get_format, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.lowering.target import ARCHITECTURES
+
+Values = tuple[torch.Tensor, ...]
+
+
+class Decoder(NamedTuple):
+    """How operands of one format become float32.
+
+    Both functions return values ``[..., K]``, and for a scale per row also that, ``[...]``, which
+    the epilogue applies.
+    """
+
+    activation: Callable[[torch.Tensor], Values]
+    weight: Callable[[Parts], Values]
+
+
+def _fp8_weight(parts: Parts) -> Values:
+    codes, scale = parts
+    return fp8.codes_bfloat16(codes).to(torch.float32), scale
+
+
+def _dualscale(scale_alg: int) -> Callable[[torch.Tensor], Values]:
+    def activation(x: torch.Tensor) -> Values:
+        return (mxfp4_dualscale.apply_coarse(*mxfp4_dualscale.fake_quantize(x, scale_alg)),)
+
+    return activation
+
+
+def _dualscale_weight(parts: Parts) -> Values:
+    codes, scale, coarse = parts
+    values = mxfp4.dequantize_bfloat16((codes, scale)).to(torch.float32)
+    return (mxfp4_dualscale.apply_coarse(values, coarse),)
+
+
+def _mxfp4(scale_alg: int) -> Decoder:
+    return Decoder(
+        lambda x: (mxfp4.fake_quantize(x, scale_alg),),
+        lambda parts: (mxfp4.dequantize_bfloat16(parts).to(torch.float32),),
+    )
+
+
+_DECODERS = {
+    "fp8": Decoder(fp8.fake_quantize, _fp8_weight),
+    "mxfp8": Decoder(
+        lambda x: (mxfp8.fake_quantize(x),),
+        lambda parts: (mxfp8.dequantize_bfloat16(parts).to(torch.float32),),
+    ),
+    "mxfp4": _mxfp4(mx.OCP),
+    "mxfp4_uos": _mxfp4(mx.UOS),
+    "mxfp4_dualscale": Decoder(_dualscale(mx.OCP), _dualscale_weight),
+    "mxfp4_dualscale_uos": Decoder(_dualscale(mx.UOS), _dualscale_weight),
+}
+
+
+def _decoder(name: str) -> Decoder:
+    if name in _DECODERS:
+        return _DECODERS[name]
+    form = get_format(name)
+    return Decoder(
+        lambda x: (form.dequantize(form.quantize(x)),), lambda parts: (form.dequantize(parts),)
+    )
+
+
+def _quantize(x: torch.Tensor, format: str) -> Values:
+    return _decoder(format).activation(x)
+
+
+def _gemm(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    if problem.b_is_weight:
+        b = _decoder(scheme.weight).weight(b)
+    out = torch.ops.omniq.float32_matmul(a[0], b[0])
+    if len(a) > 1:
+        out = out * a[1].unsqueeze(-1)
+    if len(b) > 1:
+        out = out * b[1].unsqueeze(-2)
+    if bias is not None:
+        out = out + bias
+    result: torch.Tensor = out.to(problem.dtype)
+    return result
+
+
+def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+    if not isinstance(problem.K, int) and scheme.activation != "fp8":
+        return f"K is symbolic ({problem.K}), and {scheme.activation} cuts K into blocks"
+    return None
+
+
+KERNELS = tuple(
+    Kernel(
+        name=f"cpu_{method}_float32",
+        method=method,
+        device="cpu",
+        archs=ARCHITECTURES["cpu"],
+        native=False,
+        about=f"no {elements} arithmetic on CPUs: codes decoded and multiplied exactly in float32",
+        quantize=_quantize,
+        gemm=_gemm,
+        refuse=_refuse,
+    )
+    for method, elements in (
+        ("fp8", "e4m3"),
+        ("mxfp8", "e4m3"),
+        ("mxfp4", "e2m1"),
+        ("mxfp4_dualscale", "e2m1"),
+    )
+)

@@ -1,0 +1,147 @@
+"""One check an option: a user's value in, the clean value out, or an error that says what to do.
+
+Adding an option is adding a field to `QuantConfig` and a row to `CHECKS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.schemes import METHODS
+from omniq_compile.lowering.target import Target
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+ACTIVATION_SCHEMES = ("dynamic",)
+
+# Options that only some methods have.
+METHODS_OF: dict[str, tuple[str, ...]] = {
+    "mxfp4_scale_alg": ("mxfp4", "mxfp4_dualscale"),
+    "weight_block_size": ("fp8",),
+    "num_bf16_fallback_layers": ("mxfp4_dualscale",),
+    "w4a8_fallback_layers": ("mxfp4",),
+    "w4a8_fallback_steps": ("mxfp4",),
+}
+
+
+def _one_of(name: str, valid: tuple[str, ...]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        text = value.lower().replace("-", "_") if isinstance(value, str) else value
+        if text not in valid:
+            raise OptionError(unknown(name, value, valid))
+        return str(text)
+
+    return check
+
+
+def _boolean(name: str) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"option {name!r} must be True or False, not {value!r}.")
+        return value
+
+    return check
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _integer(name: str, least: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if not _is_integer(value, least):
+            raise OptionError(
+                f"option {name!r} must be an integer of at least {least}, not {value!r}."
+            )
+        return int(value)
+
+    return check
+
+
+def _layers(name: str) -> Callable[[Any], tuple[str, ...]]:
+    def check(value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(v, str) and v for v in _iterate(value)):
+            raise OptionError(
+                f"option {name!r} must be a list of layer patterns, not {value!r}. "
+                "Write for example ['img_mod', 're:.*attn.*']."
+            )
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise OptionError(
+                        f"{name} pattern {pattern!r} is not a regular expression: {error}."
+                    ) from error
+        return tuple(value)
+
+    return check
+
+
+def _iterate(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [None]
+
+
+def _inductor(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"option 'inductor' must be a dict of Inductor settings, not {value!r}; "
+            "torch._inductor.list_options() lists them."
+        )
+    return dict(value)
+
+
+def _target(value: Any) -> Target | None:
+    if value is None or isinstance(value, Target):
+        return value
+    if not isinstance(value, str):
+        raise OptionError(f"option 'target' must be text such as 'cpu', not {value!r}.")
+    return Target.parse(value)
+
+
+def _scale_alg(value: Any) -> int:
+    if isinstance(value, bool) or value not in (0, 2):
+        raise OptionError(
+            f"option 'mxfp4_scale_alg' must be 0 (OCP Microscaling v1.0) or 2 (UOS), not {value!r}."
+        )
+    return int(value)
+
+
+def _block_size(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sizes = list(value) if isinstance(value, (list, tuple)) else []
+    if len(sizes) != 2 or not all(_is_integer(size, 1) for size in sizes):
+        raise OptionError(
+            "option 'weight_block_size' must be two integers of at least 1, rows (N) and columns "
+            f"(K), such as [128, 128], not {value!r}."
+        )
+    return sizes[0], sizes[1]
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    if not all(_is_integer(step, 0) for step in _iterate(value)):
+        raise OptionError(
+            "option 'w4a8_fallback_steps' must be a list of zero-based denoising steps, such as "
+            f"[0, 1], not {value!r}."
+        )
+    return tuple(sorted(set(value)))
+
+
+CHECKS: dict[Any, Callable[[Any], Any]] = {
+    "method": _one_of("method", METHODS),
+    "ignored_layers": _layers("ignored_layers"),
+    "activation_scheme": _one_of("activation_scheme", ACTIVATION_SCHEMES),
+    "min_features": _integer("min_features", 1),
+    "matmul": _boolean("matmul"),
+    "compiler": _one_of("compiler", COMPILERS),
+    "inductor": _inductor,
+    "mxfp4_scale_alg": _scale_alg,
+    "weight_block_size": _block_size,
+    "num_bf16_fallback_layers": _integer("num_bf16_fallback_layers", 0),
+    "w4a8_fallback_layers": _layers("w4a8_fallback_layers"),
+    "w4a8_fallback_steps": _steps,
+    "target": _target,
+}
