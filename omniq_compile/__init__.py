@@ -4,6 +4,7 @@ from omniq_compile.denoise import denoise_step
 from omniq_compile.kernels import KernelRow, kernels
 from omniq_compile.lowering.errors import GradientError, OmniqError, OptionError, WeightError
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.regional import compile
 from omniq_compile.report import Decision, Report, Site, explain
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "Site",
     "WeightError",
     "__version__",
+    "compile",
     "denoise_step",
     "explain",
     "kernels",

@@ -49,7 +49,7 @@ class QuantConfig:
     min_features: int = MIN_FEATURES
     matmul: bool = False
     compiler: str = "inductor"
-    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
     target: Target | None = None
     mxfp4_scale_alg: int = 0
     weight_block_size: tuple[int, int] | None = None

@@ -12,21 +12,23 @@ Chain = Sequence[tuple[str, str]]
 def find_blocks(chains: Iterable[Chain]) -> dict[Chain, str]:
     """Return the block that each layer is in, for those that are in one.
 
-    A block is the outermost numbered module with a sibling of its own class: ``blocks.3`` beside
-    ``blocks.4``. Blocks inside blocks are part of the outer one, and a numbered module without
-    such a sibling (``net.0`` of a feed-forward) is none.
+    A block is the outermost numbered module (``blocks.3``) of a block class; a block class is one
+    that some container holds at least twice. Blocks inside blocks are part of the outer one, and
+    a numbered module of another class (``net.0`` of a feed-forward) is none.
     """
     chains = [tuple(chain) for chain in chains]
     families: dict[tuple[str, str], set[str]] = {}
-    for chain in chains:
-        for name, class_name in chain:
-            container, _, number = name.rpartition(".")
-            if number.isdigit():
-                families.setdefault((container, class_name), set()).add(name)
+    for link in (link for chain in chains for link in chain if _is_numbered(link[0])):
+        families.setdefault((link[0].rpartition(".")[0], link[1]), set()).add(link[0])
+    block_classes = {kind for (_, kind), names in families.items() if len(names) > 1}
     found = {}
     for chain in chains:
-        for name, class_name in chain:
-            if len(families.get((name.rpartition(".")[0], class_name), ())) > 1:
-                found[chain] = name
-                break
+        numbered = (n for n, kind in chain if _is_numbered(n) and kind in block_classes)
+        block = next(numbered, None)
+        if block is not None:
+            found[chain] = block
     return found
+
+
+def _is_numbered(name: str) -> bool:
+    return name.rpartition(".")[2].isdigit()

@@ -1,0 +1,163 @@
+"""`compile`: each repeated block compiled once per distinct policy, and called for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from omniq_compile.backend import omniq
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.patterns import first_match, unmatched
+from omniq_compile.passes.policy import leading_reason
+from omniq_compile.passes.regions import find_blocks
+
+logger = logging.getLogger("omniq")
+
+
+def compile(
+    model: nn.Module, options: Mapping[str, Any] | QuantConfig, **compile_arguments: Any
+) -> nn.Module:
+    """Compile a model's repeated blocks in place, one compile for each class and policy.
+
+    What `torch.compile` cannot know of a block compiled on its own, its name and its place in the
+    model, is known here: ``ignored_layers`` and ``w4a8_fallback_layers`` match full names, and the
+    leading ``num_bf16_fallback_layers`` blocks stay BF16, in the order the model first runs them.
+    Layers outside the blocks (embeddings, the last projection) run as they are.
+
+    Args:
+        model: any module with repeated blocks.
+        options: see `QuantConfig`.
+        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: unknown options, a model without repeated blocks, or so many different
+            policies that PyTorch would stop compiling.
+    """
+    config = QuantConfig.from_options(options)
+    blocks = module_blocks(model)
+    if not blocks:
+        raise OptionError(
+            f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
+            "torch.compile(model, backend='omniq', options=...)."
+        )
+    _warn_unmatched(config, model)
+    _Regions(model, blocks, config, compile_arguments)
+    return model
+
+
+def module_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model by name, in the order they were registered."""
+    modules = dict(model.named_modules())
+    classes = {name: type(module).__name__ for name, module in modules.items()}
+    chains = []
+    for name, module in modules.items():
+        if name and next(module.parameters(recurse=False), None) is not None:
+            parts = name.split(".")
+            above = (".".join(parts[:n]) for n in range(1, len(parts)))
+            chains.append(tuple((path, classes[path]) for path in above))
+    return {name: modules[name] for name in dict.fromkeys(find_blocks(chains).values())}
+
+
+class _Regions:
+    """The compiled forms of a model's blocks, made when each block first runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: dict[str, nn.Module],
+        config: QuantConfig,
+        compile_arguments: dict[str, Any],
+    ) -> None:
+        self._config = config
+        self._arguments = compile_arguments
+        self._order: dict[str, int] = {}
+        self._backends: dict[Any, Any] = {}
+        self._check_count(blocks)
+        for name, block in blocks.items():
+            # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
+            # own call; checked on torch 2.13. Copies of a module leave it behind.
+            block._compiled_call_impl = partial(self._first_call, name, block)  # type: ignore[assignment]
+
+    def _first_call(self, name: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        place = self._order.setdefault(name, len(self._order))
+        config = block_config(self._config, name, block, place)
+        if config not in self._backends:
+            self._backends[config] = partial(_backend, config=config)
+            logger.info("policy %d starts at block %s", len(self._backends), name)
+        compiled = torch.compile(
+            block._call_impl, backend=self._backends[config], **self._arguments
+        )
+        block._compiled_call_impl = compiled  # type: ignore[assignment]
+        return compiled(*args, **kwargs)
+
+    def _check_count(self, blocks: dict[str, nn.Module]) -> None:
+        policies = {
+            (type(block), block_config(self._config, name, block, place))
+            for place, (name, block) in enumerate(blocks.items())
+        }
+        limit = torch._dynamo.config.recompile_limit
+        for kind in {kind for kind, _ in policies}:
+            count = sum(k is kind for k, _ in policies)
+            if count > limit:
+                raise OptionError(
+                    f"the options give {count} different policies to blocks of {kind.__name__}, "
+                    f"and PyTorch compiles a block at most {limit} times "
+                    "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
+                    "layers in every block, compile the model whole, or raise the limit."
+                )
+
+
+def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig) -> Any:
+    return omniq(gm, example_inputs, options=config)
+
+
+def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:
+    """Return the configuration of one block, with names as the block itself sees them.
+
+    Args:
+        config: of the whole model.
+        name: of the block.
+        block: the module.
+        place: zero-based, in the order the model runs its blocks.
+    """
+    layers = _leaf_names(block)
+
+    def inside(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        named = [layer for layer in layers if first_match(patterns, f"{name}.{layer}")]
+        return tuple(f"re:{re.escape(layer)}" for layer in named)
+
+    return dataclasses.replace(
+        config,
+        ignored_layers=inside(config.ignored_layers),
+        w4a8_fallback_layers=inside(config.w4a8_fallback_layers),
+        num_bf16_fallback_layers=0,
+        keep_all=leading_reason(config) if place < config.num_bf16_fallback_layers else "",
+    )
+
+
+def _leaf_names(module: nn.Module) -> list[str]:
+    children = list(module.named_modules())[1:]
+    return [name for name, child in children if next(child.children(), None) is None]
+
+
+def _warn_unmatched(config: QuantConfig, model: nn.Module) -> None:
+    layers = _leaf_names(model)
+    for option in ("ignored_layers", "w4a8_fallback_layers"):
+        for pattern, close in unmatched(getattr(config, option), layers).items():
+            logger.warning(
+                "%s pattern %r matches no layer of the model; nearest: %s",
+                option,
+                pattern,
+                ", ".join(close) or ", ".join(layers[:3]),
+            )

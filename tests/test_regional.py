@@ -1,0 +1,169 @@
+"""`omniq_compile.compile`: one compile a policy, and a policy that knows each block."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import omniq_compile
+from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.regional import module_blocks
+
+OPTIONS = {"min_features": 1, "compiler": "eager"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.net = nn.ModuleList([nn.Linear(64, 130), nn.Linear(130, 64)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.net[1](F.gelu(self.net[0](self.norm(x))))
+
+
+class Tower(nn.Module):
+    """The blocks registered first are run last."""
+
+    def __init__(self, late: int = 3, early: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Linear(38, 64)
+        self.late = nn.ModuleList(Block() for _ in range(late))
+        self.early = nn.ModuleList(Block() for _ in range(early))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in (*self.early, *self.late):
+            x = block(x)
+        return x
+
+
+def tower(**sizes: int) -> Tower:
+    return Tower(**sizes).eval().requires_grad_(False)
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(autouse=True)
+def _count() -> None:
+    counters.clear()
+
+
+def whole(model: nn.Module, x: torch.Tensor, **options: Any) -> Any:
+    return torch.compile(model, backend="omniq", options=OPTIONS | options)(x)
+
+
+def test_blocks_of_one_policy_are_compiled_once() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    exact = model(x)
+    expected = whole(copy.deepcopy(model), x, method="int8", ignored_layers=["embed"])
+    torch._dynamo.reset()
+    counters.clear()
+    assert omniq_compile.compile(model, OPTIONS | {"method": "int8"}) is model
+    out = model(x)
+    assert graphs() == 1
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert not torch.equal(out, exact)
+    assert torch.equal(model(x), out)
+    assert graphs() == 1
+
+
+def test_leading_blocks_are_those_that_run_first() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    options = {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 3}
+    expected = whole(copy.deepcopy(model), x, ignored_layers=["embed"], **options)
+    after_early = model.early[1](model.early[0](model.embed(x)))
+    after_first_late = model.late[0](after_early)
+    torch._dynamo.reset()
+    counters.clear()
+    omniq_compile.compile(model, OPTIONS | options)
+    seen: dict[str, torch.Tensor] = {}
+    for name, block in module_blocks(model).items():
+        original = block._compiled_call_impl
+        block._compiled_call_impl = lambda *a, n=name, f=original: seen.setdefault(n, f(*a))
+    out = model(x)
+    assert graphs() == 2
+    assert torch.equal(seen["early.1"], after_early)
+    assert torch.equal(seen["late.0"], after_first_late)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_a_full_name_is_known_inside_its_block() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    ignored = ["late.1.net.0"]
+    expected = whole(copy.deepcopy(model), x, method="fp8", ignored_layers=["embed", *ignored])
+    torch._dynamo.reset()
+    counters.clear()
+    omniq_compile.compile(model, OPTIONS | {"method": "fp8", "ignored_layers": ignored})
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert graphs() == 2
+
+
+def test_one_pattern_for_every_block_is_one_policy() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    omniq_compile.compile(model, OPTIONS | {"method": "int8", "ignored_layers": ["net.1"]})
+    model(x)
+    assert graphs() == 1
+
+
+def test_steps_reach_every_block() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    omniq_compile.compile(model, OPTIONS | {"method": "mxfp4", "w4a8_fallback_steps": [0]})
+    with pytest.raises(omniq_compile.OptionError, match="denoise_step"):
+        model(x)
+    outputs = []
+    for step in (0, 1):
+        with omniq_compile.denoise_step(step):
+            outputs.append(model(x))
+    assert not torch.equal(*outputs)
+
+
+def test_a_model_without_repeated_blocks_is_an_error() -> None:
+    with pytest.raises(omniq_compile.OptionError, match="no repeated blocks"):
+        omniq_compile.compile(nn.Sequential(nn.Linear(64, 64), nn.GELU()), {"method": "int8"})
+
+
+def test_too_many_policies_are_an_error() -> None:
+    ignored = [f"late.{i}.net.{i % 2}" for i in range(2)]
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.raises(omniq_compile.OptionError, match="3 different policies to blocks of Block"),
+    ):
+        omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ignored})
+
+
+def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "omniq"):
+        omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ["erly.0"]})
+    assert "'erly.0' matches no layer of the model; nearest: early" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("class_name", "containers"),
+    [
+        ("QwenImageTransformer2DModel", {"transformer_blocks"}),
+        ("WanTransformer3DModel", {"blocks"}),
+        ("ZImageTransformer2DModel", {"noise_refiner", "context_refiner", "layers"}),
+        ("FluxTransformer2DModel", {"transformer_blocks", "single_transformer_blocks"}),
+    ],
+)
+def test_the_blocks_of_diffusers_models_are_found(class_name: str, containers: set[str]) -> None:
+    model = random_model(class_name, width=64, num_blocks=2)
+    blocks = module_blocks(model)
+    assert {name.rpartition(".")[0] for name in blocks} == containers
+    inputs = make_inputs(model, image_tokens=16, text_tokens=8)
+    omniq_compile.compile(
+        model, OPTIONS | {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}
+    )
+    with torch.no_grad():
+        model(**inputs)
+    assert graphs() >= 2
