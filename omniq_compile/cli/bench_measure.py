@@ -31,6 +31,7 @@ from omniq_compile.cli.bench_result import (
     Measurement,
 )
 from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.passes.option_checks import METHODS_OF
 
 # A model larger than this gets no float32 reference, which would take twice as much again.
 FLOAT32_REFERENCE_BYTES = 8 << 30
@@ -59,9 +60,11 @@ def default_variants(config: BenchConfig) -> tuple[list[Variant], list[str]]:
     """Return the variants that ``config`` asks for, and a note for each that is not installed."""
 
     def omniq(model: nn.Module) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = torch.compile(
-            model, backend="omniq", options={"method": config.method}
-        )
+        options: dict[str, Any] = {"method": config.method}
+        if config.method.lower().replace("-", "_") in METHODS_OF["num_bf16_fallback_layers"]:
+            # What is measured is the method, not how many of a few blocks are left out.
+            options["num_bf16_fallback_layers"] = 0
+        compiled: Callable[..., Any] = torch.compile(model, backend="omniq", options=options)
         return compiled
 
     def torchao(model: nn.Module) -> Callable[..., Any]:

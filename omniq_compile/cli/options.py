@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
+
+from omniq_compile.lowering.errors import OptionError
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +21,34 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matmul", action="store_true", help="also quantize activation x activation products"
     )
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option, its value as JSON: weight_block_size=[128,128]",
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given; the rest keep their defaults."""
+    """Return the options that were given; the rest keep their defaults.
+
+    Raises:
+        OptionError: an ``--option`` that is not NAME=JSON.
+    """
     options: dict[str, Any] = {"method": arguments.method}
     for name in ("ignored_layers", "min_features"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
     if arguments.matmul:
         options["matmul"] = True
+    for text in arguments.option:
+        name, _, value = text.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError as error:
+            raise OptionError(
+                f"--option {text!r} is not NAME=VALUE with a value in JSON, such as "
+                "weight_block_size=[128,128] or 'w4a8_fallback_layers=[\"attn\"]'."
+            ) from error
     return options
