@@ -1,0 +1,55 @@
+"""The digits example: its folder, and the demo from its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(DIGITS / "demo.py"), *arguments]
+    wide = {**os.environ, "COLUMNS": "200"}  # or the table breaks its headings over lines
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=wide
+    )
+
+
+def test_the_pipeline_folder_is_small_bfloat16_and_of_diffusers_class() -> None:
+    folder = DIGITS / "pipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    assert weights.stat().st_size < 6_000_000
+    with safe_open(weights, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_the_demo_draws_and_counts(tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    ran = demo("--out", str(tmp_path), "--samples", "1", "--skip-bench")
+    assert ran.returncode == 0, ran.stderr
+    picture = plt.imread(tmp_path / "digits_int8.png")
+    assert picture[..., :3].std() > 0.05
+    for words in ("worst picture", "10 of 10", "4,920,348", "2,542,620", "59"):
+        assert words in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--method", "int9"), "invalid choice: 'int9'"), (("--samples", "0"), "at least 1")],
+)
+def test_wrong_arguments_say_what_is_wrong(arguments: tuple[str, ...], words: str) -> None:
+    ran = demo(*arguments)
+    assert ran.returncode == 2
+    assert words in ran.stderr
+    assert "Traceback" not in ran.stderr
