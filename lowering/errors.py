@@ -18,6 +18,10 @@ class WeightError(OmniqError, ValueError):
     """A weight that cannot be quantized (NaN or Inf); the message names its layer."""
 
 
+class CheckpointError(OmniqError, ValueError):
+    """A checkpoint that is damaged, incomplete or of another kind; the message names the file."""
+
+
 class GradientError(OmniqError, RuntimeError):
     """A call that asks for gradients; the rewritten graph has none."""
 

@@ -51,7 +51,7 @@ def compile(
             f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
             "torch.compile(model, backend='omniq', options=...)."
         )
-    _warn_unmatched(config, model)
+    warn_unmatched(config, model)
     _Regions(model, blocks, config, compile_arguments)
     return model
 
@@ -151,7 +151,8 @@ def _leaf_names(module: nn.Module) -> list[str]:
     return [name for name, child in children if next(child.children(), None) is None]
 
 
-def _warn_unmatched(config: QuantConfig, model: nn.Module) -> None:
+def warn_unmatched(config: QuantConfig, model: nn.Module) -> None:
+    """Log the layer patterns that name no layer of the model, with the nearest names."""
     layers = _leaf_names(model)
     for option in ("ignored_layers", "w4a8_fallback_layers"):
         for pattern, close in unmatched(getattr(config, option), layers).items():

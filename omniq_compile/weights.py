@@ -25,13 +25,12 @@ import torch
 
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.formats.rows import quantize_rows
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
 
 Parts = tuple[torch.Tensor, ...]
-
-# Elements quantized at a time, so that float32 temporaries stay in cache: 4 MiB each.
-CHUNK_ELEMENTS = 1 << 20
 
 # Values compared in each call: a read from memory each, about 20 us a weight.
 SAMPLES = 1024
@@ -81,17 +80,22 @@ class QuantizedWeight:
     __slots__ = ("__weakref__", "parts", "stamps")
 
     def __init__(self, binding: Binding, parameters: Sequence[torch.Tensor]) -> None:
-        self.stamps = [_Stamp(p) for p in parameters]
+        self.stamps = [_Stamp(s) for s in _sources(parameters)]
         self.parts = _quantize(binding, parameters)
 
-    def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """Say whether the parameters are still what was quantized."""
-        return all(s.is_current(p) for s, p in zip(self.stamps, parameters, strict=True))
+    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Say whether the parameters still are what was quantized."""
+        return all(stamp.is_current(s) for stamp, s in zip(self.stamps, sources, strict=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
+
+
+def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors that hold the parameters' memory."""
+    return [s for p in parameters for s in (p.parts if isinstance(p, QuantizedTensor) else (p,))]
 
 
 class BoundWeights:
@@ -120,36 +124,41 @@ class BoundWeights:
         parts: list[torch.Tensor] = []
         for binding, key, leaves in self._rows:
             parameters = [arguments[x] if isinstance(x, int) else x for x in leaves]
-            parts += self._get(binding, key, parameters).parts
+            if binding.stored:
+                stored: Any = parameters[0]
+                parts += stored.parts
+            else:
+                parts += self._get(binding, key, parameters).parts
         _statistics["lookups"] += len(self._rows)
         spent = time.perf_counter() - start
         _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
         return parts
 
     def _get(self, binding: Binding, key: Any, parameters: list[torch.Tensor]) -> QuantizedWeight:
-        identity = (key, *map(id, parameters))
+        sources = _sources(parameters)
+        identity = (key, *map(id, sources))
         held = self._held.get(identity)
-        if held is not None and held[0].is_current(parameters):
+        if held is not None and held[0].is_current(sources):
             return held[0]
         with _lock:
             weight = _shared.get(identity)
-            if weight is None or not weight.is_current(parameters):
+            if weight is None or not weight.is_current(sources):
                 weight = QuantizedWeight(binding, parameters)
                 _shared[identity] = weight
-            self._hold(identity, weight, parameters)
+            self._hold(identity, weight, sources)
         return weight
 
     def _hold(
-        self, identity: Any, weight: QuantizedWeight, parameters: Sequence[torch.Tensor]
+        self, identity: Any, weight: QuantizedWeight, sources: Sequence[torch.Tensor]
     ) -> None:
-        """Keep a weight until one of its parameters dies: its ``id`` may then mean another."""
+        """Keep a weight until one of its sources dies: its ``id`` may then mean another."""
         held = self._held
 
         def forget(_: Any) -> None:
             held.pop(identity, None)
             _shared.pop(identity, None)
 
-        held[identity] = (weight, [weakref.ref(p, forget) for p in parameters])
+        held[identity] = (weight, [weakref.ref(s, forget) for s in sources])
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +170,7 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     start = time.perf_counter()
     weight = evaluate(binding.expression, parameters)
     with torch.inference_mode(False), torch.no_grad():
-        parts = quantize_rows(weight, binding.format)
+        parts = quantize_rows(weight, get_format(binding.format))
         if not all(torch.isfinite(p).all() for p in parts[1:]):
             raise WeightError(
                 f"the weight of {' and '.join(map(repr, binding.layers))} holds NaN or Inf, which "
@@ -170,22 +179,6 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
             )
     _statistics["quantized"] += 1
     _statistics["quantize_seconds"] += time.perf_counter() - start
-    return parts
-
-
-def quantize_rows(weight: torch.Tensor, name: str) -> Parts:
-    """Quantize ``weight [..., N, K]`` to a format, some rows at a time, to the same parts."""
-    form = get_format(name)
-    parts = tuple(form.allocate(weight))
-    (N, K), batch = weight.shape[-2:], weight.shape[:-2]
-    flat = [part.view(-1, *part.shape[len(batch) :]) for part in parts]
-    step = max(1, CHUNK_ELEMENTS // max(1, K) // form.row_block) * form.row_block
-    for index, matrix in enumerate(weight.reshape(-1, N, K)):
-        for start in range(0, N, step):
-            chunk = form.quantize(matrix[start : start + step])
-            for output, part in zip(flat, chunk, strict=True):
-                first = start if output.shape[1] == N else start // form.row_block
-                output[index, first : first + part.shape[0]] = part
     return parts
 
 

@@ -26,6 +26,7 @@ class Binding:
         layers: the layers that multiply by this weight.
         shape: of the weight, ``[..., N, K]``.
         dtype: of the weight before quantization.
+        stored: the parameter is a `QuantizedTensor`, whose parts are used as they are.
     """
 
     format: str
@@ -35,6 +36,7 @@ class Binding:
     layers: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored: bool
 
 
 @dataclass

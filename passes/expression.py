@@ -58,6 +58,11 @@ class WeightExpression:
     module: fx.GraphModule
     key: str
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the weight is a parameter as it stands."""
+        return self.module is _of_one_leaf(())
+
 
 def is_in_place(node: fx.Node) -> bool:
     """Say whether the node may write to one of its arguments."""

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.passes import dynamo, expression
+from omniq_compile.passes.expression import WeightExpression
+from omniq_compile.passes.metadata import fake_mode
 from omniq_compile.passes.sites import Kind, Operand, Product, Site
 from omniq_compile.passes.spellings import SPELLINGS
 
@@ -53,7 +56,13 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
         problem=None if product.unsupported else _problem(node, product, weight is not None),
         weight=weight,
         weight_name=" + ".join(names),
+        stored=_stored(weight),
     )
+
+
+def _stored(weight: WeightExpression | None) -> QuantizedTensor | None:
+    value = dynamo.value(weight.leaves[0]) if weight and weight.is_parameter else None
+    return value if isinstance(value, QuantizedTensor) else None
 
 
 def _layer(node: fx.Node, weight_names: list[str]) -> str:
@@ -72,7 +81,7 @@ def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:
 
 def _layout(operand: Operand) -> Any:
     value = dynamo.value(operand.node)
-    with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
+    with fake_mode(value), torch.no_grad():
         for name, arguments in operand.steps:
             value = getattr(value, name)(*arguments)
     return value

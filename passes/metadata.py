@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from omniq_compile.lowering import ops
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes import dynamo
 
 # Operators of ours that say what they return far faster than their dispatch would: it adds a
@@ -22,7 +23,7 @@ _LIKE: dict[Any, Callable[..., Any]] = {
 def fill_values(node: fx.Node) -> None:
     """Set ``example_value`` of a new node by running it on the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), dynamo.value)
-    with _fake_mode(args), torch.no_grad():
+    with fake_mode(args), torch.no_grad():
         if node.op == "call_method":
             owner, *rest = args
             node.meta["example_value"] = getattr(owner, str(node.target))(*rest, **kwargs)
@@ -31,9 +32,11 @@ def fill_values(node: fx.Node) -> None:
             node.meta["example_value"] = function(*args, **kwargs)
 
 
-def _fake_mode(arguments: Any) -> Any:
+def fake_mode(arguments: Any) -> Any:
     """Return the fake mode of the first fake tensor among the arguments."""
     for argument in torch.utils._pytree.tree_leaves(arguments):
+        if isinstance(argument, QuantizedTensor):
+            return fake_mode(argument.parts)
         if hasattr(argument, "fake_mode"):
             return argument.fake_mode
     return torch.no_grad()

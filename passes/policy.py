@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo, expression
@@ -15,6 +18,7 @@ from omniq_compile.passes.regions import find_blocks
 from omniq_compile.passes.sites import Decision, Kind, Site
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT32_REASON = "kept in float32 by the model, beside layers of lower precision"
 
 
 def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
@@ -33,6 +37,8 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
             site.decision = Decision(None, reason)
             continue
         assert site.problem is not None
+        if site.stored is not None:
+            _check_stored(site, site.stored, config)
         scheme, note = _scheme(site, config)
         kernel, refusals = registry.choose(scheme, target, site.problem)
         if kernel is None:
@@ -48,6 +54,16 @@ def _scheme(site: Site, config: QuantConfig) -> tuple[Scheme, str]:
     if pattern is not None and site.kind is Kind.WEIGHT:
         return w4a8(config.scheme), f"mxfp8 activations by {pattern!r}"
     return config.scheme, ""
+
+
+def _check_stored(site: Site, stored: QuantizedTensor, config: QuantConfig) -> None:
+    wanted = config.scheme.weight
+    if stored.format != wanted:
+        raise OptionError(
+            f"the weight of {site.layer!r} is quantized already, as {stored.format}, and these "
+            f"options ask for {wanted}. Compile with the options it was quantized by, quantize the "
+            f"original model again, or keep the layer with 'ignored_layers': [{site.layer!r}]."
+        )
 
 
 def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
@@ -78,11 +94,13 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         return site.product.unsupported
     if site.kind is Kind.CONSTANT:
         return "both operands are parameters"
-    if config.keep_all:
-        return config.keep_all
     pattern = first_match(config.ignored_layers, site.layer)
     if pattern is not None:
         return f"ignored by {pattern!r}"
+    if site.stored is not None:
+        return None  # what to quantize was decided when it was
+    if config.keep_all:
+        return config.keep_all
     if id(site) in leading:
         return leading_reason(config)
     if site.kind is Kind.ACTIVATION and not config.matmul:
@@ -92,10 +110,11 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
     if site.dtype not in DTYPES:
         return f"dtype {str(site.dtype).removeprefix('torch.')} is not quantized"
     if site.dtype is torch.float32 and low_precision:
-        return "kept in float32 by the model, beside layers of lower precision"
+        return FLOAT32_REASON
     if expression.changed_in_graph(site.product.b.node) and site.kind is Kind.WEIGHT:
         return "the graph changes its weight in place"
-    return _too_small(site, config.min_features)
+    assert site.problem is not None
+    return too_small(site.problem.K, site.problem.N, config.min_features)
 
 
 def leading_reason(config: QuantConfig) -> str:
@@ -103,10 +122,9 @@ def leading_reason(config: QuantConfig) -> str:
     return f"in one of the {config.num_bf16_fallback_layers} leading blocks, which stay BF16"
 
 
-def _too_small(site: Site, min_features: int) -> str | None:
-    problem = site.problem
-    assert problem is not None
-    for name, size in (("K", problem.K), ("N", problem.N)):
+def too_small(K: Any, N: Any, min_features: int) -> str | None:
+    """Return why ``[N, K]`` is not worth quantizing, or None; symbolic sizes are not judged."""
+    for name, size in (("K", K), ("N", N)):
         if not isinstance(size, int):
             # A symbolic size occurs only between activations; it is not compared, because that
             # would tie the compiled graph to the answer.

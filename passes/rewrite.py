@@ -13,7 +13,7 @@ from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
-from omniq_compile.passes.metadata import fill_values
+from omniq_compile.passes.metadata import fake_mode, fill_values
 from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, Site
 
 QUANTIZE = torch.ops.omniq.quantize.default
@@ -127,9 +127,10 @@ def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node
         bound[key] = (_with_layer(binding, site.layer), placeholders)
         return list(placeholders)
     values = [dynamo.value(leaf) for leaf in weight.leaves]
-    with values[0].fake_mode:
+    with fake_mode(values), torch.no_grad():
         shaped = weight.module(*values)
-        parts = get_format(format).allocate(shaped)
+        stored = site.stored
+        parts = get_format(format).allocate(shaped) if stored is None else stored.parts
     placeholders = _add_placeholders(gm.graph, site, format, parts)
     leaves = tuple(
         leaf.name if leaf.op == "placeholder" else _attribute(gm, str(leaf.target))
@@ -143,6 +144,7 @@ def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node
         layers=(site.layer,),
         shape=tuple(shaped.shape),
         dtype=shaped.dtype,
+        stored=stored is not None,
     )
     bound[key] = (binding, placeholders)
     return placeholders

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes.expression import Step, WeightExpression
@@ -65,7 +66,10 @@ class Decision:
 
 @dataclass
 class Site:
-    """One place in the traced graph where an activation meets a matrix."""
+    """One place in the traced graph where an activation meets a matrix.
+
+    ``stored`` is the weight, without values, where it is a parameter that is quantized already.
+    """
 
     node: fx.Node
     spelling: str
@@ -75,6 +79,7 @@ class Site:
     problem: Problem | None
     weight: WeightExpression | None
     weight_name: str
+    stored: QuantizedTensor | None = None
     decision: Decision = field(default_factory=lambda: Decision(None, "not decided"))
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from omniq_compile import WeightError
-from omniq_compile.weights import quantize_rows, resident_bytes, statistics
+from omniq_compile.weights import resident_bytes, statistics
 
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
 
@@ -174,7 +174,9 @@ def test_a_weight_that_is_not_finite_names_its_layer(bad: float) -> None:
 @pytest.mark.parametrize("shape", [(7, 5), (5000, 300), (3, 1700, 333)])
 def test_quantizing_some_rows_at_a_time_changes_nothing(shape: tuple[int, ...]) -> None:
     from omniq_compile.lowering.formats import int8
+    from omniq_compile.lowering.formats.rows import quantize_rows
 
     weight = torch.randn(*shape)
-    for chunked, whole in zip(quantize_rows(weight, "int8"), int8.quantize(weight), strict=True):
+    parts = quantize_rows(weight, int8.FORMAT)
+    for chunked, whole in zip(parts, int8.quantize(weight), strict=True):
         assert torch.equal(chunked, whole)

@@ -1,0 +1,50 @@
+"""Quantizes and dequantizes large matrices some rows at a time, to the same numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from omniq_compile.lowering.formats.format import Format, Parts
+
+# Elements worked on at a time, so that float32 temporaries stay in cache: 4 MiB each.
+CHUNK_ELEMENTS = 1 << 20
+
+
+def _step(form: Format, K: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, K) // form.row_block) * form.row_block
+
+
+def quantize_rows(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, ...]:
+    """Quantize ``weight [..., N, K]``; returns contiguous parts."""
+    parts = tuple(form.allocate(weight))
+    (N, K), batch = weight.shape[-2:], weight.shape[:-2]
+    flat = [part.view(-1, *part.shape[len(batch) :]) for part in parts]
+    step = _step(form, K)
+    for index, matrix in enumerate(weight.reshape(-1, N, K)):
+        for start in range(0, N, step):
+            chunk = form.quantize(matrix[start : start + step])
+            for output, part in zip(flat, chunk, strict=True):
+                first = start if output.shape[1] == N else start // form.row_block
+                output[index, first : first + part.shape[0]] = part
+    return parts
+
+
+def dequantize_rows(
+    parts: Parts, form: Format, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the values ``shape = [..., N, K]`` that the parts stand for, rounded to ``dtype``."""
+    (N, K), batch = shape[-2:], shape[:-2]
+    result = torch.empty(shape, dtype=dtype, device=parts[0].device)
+    flat = [part.reshape(-1, *part.shape[len(batch) :]) for part in parts]
+    step = _step(form, K)
+    for index, matrix in enumerate(result.view(-1, N, K)):
+        for start in range(0, N, step):
+            stop = min(start + step, N)
+            chunk = [
+                part[index, start:stop]
+                if part.shape[1] == N
+                else part[index, start // form.row_block : -(-stop // form.row_block)]
+                for part in flat
+            ]
+            matrix[start:stop] = form.dequantize(chunk)[..., :K]
+    return result

@@ -1,0 +1,258 @@
+"""QuantizedTensor: stores the parts of a format and acts as the weight that they stand for.
+
+It is a traceable wrapper subclass: a linear on one is still one node of a traced graph, whose
+kernel then takes the parts as they are. Outside compiled code every operation works on the
+dequantized values, and one that writes quantizes its result into the same parts again. A view of
+one is a copy: writing into the view does not reach the weight, but ``weight[index] = values`` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from omniq_compile.lowering.errors import WeightError
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.formats.rows import dequantize_rows, quantize_rows
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight ``[..., N, K]`` as codes and scales.
+
+    Attributes:
+        method: as a user spells it, such as ``"mxfp4"``.
+        format: that the parts are in, such as ``"mxfp4_uos"``.
+        shape, dtype: of the weight that it stands for.
+
+    The parts are attributes too, by the names that the format gives them: ``codes``, ``scale``.
+    """
+
+    method: str
+    format: str
+    # Operations reach __torch_dispatch__ alone, so that Dynamo traces them as on any tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, parts: Parts, format: str, method: str, shape: torch.Size, dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """Wrap parts without copying them."""
+        tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=parts[0].device
+        )
+        return tensor
+
+    def __init__(
+        self, parts: Parts, format: str, method: str, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        """Keep the parts, in the order of the format."""
+        self.format = format
+        self.method = method
+        for name, part in zip(get_format(format).parts, parts, strict=True):
+            setattr(self, name, part)
+
+    @classmethod
+    def from_weight(cls, weight: torch.Tensor, format: str, method: str) -> QuantizedTensor:
+        """Quantize ``weight [..., N, K]``, some rows at a time.
+
+        Raises:
+            WeightError: it is not a floating matrix, is empty, or holds NaN or Inf.
+        """
+        _check_shape(weight)
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.dequantize()
+            parts = quantize_rows(weight.detach(), get_format(format))
+        _check_finite(parts, format)
+        return cls(parts, format, method, weight.shape, weight.dtype)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The stored tensors, codes first."""
+        return tuple(getattr(self, name) for name in get_format(self.format).parts)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same weight, sharing its parts; what is assigned is taken over.
+
+        Another `QuantizedTensor` of the format gives its parts, on whatever device they are, as
+        offloading does it; values are quantized into the parts.
+        """
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if not isinstance(value, QuantizedTensor) or value.format != self.format:
+            self.copy_(value)
+            return
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.__init__(value.parts, value.format, value.method, value.shape, value.dtype)  # type: ignore[misc]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Return the values it stands for as a plain tensor, of ``dtype`` or its own."""
+        dtype = dtype or self.dtype
+        form, parts = get_format(self.format), self.parts
+        if type(parts[0]) is torch.Tensor:
+            return dequantize_rows(parts, form, self.shape, dtype)
+        return form.dequantize(parts)[..., : self.shape[-1]].to(dtype)  # in a traced graph
+
+    def with_parts(self, parts: Parts, dtype: torch.dtype | None = None) -> QuantizedTensor:
+        """Return the same weight with other tensors for parts, such as copies on another device."""
+        return QuantizedTensor(parts, self.format, self.method, self.shape, dtype or self.dtype)
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        """Write some elements, and quantize the rest again with them."""
+        whole = self.dequantize(torch.float32)
+        whole[index] = values.dequantize() if isinstance(values, QuantizedTensor) else values
+        self.copy_(whole)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = "" if self.format == self.method else f" as {self.format}"
+        return (
+            f"QuantizedTensor({self.method}{form}, {list(self.shape)} of {dtype}, "
+            f"{self.nbytes:,} bytes, device='{self.device}')"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """Name the parts; with `__tensor_unflatten__` this makes the class traceable."""
+        return list(get_format(self.format).parts), (self.format, self.method, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, torch.Tensor], context: Any, size: torch.Size, stride: Any
+    ) -> QuantizedTensor:
+        format, method, dtype = context
+        parts = [inner[name] for name in get_format(format).parts]
+        return QuantizedTensor(parts, format, method, size, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Return what AOTAutograd's cache knows the tensor by: all but its values."""
+        looks = [(part.shape, part.stride(), part.dtype, part.device) for part in self.parts]
+        about = repr((self.format, self.method, self.dtype, self.shape, looks))
+        return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Keep the parts through moves and copies; do anything else on the values."""
+        handler: Callable[..., Any] = _HANDLERS.get(func, _on_values)
+        return handler(func, *args, **(kwargs or {}))
+
+
+def _check_shape(weight: torch.Tensor) -> None:
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"cannot quantize a tensor of {weight.dtype}: a weight is of float32, bfloat16 or "
+            "float16. Is it quantized already?"
+        )
+    if weight.dim() < 2 or not weight.numel():
+        raise WeightError(
+            f"cannot quantize a tensor of shape {list(weight.shape)}: a weight is [..., N, K] with "
+            "at least one element, output features before input features."
+        )
+
+
+def _check_finite(parts: Parts, format: str) -> None:
+    # NaN and Inf show in the scales of every format; an e8m0 scale of 255 is NaN.
+    for scale in parts[1:]:
+        if scale.device.type == "meta" or type(scale) is not torch.Tensor:
+            continue
+        good = scale != 255 if scale.dtype is torch.uint8 else torch.isfinite(scale)
+        if not good.all():
+            raise WeightError(f"the weight holds NaN or Inf, which {format} cannot represent.")
+
+
+def _same_parts(func: Any, tensor: QuantizedTensor, **_: Any) -> QuantizedTensor:
+    return tensor.with_parts(tensor.parts)
+
+
+def _each_part(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> QuantizedTensor:
+    kwargs.pop("memory_format", None)
+    return tensor.with_parts([func(part, **kwargs) for part in tensor.parts])
+
+
+def _to(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> torch.Tensor:
+    """Move the parts; another float dtype is that of the values it stands for."""
+    dtype = kwargs.pop("dtype", None) or tensor.dtype
+    kwargs.pop("memory_format", None)
+    if not dtype.is_floating_point:
+        return func(tensor.dequantize(), dtype=dtype, **kwargs)  # type: ignore[no-any-return]
+    return tensor.with_parts([func(part, **kwargs) for part in tensor.parts], dtype)
+
+
+def _empty_like(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> torch.Tensor:
+    if kwargs.get("dtype") in (None, tensor.dtype):
+        kwargs.pop("dtype", None)
+        return _each_part(func, tensor, **kwargs)
+    return _on_values(func, tensor, **kwargs)  # type: ignore[no-any-return]
+
+
+def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> Any:
+    """Copy parts where both have the same; otherwise quantize the source into the target."""
+    if not isinstance(target, QuantizedTensor):
+        return func(target, source.dequantize(), non_blocking)
+    if isinstance(source, QuantizedTensor):
+        if source.format == target.format and source.shape == target.shape:
+            for to, part in zip(target.parts, source.parts, strict=True):
+                to.copy_(part, non_blocking)
+            return target
+        source = source.dequantize()
+    # Quantized aside first: a weight that cannot be quantized leaves the old one whole.
+    values = source.to(target.device).expand(target.shape)
+    parts = quantize_rows(values, get_format(target.format))
+    _check_finite(parts, target.format)
+    for to, part in zip(target.parts, parts, strict=True):
+        to.copy_(part)
+    return target
+
+
+def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an operation on dequantized values, and quantize what it wrote."""
+    values: dict[int, torch.Tensor] = {}
+    owners: dict[int, QuantizedTensor] = {}
+
+    def value(tensor: QuantizedTensor) -> torch.Tensor:
+        if id(tensor) not in values:
+            values[id(tensor)] = tensor.dequantize()
+            owners[id(values[id(tensor)])] = tensor
+        return values[id(tensor)]
+
+    plain_args, plain_kwargs = tree_map_only(QuantizedTensor, value, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = kwargs.get(argument.name, args[position] if position < len(args) else None)
+        for tensor in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(tensor, QuantizedTensor):
+                tensor.copy_(values[id(tensor)])
+
+    def owner(tensor: torch.Tensor) -> torch.Tensor:
+        return owners.get(id(tensor), tensor)
+
+    return tree_map_only(torch.Tensor, owner, result)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _same_parts,
+    aten.alias.default: _same_parts,
+    aten.clone.default: _each_part,
+    aten._pin_memory.default: _each_part,
+    aten._to_copy.default: _to,
+    aten.empty_like.default: _empty_like,
+    aten.copy_.default: _copy,
+}

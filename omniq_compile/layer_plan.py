@@ -1,0 +1,170 @@
+"""Which linear layers of a model are quantized, known from the model alone, without tracing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from omniq_compile.lowering import registry
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.lowering.target import ARCHITECTURES, Target, detect
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.patterns import first_match
+from omniq_compile.passes.policy import (
+    DTYPES,
+    FLOAT32_REASON,
+    leading_reason,
+    too_small,
+)
+from omniq_compile.regional import module_blocks
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer.
+
+    Attributes:
+        layer: its dotted name.
+        shape: of its weight, ``[N, K]``.
+        dtype: of its weight.
+        method: None when it keeps its own precision.
+        reason: why.
+        nbytes_before, nbytes_after: of its weight.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    method: str | None
+    reason: str
+    nbytes_before: int
+    nbytes_after: int
+
+
+def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
+    """Decide every ``nn.Linear`` of a model, which may be on the meta device.
+
+    The leading blocks are those that the model defines first. Layers that hold one weight together
+    are all quantized or none.
+
+    Raises:
+        OptionError: ``num_bf16_fallback_layers`` for a model without repeated blocks.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
+    }
+    dtypes = {module.weight.dtype for module in linears.values()}
+    low_precision = bool(dtypes & {torch.bfloat16, torch.float16})
+    leading = _leading(model, config)
+    shared = _shared_with_others(model)
+    reasons: dict[str, str | None] = {}
+    by_weight: dict[int, list[str]] = {}
+    for name, module in linears.items():
+        reasons[name] = (
+            shared.get(id(module.weight))
+            or _ignored(name, config)
+            or (leading_reason(config) if name.startswith(leading) else None)
+            or _keep(module.weight, config, low_precision)
+        )
+        by_weight.setdefault(id(module.weight), []).append(name)
+    for names in by_weight.values():
+        kept = next((n for n in names if reasons[n]), None)
+        for name in names:
+            if kept and not reasons[name]:
+                reasons[name] = f"it shares its weight with {kept!r}, which is kept"
+    return [_row(name, linears[name].weight, reasons[name], config) for name in linears]
+
+
+def _leading(model: nn.Module, config: QuantConfig) -> tuple[str, ...]:
+    if not config.num_bf16_fallback_layers:
+        return ()
+    blocks = module_blocks(model)
+    if not blocks:
+        raise OptionError(
+            f"num_bf16_fallback_layers = {config.num_bf16_fallback_layers} keeps the leading "
+            f"blocks in BF16, and {type(model).__name__} has no repeated blocks. "
+            "Set 'num_bf16_fallback_layers': 0."
+        )
+    return tuple(f"{name}." for name in list(blocks)[: config.num_bf16_fallback_layers])
+
+
+def _shared_with_others(model: nn.Module) -> dict[int, str]:
+    """Return the parameters that modules other than linears hold, with that as a reason."""
+    return {
+        id(parameter): f"{type(module).__name__} {name!r} uses its weight too"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _ignored(name: str, config: QuantConfig) -> str | None:
+    pattern = first_match(config.ignored_layers, name)
+    return None if pattern is None else f"ignored by {pattern!r}"
+
+
+def _keep(weight: torch.Tensor, config: QuantConfig, low_precision: bool) -> str | None:
+    if isinstance(weight, QuantizedTensor):
+        return f"quantized already, as {weight.format}"
+    if weight.dtype not in DTYPES:
+        return f"dtype {str(weight.dtype).removeprefix('torch.')} is not quantized"
+    if weight.dtype is torch.float32 and low_precision:
+        return FLOAT32_REASON
+    N, K = weight.shape
+    return too_small(K, N, config.min_features) or _no_kernel(weight, config)
+
+
+def _no_kernel(weight: torch.Tensor, config: QuantConfig) -> str | None:
+    """Return why no kernel of the weight's device takes it, where the device is known."""
+    target = _target(weight, config)
+    if target is None:
+        return None
+    N, K = weight.shape
+    # Of M nothing is known but that a transformer has many tokens.
+    problem = registry.Problem(1 << 10, K, N, 2, 2, weight.dtype)
+    kernel, refusals = registry.choose(config.scheme, target, problem)
+    return None if kernel else refusals
+
+
+def _target(weight: torch.Tensor, config: QuantConfig) -> Target | None:
+    if config.target is not None:
+        return config.target
+    device = weight.device.type
+    return detect(device) if device in ARCHITECTURES else None
+
+
+def _row(name: str, weight: torch.Tensor, reason: str | None, config: QuantConfig) -> LayerPlan:
+    N, K = weight.shape
+    before = N * K * weight.dtype.itemsize
+    after = before
+    if isinstance(weight, QuantizedTensor):
+        after = weight.nbytes
+    elif reason is None:
+        after = get_format(config.scheme.weight).nbytes(N, K)
+    return LayerPlan(
+        layer=name,
+        shape=(N, K),
+        dtype=weight.dtype,
+        method=None if reason else config.method,
+        reason=reason or f"quantized to {config.scheme.weight}",
+        nbytes_before=before,
+        nbytes_after=after,
+    )
+
+
+def describe(rows: Sequence[LayerPlan], method: str) -> str:
+    """Word a plan in one line: layers quantized and kept, weight bytes before and after."""
+    kept = sum(row.method is None for row in rows)
+    before = sum(row.nbytes_before for row in rows)
+    after = sum(row.nbytes_after for row in rows)
+    return (
+        f"{len(rows) - kept} linear layers to {method}, {kept} kept; "
+        f"weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+    )

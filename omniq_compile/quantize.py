@@ -1,0 +1,95 @@
+"""`quantize` one weight, or `quantize_` a model's linear layers in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.lowering.errors import OptionError, WeightError, unknown
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.regional import warn_unmatched
+
+logger = logging.getLogger("omniq")
+
+# The options that change how one weight is stored.
+WEIGHT_OPTIONS = ("mxfp4_scale_alg", "weight_block_size")
+
+
+def quantize(weight: torch.Tensor, method: str, **options: Any) -> QuantizedTensor:
+    """Quantize one weight.
+
+    Args:
+        weight: ``[..., N, K]``, floating, with at least one element.
+        method: ``int8``, ``fp8``, ``mxfp8``, ``mxfp4`` or ``mxfp4_dualscale``; case and hyphens
+            do not matter.
+        options: ``mxfp4_scale_alg`` for the mxfp4 methods, ``weight_block_size`` for fp8.
+
+    Raises:
+        OptionError: an unknown method or option.
+        WeightError: the weight is not a floating matrix, is empty, or holds NaN or Inf.
+    """
+    for name in options:
+        if name not in WEIGHT_OPTIONS:
+            raise OptionError(unknown("option of quantize", name, WEIGHT_OPTIONS))
+    config = QuantConfig.from_options({"method": method, **options})
+    return QuantizedTensor.from_weight(weight, config.scheme.weight, config.method)
+
+
+def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> list[LayerPlan]:
+    """Quantize the linear layers of a model in place, and free each weight as it goes.
+
+    The model then works as before: eager use dequantizes a weight each time, and
+    ``torch.compile(model, backend="omniq", options=options)`` multiplies in the method's
+    precision. Layers are chosen as for compiling; see `plan_layers` for where a model alone does
+    not tell what a trace would.
+
+    Args:
+        model: any module, on any device.
+        options: see `QuantConfig`.
+
+    Returns:
+        One row a linear layer: what became of it, and why.
+
+    Raises:
+        OptionError: unknown options, or a policy that the model has no blocks for.
+        WeightError: a weight holds NaN or Inf; the message names its layer. Layers before it are
+            quantized already.
+    """
+    config = QuantConfig.from_options(options)
+    warn_unmatched(config, model)
+    rows = plan_layers(model, config)
+    layers: dict[int, list[Any]] = {}  # by weight, which several may share
+    names: dict[int, str] = {}
+    for row in rows:
+        if row.method is not None:
+            layer: Any = model.get_submodule(row.layer)
+            layers.setdefault(id(layer.weight), []).append(layer)
+            names.setdefault(id(layer.weight), row.layer)
+    for key, sharing in layers.items():
+        parameter = quantized_parameter(names[key], sharing[0].weight, config)
+        for layer in sharing:
+            layer._parameters["weight"] = parameter
+    logger.info("quantize_: %s", describe(rows, config.method))
+    return rows
+
+
+def quantized_parameter(layer: str, weight: torch.Tensor, config: QuantConfig) -> nn.Parameter:
+    """Return the weight of a layer, quantized, as a parameter without gradients.
+
+    Raises:
+        WeightError: it cannot be quantized; the message names the layer.
+    """
+    try:
+        tensor = QuantizedTensor.from_weight(weight, config.scheme.weight, config.method)
+    except WeightError as error:
+        raise WeightError(
+            f"layer {layer!r}: {error} Check the checkpoint, or keep the layer with "
+            f"'ignored_layers': [{layer!r}]."
+        ) from error
+    return nn.Parameter(tensor, requires_grad=False)
