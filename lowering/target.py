@@ -14,7 +14,7 @@ from omniq_compile.lowering.errors import OptionError, unknown
 
 # Per device, the architectures that kernels tell apart, the most capable first.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "cpu": ("avx512_vnni", "generic"),
+    "cpu": ("avx512_bf16", "avx512_vnni", "generic"),
 }
 
 
@@ -63,5 +63,8 @@ def _cpu_architecture() -> str:
     # oneDNN reaches its fast s8 GEMM through AVX-512 VNNI or AMX; every other CPU would run
     # `torch._int_mm` as a plain loop (measured 30 times slower than a float32 GEMM on AVX2).
     capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_vnni") or capabilities.get("amx_int8")
-    return "avx512_vnni" if fast else "generic"
+    if not (capabilities.get("avx512_vnni") or capabilities.get("amx_int8")):
+        return "generic"
+    # Every CPU so far that has BF16 dot products has VNNI too.
+    fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "avx512_bf16" if fast_bfloat16 else "avx512_vnni"

@@ -108,11 +108,21 @@ def test_every_target_is_read_as_it_is_printed(device: str) -> None:
         assert Target.parse(f" {str(target).upper()} ") == target
 
 
-def test_a_bare_device_is_this_machine() -> None:
-    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni") or torch.cpu.get_capabilities().get(
-        "amx_int8"
-    )
-    assert str(check(target="cpu").target) == f"cpu:{'avx512_vnni' if has_vnni else 'generic'}"
+@pytest.mark.parametrize(
+    ("flags", "arch"),
+    [
+        ((), "generic"),
+        (("avx512_f", "avx512_bf16"), "generic"),
+        (("avx512_vnni",), "avx512_vnni"),
+        (("avx512_vnni", "avx512_bf16"), "avx512_bf16"),
+        (("amx_int8", "amx_bf16"), "avx512_bf16"),
+    ],
+)
+def test_a_bare_device_is_this_machine(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], arch: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True))
+    assert str(check(target="cpu").target) == f"cpu:{arch}"
 
 
 def test_a_target_that_the_model_is_not_on_is_refused() -> None:

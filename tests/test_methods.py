@@ -67,6 +67,53 @@ def test_a_linear_is_tight_to_its_operands_and_loose_to_full_precision(
     assert relative(out, exact) < loose
 
 
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "mxfp8"},
+        {"method": "mxfp4"},
+        {"method": "mxfp4", "mxfp4_scale_alg": 2},
+        {"method": "mxfp4", "w4a8_fallback_layers": ["re:.*"]},
+    ],
+    ids=str,
+)
+def test_bfloat16_emulation_is_exact_too(
+    options: dict[str, Any], dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(45, 1075, dtype=dtype))
+            self.bias = None
+            if bias_dtype is not None:
+                self.bias = nn.Parameter(torch.randn(45, dtype=bias_dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                return F.linear(x, self.weight, self.bias)
+
+    layer, x = frozen(Layer()), torch.randn(3, 17, 1075, dtype=dtype)
+    if dtype is torch.float32 and bias_dtype is torch.bfloat16:
+        layer.bias = nn.Parameter(layer.bias.float(), False)
+    options = options | {"target": "cpu:avx512_bf16"}
+    scheme = omniq_compile.QuantConfig.from_options(options).scheme
+    if "w4a8_fallback_layers" in options:
+        scheme = w4a8(scheme)
+    out = compiled(layer, options)(x)
+    report = omniq_compile.explain(layer, [x], {"min_features": 1} | options)
+    kind = "bfloat16" if dtype is torch.bfloat16 else "float32"
+    assert [s.decision.kernel for s in report.sites] == [f"cpu_{scheme.method}_{kind}"]
+    exact = decoded(x, scheme.activation) @ decoded(layer.weight, scheme.weight).T
+    if layer.bias is not None:
+        exact = exact + layer.bias.double()
+    # One rounding to the result's dtype, and the order of accumulation.
+    step = torch.finfo(dtype).eps / 2
+    bound = exact.abs() * step * 1.001 + exact.abs().amax() * 1e-5
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize(("options", "loose"), METHODS, ids=lambda v: str(v)[:60])
 def test_two_activations_are_quantized_per_row_of_both(
     options: dict[str, Any], loose: float

@@ -81,7 +81,11 @@ def _decoder(name: str) -> Decoder:
     )
 
 
-def _quantize(x: torch.Tensor, format: str) -> Values:
+def quantize(x: torch.Tensor, format: str) -> Values:
+    """Return the values ``[..., K]`` that an activation's codes stand for, in float32.
+
+    A format with a scale per row returns its codes' values, and the scale ``[...]`` beside them.
+    """
     return _decoder(format).activation(x)
 
 
@@ -90,6 +94,14 @@ def _gemm(
 ) -> torch.Tensor:
     if problem.b_is_weight:
         b = _decoder(scheme.weight).weight(b)
+    return gemm_values(a, b, bias, problem.dtype)
+
+
+def gemm_values(a: Parts, b: Parts, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply decoded operands in float32, each with its scale per row or none.
+
+    a is ``[..., M, K]``, b is ``[N, K]`` or ``[..., N, K]``; returns ``[..., M, N]`` of ``dtype``.
+    """
     out = torch.ops.omniq.float32_matmul(a[0], b[0])
     if len(a) > 1:
         out = out * a[1].unsqueeze(-1)
@@ -97,11 +109,12 @@ def _gemm(
         out = out * b[1].unsqueeze(-2)
     if bias is not None:
         out = out + bias
-    result: torch.Tensor = out.to(problem.dtype)
+    result: torch.Tensor = out.to(dtype)
     return result
 
 
-def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+def refuse(problem: Problem, scheme: Scheme) -> str | None:
+    """Return why a format cannot be decoded in the graph, or None."""
     if not isinstance(problem.K, int) and scheme.activation != "fp8":
         return f"K is symbolic ({problem.K}), and {scheme.activation} cuts K into blocks"
     return None
@@ -115,9 +128,9 @@ KERNELS = tuple(
         archs=ARCHITECTURES["cpu"],
         native=False,
         about=f"no {elements} arithmetic on CPUs: codes decoded and multiplied exactly in float32",
-        quantize=_quantize,
+        quantize=quantize,
         gemm=_gemm,
-        refuse=_refuse,
+        refuse=refuse,
     )
     for method, elements in (
         ("fp8", "e4m3"),

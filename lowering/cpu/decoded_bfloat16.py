@@ -1,0 +1,63 @@
+"""Emulated MX formats on CPUs with BF16 dot products: decoded to BF16, multiplied by oneDNN.
+
+An MX element times its power of two is exact in bfloat16 (but for values under 2**-126), a product
+of two is exact in the float32 it is summed in, and the bias is added before the one rounding. So
+the numbers are those of `decoded`, up to the order of accumulation, at about twice the speed of a
+float32 GEMM. The other formats have float32 scales to apply before that rounding, and stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from omniq_compile.lowering.cpu import decoded
+from omniq_compile.lowering.formats import mxfp4, mxfp8
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
+
+_WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
+    "mxfp8": mxfp8.dequantize_bfloat16,
+    "mxfp4": mxfp4.dequantize_bfloat16,
+    "mxfp4_uos": mxfp4.dequantize_bfloat16,
+}
+
+
+def _quantize(x: torch.Tensor, format: str) -> Parts:
+    return (decoded.quantize(x, format)[0].to(torch.bfloat16),)
+
+
+def _gemm(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    weight = _WEIGHTS[scheme.weight](b) if problem.b_is_weight else b[0]
+    if problem.b_rank == 2:
+        fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+        if (fused is None) == (bias is None):
+            return torch.nn.functional.linear(a[0], weight, fused)
+    wide = [operand.to(torch.float32) for operand in (a[0], weight)]
+    return decoded.gemm_values(wide[:1], wide[1:], bias, problem.dtype)
+
+
+def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+    if problem.dtype is not torch.bfloat16:
+        return f"the result is {str(problem.dtype).removeprefix('torch.')}, not bfloat16"
+    return decoded.refuse(problem, scheme)
+
+
+KERNELS = tuple(
+    Kernel(
+        name=f"cpu_{method}_bfloat16",
+        method=method,
+        device="cpu",
+        archs=("avx512_bf16",),
+        native=False,
+        about=f"no {elements} arithmetic on CPUs: decoded exactly to BF16, oneDNN BF16 GEMM",
+        quantize=_quantize,
+        gemm=_gemm,
+        refuse=_refuse,
+    )
+    for method, elements in (("mxfp8", "e4m3"), ("mxfp4", "e2m1"))
+)
