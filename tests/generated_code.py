@@ -59,19 +59,20 @@ class Program:
         return [call for call in self.calls if call.source]
 
     def operators(self, *names: str) -> list[Call]:
-        """Return the calls to operators of these names, with or without an overload."""
-        return [
-            call
-            for call in self.calls
-            if not call.source and set(names) & {*call.target.split(".")}
-        ]
+        """Return the calls to operators of these names, of any overload."""
+        wanted = set(names)
+        return [c for c in self.calls if not c.source and wanted & {*c.target.split(".")}]
 
     def writing(self, ctype: str) -> list[Call]:
         """Return the kernels that write a tensor of a C++ type."""
         return [call for call in self.kernels if ctype in call.writes.values()]
 
+    def making(self, tensor: str) -> list[Call]:
+        """Return the calls that write a tensor."""
+        return [call for call in self.calls if tensor in call.writes]
+
     def reading(self, tensor: str) -> list[Call]:
-        """Return the calls that read a tensor which another call, or the caller, has made."""
+        """Return the calls that read a tensor which they do not write."""
         return [call for call in self.calls if tensor in call.reads]
 
     def between(self) -> list[tuple[str, int]]:
@@ -117,7 +118,7 @@ def _parse(text: str) -> Program:
     assert body is not None
     for line in body[1].splitlines():
         line = line.split("#")[0].strip()
-        if found := _ALIAS.fullmatch(line) or _VIEW.fullmatch(line):
+        if found := _ALIAS.fullmatch(line):
             aliases[found[1]] = aliases.get(found[2], found[2])
         elif found := _ALLOCATE.fullmatch(line) or _CHECK.fullmatch(line):
             sizes = map(int, re.findall(r"\d+", found[2]))
