@@ -85,7 +85,7 @@ class Program:
             ctypes |= call.reads | call.writes
         written = [tensor for call in self.calls for tensor in call.writes]
         read = {tensor for call in self.calls for tensor in call.reads}
-        return sorted((ctypes[t], self.elements[t]) for t in set(written) & read)
+        return sorted((ctypes.get(t, ""), self.elements[t]) for t in set(written) & read)
 
 
 def generated(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Program]:
