@@ -25,7 +25,7 @@ by_target = pytest.mark.parametrize("target", ["cpu", "cpu:avx512_vnni", "cpu:ge
 
 GEMMS = ("_int_mm", "int8_matmul", "float32_matmul")
 
-# One rounding to BF16 errs by up to 2**-9 of each value, and by less than half of that on average.
+# One rounding to BF16 errs by up to 2**-9 of a value, and by less over many.
 ONE_ROUNDING = 2.0**-9
 
 
