@@ -17,6 +17,7 @@ from conftest import Holder, compiled, dequantized, error
 from generated_code import Program, generated
 from torch._inductor import freezing
 
+from omniq_compile import QuantizedTensor, quantize
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.registry import Problem
@@ -76,6 +77,22 @@ def test_freezing_keeps_the_gemm_and_the_numbers(shape: tuple[int, ...], target:
 
     hidden = F.gelu(dequantized(x) @ dequantized(model.u).T + model.c.double()).float()
     assert error(plain, dequantized(hidden) @ dequantized(model.w).T) < 2.0**-9
+
+
+@by_shape
+def test_stored_codes_do_not_become_constants_either(shape: tuple[int, ...]) -> None:
+    """A model quantized in place has codes for parameters, which Dynamo makes constants."""
+    model = Holder(mlp, u=torch.randn(H, K), c=torch.randn(H), w=torch.randn(N, H) / 8)
+    for name in "uw":
+        stored = quantize(getattr(model, name), "int8")
+        setattr(model, name, torch.nn.Parameter(stored, requires_grad=False))
+        assert isinstance(getattr(model, name), QuantizedTensor)
+    x, options = torch.randn(shape), {"compiler": "inductor", "target": "cpu:avx512_vnni"}
+    plain, _ = read(compiled(model, **options), x, frozen=False)
+    with torch._inductor.config.patch(freezing=True):
+        result, program = read(compiled(model, **options), x, frozen=True)
+    assert operators(program) == ["extern_kernels._int_mm"] * 2
+    assert torch.equal(result, plain)
 
 
 def test_the_same_arithmetic_by_a_constant_would_become_qlinear() -> None:
