@@ -60,6 +60,18 @@ def part_names(name: str, format: str, parts: Any) -> dict[str, Any]:
     return {f"{name}.{part}": tensor for part, tensor in zip(names, parts, strict=True)}
 
 
+def stored_names(name: str, about: Any) -> list[str]:
+    """Return the names that the parts of a described weight are saved under.
+
+    Raises:
+        CheckpointError: the description is damaged.
+    """
+    try:
+        return [f"{name}.{part}" for part in get_format(about["format"]).parts]
+    except (KeyError, TypeError, OptionError) as error:
+        raise CheckpointError(f"the description of weight {name!r} is damaged: {error}.") from error
+
+
 def read_metadata(metadata: Mapping[str, str] | None, where: str = "") -> dict[str, Any] | None:
     """Return the weights that metadata describes, or None where it is not omniq's.
 

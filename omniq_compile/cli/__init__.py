@@ -12,6 +12,8 @@ from omniq_compile.lowering.errors import OmniqError
 COMMANDS = {
     "dump": "show what the backend does to a model, as text",
     "bench": "measure a model beside Inductor BF16 and torchao",
+    "generate": "run a diffusers pipeline with quantized components",
+    "quantize": "write a quantized checkpoint",
     "kernels": "list the kernels of every target, and what this machine has",
 }
 

@@ -1,0 +1,149 @@
+"""Which component of a pipeline is quantized, and how: `build_quant_config`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.passes.config import QuantConfig
+
+DEFAULT = "default"
+
+Options = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class PipelineQuantConfig:
+    """The checked options of a pipeline's components.
+
+    Attributes:
+        everywhere: options of the transformers, where one method was given for the pipeline.
+        components: options by component, or by the dotted path of a part of one; None is BF16.
+    """
+
+    everywhere: Options = None
+    components: Mapping[str, Options] = field(default_factory=dict)
+
+    def options_for(self, component: str) -> dict[str, Any] | None:
+        """Return the options of one component, or None for BF16.
+
+        The longest key that is the component, or that its dotted path begins with in whole parts,
+        wins; then ``default``. Keys below the component become layers that are ignored.
+        """
+        if self.everywhere is not None:
+            return dict(self.everywhere) if is_transformer(component) else None
+        chosen = _longest(self.components, component)
+        given = self.components[chosen] if chosen else self.components.get(DEFAULT)
+        if given is None:
+            return None
+        below = [
+            key.removeprefix(f"{component}.")
+            for key in self.components
+            if _is_below(key, component)
+        ]
+        if not below:
+            return dict(given)
+        ignored = [*given.get("ignored_layers", ()), *(_subtree(path) for path in below)]
+        return {**given, "ignored_layers": ignored}
+
+    def check(self, components: Iterable[str], stages: Iterable[str] = ()) -> None:
+        """Check the keys against a pipeline.
+
+        Args:
+            components: the names of its models.
+            stages: those that generate in stages of their own, such as an autoregressive one.
+
+        Raises:
+            OptionError: a key names no component, or one method was given for a pipeline where it
+                is not clear what it means.
+        """
+        names = list(components)
+        for key in self.components:
+            if key != DEFAULT and key.split(".")[0] not in names:
+                raise OptionError(unknown("component", key.split(".")[0], names))
+        stages = list(stages)
+        if self.everywhere is not None and (stages or not any(map(is_transformer, names))):
+            why = (
+                f"it has a stage beside the transformer ({', '.join(stages)})"
+                if stages
+                else ("it has no component named transformer")
+            )
+            raise OptionError(
+                f"one method does not say what to quantize in this pipeline, because {why}. Name "
+                f"the components: quantization={{{names[0]!r}: {self.everywhere['method']!r}}}. "
+                f"It has: {', '.join(names)}."
+            )
+
+
+def is_transformer(component: str) -> bool:
+    """Say whether a component is a diffusion transformer by its name: also Wan's second expert."""
+    return re.fullmatch(r"transformer(_\d+)?", component) is not None
+
+
+def build_quant_config(quantization: Any) -> PipelineQuantConfig:
+    """Check what a user says of a pipeline.
+
+    Args:
+        quantization: a method, or a dict with ``method`` and other options, for the transformers;
+            or a dict of components, each with a method, such a dict, or None for BF16, and
+            ``default`` for components that are not named. A key may be a dotted path into a
+            component, with None, to leave that part in BF16.
+
+    Raises:
+        OptionError: unknown options or methods.
+    """
+    if isinstance(quantization, PipelineQuantConfig):
+        return quantization
+    if isinstance(quantization, str):
+        return PipelineQuantConfig(everywhere=_checked(quantization, ""))
+    if not isinstance(quantization, Mapping) or not quantization:
+        raise OptionError(
+            f"quantization must be a method, a dict with 'method', or a dict of components, not "
+            f"{quantization!r}."
+        )
+    if "method" in quantization:
+        return PipelineQuantConfig(everywhere=_checked(quantization, ""))
+    components = {str(key): _checked(value, str(key)) for key, value in quantization.items()}
+    for key, options in components.items():
+        owner = _longest({k: v for k, v in components.items() if k != key}, key)
+        if options is not None and owner is not None:
+            raise OptionError(
+                f"{key!r} is a part of {owner!r}, and one component has one method: give None to "
+                "leave that part in BF16."
+            )
+    return PipelineQuantConfig(components=components)
+
+
+def _checked(value: Any, component: str) -> Options:
+    if value is None:
+        return None
+    options = {"method": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping):
+        raise OptionError(
+            f"quantization of {component!r} must be a method, a dict with 'method', or None, not "
+            f"{value!r}."
+        )
+    try:
+        QuantConfig.from_options(options)
+    except OptionError as error:
+        if not component:
+            raise
+        raise OptionError(f"quantization of {component!r}: {error}") from error
+    return dict(options)
+
+
+def _longest(keys: Mapping[str, Any], path: str) -> str | None:
+    """Return the longest key that a dotted path equals or begins with, in whole parts."""
+    fitting = [key for key in keys if path == key or path.startswith(f"{key}.")]
+    return max(fitting, key=len, default=None)
+
+
+def _is_below(key: str, component: str) -> bool:
+    return key.startswith(f"{component}.")
+
+
+def _subtree(path: str) -> str:
+    return rf"re:{re.escape(path)}(\..*)?"

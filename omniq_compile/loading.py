@@ -1,0 +1,355 @@
+"""Quantize while loading: one component from safetensors, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from diffusers import ModelMixin
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from omniq_compile.foreign import refuse_foreign
+from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.lowering.errors import CheckpointError, OptionError, nearest
+from omniq_compile.lowering.target import ARCHITECTURES, detect
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.quantize import quantized_parameter
+from omniq_compile.regional import warn_unmatched
+from omniq_compile.safetensors_files import SafetensorsFiles
+from omniq_compile.saving import make_savable, quantization_config
+from omniq_compile.state import VERSION, join_parts, read_metadata, stored_names
+
+logger = logging.getLogger("omniq")
+
+
+def load_model(
+    source: type | str | Path,
+    folder: str | Path | None = None,
+    *,
+    options: Mapping[str, Any] | QuantConfig | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load one diffusers model and quantize it on the way: BF16 is never resident as a whole.
+
+    Each tensor is read from its memory-mapped file, cast, quantized on the device and dropped. The
+    result is that of ``from_pretrained`` followed by `quantize_`, bit for bit.
+
+    Args:
+        source: the model's class and then ``folder``, or the folder alone, whose config.json names
+            the class.
+        folder: with config.json and safetensors files; a pipeline's folder, whose component of
+            the class is meant; or a hub id, which is downloaded.
+        options: see `QuantConfig`; None for a checkpoint that omniq quantized.
+        subfolder: the component of a pipeline's folder.
+        variant: of the files, such as ``"fp16"``.
+        dtype: of what is not quantized, and of the weights before they are.
+        device: to load on.
+
+    Raises:
+        OptionError: unknown options, a class that does not fit, or options that the quantized
+            checkpoint was not made with.
+        CheckpointError: files that are missing, damaged, quantized by something else, or do not
+            fit the model.
+        WeightError: a weight holds NaN or Inf; the message names its layer.
+    """
+    config = None if options is None else QuantConfig.from_options(options)
+    cls = source if isinstance(source, type) else None
+    where = folder if cls is not None else source
+    if where is None:
+        raise OptionError("load_model needs the folder to load from, after the class.")
+    place = component_folder(local_folder(str(where), subfolder, cls), subfolder, cls)
+    about = read_config(place)
+    cls = _class(about, cls, place)
+    files = SafetensorsFiles(place, variant)
+    refuse_foreign(place, about, files)
+    stored = about.pop("quantization_config", None)
+    if config is None and stored is None:
+        raise OptionError(
+            f'{place} is not quantized: say how with options={{"method": "int8"}}, or load it with '
+            f"{cls.__name__}.from_pretrained."
+        )
+    model = empty_model(cls, about, dtype)
+    if stored is not None:
+        _check_stored(place, stored, config)
+        _fill_stored(model, files, torch.device(device), place)
+    else:
+        assert config is not None
+        stored = quantization_config(config)
+        _fill_quantized(model, files, config, torch.device(device), place)
+    model.register_to_config(_name_or_path=str(place))
+    make_savable(model, stored)
+    return model.eval()
+
+
+def local_folder(where: str, subfolder: str | None = None, cls: type | None = None) -> Path:
+    """Return a local folder for a folder or a hub id.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model can be downloaded.
+    """
+    if Path(where).is_dir():
+        return Path(where)
+    if Path(where).exists() or where.count("/") != 1 or where.startswith((".", "/", "~")):
+        raise CheckpointError(f"{where} is not a folder.")
+    from huggingface_hub import snapshot_download
+
+    # A component of a pipeline lies in a folder of its own; which one is known only afterwards.
+    patterns = [f"{subfolder}/*"] if subfolder else None
+    try:
+        return Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns=["*.bin"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {where!r}, and {where!r} cannot be downloaded: {error}"
+        ) from error
+
+
+def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> Path:
+    """Return the folder of one component, from its own or its pipeline's folder.
+
+    Raises:
+        CheckpointError: the pipeline has no such component.
+    """
+    if subfolder is not None:
+        return folder / subfolder
+    if not (folder / "model_index.json").is_file():
+        return folder
+    components = pipeline_components(folder)
+    wanted = [
+        name
+        for name, (_, class_name) in components.items()
+        if (class_name == cls.__name__ if cls is not None else name == "transformer")
+    ]
+    if not wanted:
+        what = f"of class {cls.__name__}" if cls is not None else "named 'transformer'"
+        raise CheckpointError(
+            f"the pipeline in {folder} has no component {what}. It has "
+            + ", ".join(f"{name} ({kind})" for name, (_, kind) in components.items())
+            + ". Name one with subfolder=..."
+        )
+    return folder / wanted[0]
+
+
+def _is_component(name: str, entry: Any) -> bool:
+    return (
+        not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
+    )
+
+
+def pipeline_components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the library and class of each component of a pipeline's folder.
+
+    Raises:
+        CheckpointError: it has no model_index.json.
+    """
+    index = _json(folder / "model_index.json")
+    return {name: tuple(entry) for name, entry in index.items() if _is_component(name, entry)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a component's config.json.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    return _json(folder / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object.")
+    return content
+
+
+def _class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:
+    """Return the model's class, checked against what the config names."""
+    name = about.get("_class_name")
+    if cls is None:
+        found = getattr(diffusers, str(name), None)
+        if found is None:
+            close = nearest(str(name), [n for n in dir(diffusers) if n.endswith("Model")], 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise CheckpointError(f"{folder} is of class {name!r}, which diffusers lacks.{hint}")
+        cls = found
+    elif name not in (None, cls.__name__):
+        raise OptionError(f"{folder} is a {name}, not a {cls.__name__}.")
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise OptionError(
+            f"load_model loads diffusers' models, and {cls} is none. Load it with its own library, "
+            "and then call omniq_compile.quantize_(model, options)."
+        )
+    return cls
+
+
+def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Build a diffusers model with parameters on the meta device, of the dtypes it loads in.
+
+    What is no parameter, such as rotary tables, is computed as always.
+    """
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = cls.from_config(dict(about))
+    kept = getattr(cls, "_keep_in_fp32_modules", None) or []
+    for name, parameter in list(model.named_parameters()):
+        high = any(part in name.split(".") for part in kept)
+        like = torch.empty_like(parameter, dtype=torch.float32 if high else dtype, device="meta")
+        _assign(model, name, nn.Parameter(like, requires_grad=False))
+    return model
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+
+
+def _fill_quantized(
+    model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
+) -> None:
+    warn_unmatched(config, model)
+    if config.target is None and device.type in ARCHITECTURES:
+        config = dataclasses.replace(config, target=detect(device.type))
+    rows = plan_layers(model, config)
+    layers = {f"{row.layer}.weight": row for row in rows if row.method is not None}
+    expected = _check_names(model, set(files.tensors), place)
+    with _progress(files.nbytes) as advance:
+        for name, tensor in files.read([n for n in files.tensors if n in expected]):
+            _check_shape(name, tensor, expected[name], place)
+            advance(name, tensor.nbytes)
+            _assign(model, name, _loaded(name, tensor, expected[name], layers, config, device))
+    logger.info("load_model: %s from %s", describe(rows, config.method), place)
+
+
+def _loaded(
+    name: str,
+    tensor: torch.Tensor,
+    like: torch.Tensor,
+    layers: Mapping[str, LayerPlan],
+    config: QuantConfig,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return a tensor of the file as the model holds it: quantized, or copied and cast."""
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    if name in layers:
+        moved = tensor.to(device, dtype)
+        return quantized_parameter(layers[name].layer, moved, config)
+    copied = torch.empty(tensor.shape, dtype=dtype, device=device)
+    copied.copy_(tensor)
+    return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
+
+
+def _check_names(model: Any, names: set[str], place: Path) -> dict[str, torch.Tensor]:
+    """Return what the model expects, by name, after checking that the files hold it and no more."""
+    expected = dict(model.state_dict(keep_vars=True))
+    missing = sorted(set(expected) - names)
+    if missing:
+        raise CheckpointError(
+            f"{place} lacks {len(missing)} of the {len(expected)} tensors of "
+            f"{type(model).__name__}: {_some(missing)}."
+        )
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    unexpected = sorted(
+        name
+        for name in names - set(expected)
+        if not any(re.search(pattern, name) for pattern in patterns)
+    )
+    if unexpected:
+        raise CheckpointError(
+            f"{place} holds {len(unexpected)} tensors that {type(model).__name__} has no place "
+            f"for: {_some(unexpected)}. Is config.json that of this checkpoint?"
+        )
+    return expected
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Path) -> None:
+    if tensor.shape != like.shape:
+        raise CheckpointError(
+            f"{name!r} of {place} is of shape {list(tensor.shape)}, and the model of its "
+            f"config.json has {list(like.shape)} there."
+        )
+
+
+def _check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | None) -> None:
+    """Check the version of omniq's own checkpoint, and that it is what was asked for."""
+    if stored.get("version") != VERSION:
+        raise CheckpointError(
+            f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "
+            f"this omniq reads version {VERSION}. Quantize the original checkpoint again."
+        )
+    if config is not None and config.scheme.weight != stored.get("format"):
+        raise OptionError(
+            f"{place} is quantized to {stored.get('format')}, and the options ask for "
+            f"{config.scheme.weight}. Leave the options out, or load the original checkpoint."
+        )
+
+
+def _fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place: Path) -> None:
+    weights = read_metadata(files.metadata, str(place)) or {}
+    owners = {part: name for name, about in weights.items() for part in stored_names(name, about)}
+    names = {owners.get(name, name) for name in files.tensors}
+    expected = _check_names(model, names, place)
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    left = {name: sum(o == name for o in owners.values()) for name in weights}
+    with _progress(files.nbytes) as advance:
+        for name, tensor in files.read(list(files.tensors)):
+            advance(name, tensor.nbytes)
+            owner = owners.get(name)
+            if owner is None:
+                if name in expected:
+                    _check_shape(name, tensor, expected[name], place)
+                    _assign(model, name, _copied(tensor, expected[name], device))
+                continue
+            parts = waiting.setdefault(owner, {})
+            parts[name] = torch.empty_like(tensor, device=device).copy_(tensor)
+            if len(parts) == left[owner]:
+                joined = join_parts(owner, weights[owner], waiting.pop(owner))
+                _check_shape(owner, joined, expected[owner], place)
+                _assign(model, owner, nn.Parameter(joined, requires_grad=False))
+    if waiting:
+        name, parts = next(iter(waiting.items()))
+        join_parts(name, weights[name], parts)  # raises, naming the part that is missing
+
+
+def _copied(tensor: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """Show bytes and layer names, on a terminal only."""
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(name: str, nbytes: int) -> None:
+            bar.update(task, advance=nbytes, description=name)
+
+        yield advance

@@ -1,0 +1,130 @@
+"""A whole diffusers pipeline with quantized components."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from omniq_compile.components import PipelineQuantConfig, build_quant_config
+from omniq_compile.foreign import OWN, refuse_foreign
+from omniq_compile.loading import load_model, local_folder, pipeline_components, read_config
+from omniq_compile.lowering.errors import CheckpointError, OptionError
+from omniq_compile.quantize import quantize_
+
+# What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
+# under another name it is a stage of its own.
+_LANGUAGE_MODELS = ("ForConditionalGeneration", "ForCausalLM")
+
+
+def from_pretrained(
+    folder: str | Path,
+    quantization: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    **pipeline_arguments: Any,
+) -> Any:
+    """Load a diffusers pipeline with some components quantized while they load.
+
+    A diffusers model is quantized tensor by tensor, so that its BF16 weights are never all
+    resident. A transformers model (a text encoder) is loaded by transformers and then quantized.
+
+    Args:
+        folder: of the pipeline, or a hub id.
+        quantization: see `build_quant_config`.
+        dtype: of everything that is not quantized.
+        device: to load the quantized components on; move the pipeline for the others.
+        variant: of the weight files, such as ``"fp16"``.
+        pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``; a component given
+            here is used as it is.
+
+    Raises:
+        OptionError: unknown methods, options or components; the message lists the pipeline's own.
+        CheckpointError: files that are missing, damaged or quantized by something else.
+        WeightError: a weight holds NaN or Inf.
+    """
+    config = build_quant_config(quantization)
+    place = local_folder(str(folder))
+    components = check_components(place, config)
+    loaded: dict[str, Any] = {}
+    for name, (library, kind) in components.items():
+        options = config.options_for(name)
+        own = _is_own(place / name)
+        if name in pipeline_arguments or (options is None and not own):
+            continue
+        cls = _component_class(library, kind, place / name)
+        if issubclass(cls, ModelMixin):
+            loaded[name] = load_model(
+                cls, place / name, options=options, dtype=dtype, device=device, variant=variant
+            )
+        elif options is not None:
+            loaded[name] = _quantized_elsewhere(cls, place / name, options, dtype, device)
+    return DiffusionPipeline.from_pretrained(
+        str(place),
+        torch_dtype=dtype,
+        **({"variant": variant} if variant else {}),
+        **loaded,
+        **pipeline_arguments,
+    )
+
+
+def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tuple[str, str]]:
+    """Return the library and class of each model of a pipeline, with the config checked on them.
+
+    Raises:
+        OptionError: the config does not fit the pipeline.
+        CheckpointError: the folder has no model_index.json.
+    """
+    components = {
+        name: entry
+        for name, entry in pipeline_components(place).items()
+        if _holds_weights(place / name)
+    }
+    config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
+    return components
+
+
+def _quantized_elsewhere(
+    cls: Any, folder: Path, options: Mapping[str, Any], dtype: torch.dtype, device: Any
+) -> Any:
+    """Load a model of another library, such as a text encoder of transformers, then quantize it."""
+    refuse_foreign(folder, read_config(folder), None)
+    try:
+        model = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be loaded from safetensors: {error}") from error
+    model.requires_grad_(False)
+    quantize_(model.to(device), options)
+    return model
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Say whether a component is a model: a scheduler or tokenizer has no config.json of one."""
+    return (folder / "config.json").is_file() and any(
+        file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir()
+    )
+
+
+def _is_stage(name: str, kind: str) -> bool:
+    return kind.endswith(_LANGUAGE_MODELS) and not name.startswith("text_encoder")
+
+
+def _is_own(folder: Path) -> bool:
+    stored = read_config(folder).get("quantization_config")
+    return isinstance(stored, Mapping) and stored.get("quant_method") == OWN
+
+
+def _component_class(library: str, kind: str, folder: Path) -> Any:
+    try:
+        return getattr(importlib.import_module(library), kind)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(
+            f"{folder} is a {kind} of {library!r}, which cannot be imported ({error}), so it "
+            f"cannot be quantized. Install {library}, or leave the component in BF16."
+        ) from error

@@ -1,0 +1,152 @@
+"""A folder's safetensors files, one tensor at a time, with nothing trusted that is not checked.
+
+Each file is memory-mapped, and mapped anew after some megabytes have been read, so that pages that
+were read do not stay resident. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from omniq_compile.lowering.errors import CheckpointError
+
+# Bytes read before a file is mapped anew: small beside a model, large beside a header.
+REMAP_BYTES = 32 << 20
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of a tensor; ``dtype`` is by safetensors' name, such as BF16."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsFiles:
+    """The tensors of one component's folder, by name."""
+
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        """Read the index, where there is one, and every file's header.
+
+        Raises:
+            CheckpointError: there is no safetensors file, or several that may be meant; a file is
+                missing, truncated or damaged; an index names a file outside its folder, or a
+                tensor that its file does not hold.
+        """
+        self.folder = folder
+        files, index = _find(folder, variant)
+        self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            with _open(file) as opened:
+                for key, value in (opened.metadata() or {}).items():
+                    self.metadata.setdefault(key, value)
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    if name in self.tensors:
+                        raise CheckpointError(
+                            f"tensor {name!r} is in {self.tensors[name].file} and again in {file}."
+                        )
+                    about = opened.get_slice(name)
+                    shape = tuple(about.get_shape())
+                    self.tensors[name] = StoredTensor(file, about.get_dtype(), shape)
+        for name, file in index.items():
+            held = self.tensors.get(name)
+            if held is None or held.file != file:
+                raise CheckpointError(f"the index of {folder} has {name!r} in {file.name}, not so.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in {t.file for t in self.tensors.values()})
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors one at a time, in the order they are stored.
+
+        A tensor is backed by the file and must not be held: copy what is to be kept.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        for file in dict.fromkeys(t.file for t in self.tensors.values()):
+            wanted = [name for name in names if self.tensors[name].file == file]
+            while wanted:
+                read = 0
+                with _open(file) as opened:
+                    while wanted and read < REMAP_BYTES:
+                        name = wanted.pop(0)
+                        try:
+                            tensor = opened.get_tensor(name)
+                        except (SafetensorError, OSError, RuntimeError) as error:
+                            raise CheckpointError(
+                                f"tensor {name!r} of {file} cannot be read: {error}."
+                            ) from error
+                        read += tensor.nbytes
+                        yield name, tensor
+                        del tensor
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing: the checkpoint is incomplete.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}). Download or copy it again."
+        ) from error
+
+
+def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path]]:
+    """Return the files to read, and where an index says that each tensor is."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    middle = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index{middle}.json"
+        if index.is_file():
+            mapping = _read_index(index)
+            return list(dict.fromkeys(mapping.values())), mapping
+        single = folder / f"{stem}{middle}.safetensors"
+        if single.is_file():
+            return [single], {}
+    found = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    if len(found) == 1 and variant is None:
+        return [folder / found[0]], {}
+    if found:
+        raise CheckpointError(
+            f"{folder} has no diffusion_pytorch_model{middle}.safetensors. It has "
+            f"{', '.join(found)}: name one of them with variant=..., as in ...model.VARIANT..."
+        )
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has its weights in {pickled[0]}, which only pickle reads, and omniq never "
+            "does. Load it with diffusers and save_pretrained(..., safe_serialization=True) it."
+        )
+    raise CheckpointError(f"{folder} has no safetensors file.")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in mapping.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of safetensors files: {error!r}."
+        ) from error
+    for name, file in pairs:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{index} says that {name!r} is in {file!r}, which is not a file of its folder."
+            )
+    return {name: index.parent / file for name, file in pairs}
