@@ -41,18 +41,41 @@ class QuantizedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, parts: Parts, format: str, method: str, shape: torch.Size, dtype: torch.dtype
+        cls,
+        parts: Parts | QuantizedTensor,
+        format: str = "",
+        method: str = "",
+        shape: torch.Size | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> QuantizedTensor:
-        """Wrap parts without copying them."""
+        """Wrap parts without copying them, or those of another one.
+
+        The latter, with ``requires_grad``, is how accelerate makes a parameter anew when it moves
+        one to a device; gradients there are none.
+        """
+        if isinstance(parts, QuantizedTensor):
+            shape, dtype, parts = parts.shape, parts.dtype, parts.parts
+        assert shape is not None
         tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=parts[0].device
         )
         return tensor
 
     def __init__(
-        self, parts: Parts, format: str, method: str, shape: torch.Size, dtype: torch.dtype
+        self,
+        parts: Parts | QuantizedTensor,
+        format: str = "",
+        method: str = "",
+        shape: torch.Size | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> None:
         """Keep the parts, in the order of the format."""
+        if isinstance(parts, QuantizedTensor):
+            format, method, parts = parts.format, parts.method, parts.parts
         self.format = format
         self.method = method
         for name, part in zip(get_format(format).parts, parts, strict=True):

@@ -92,7 +92,8 @@ def load_model(
         _fill_quantized(model, files, config, torch.device(device), place)
     model.register_to_config(_name_or_path=str(place))
     make_savable(model, stored)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def local_folder(where: str, subfolder: str | None = None, cls: type | None = None) -> Path:
@@ -155,7 +156,7 @@ def pipeline_components(folder: Path) -> dict[str, tuple[str, str]]:
     Raises:
         CheckpointError: it has no model_index.json.
     """
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     return {name: tuple(entry) for name, entry in index.items() if _is_component(name, entry)}
 
 
@@ -167,10 +168,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
-    return _json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        CheckpointError: it is missing or does not.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -219,7 +225,7 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module: Any = model.get_submodule(owner)
     (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 

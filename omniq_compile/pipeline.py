@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from omniq_compile.components import PipelineQuantConfig, build_quant_config
 from omniq_compile.foreign import OWN, refuse_foreign
-from omniq_compile.loading import load_model, local_folder, pipeline_components, read_config
-from omniq_compile.lowering.errors import CheckpointError, OptionError
+from omniq_compile.loading import (
+    load_model,
+    local_folder,
+    pipeline_components,
+    read_config,
+    read_json,
+)
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
 from omniq_compile.quantize import quantize_
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
@@ -65,13 +72,27 @@ def from_pretrained(
             )
         elif options is not None:
             loaded[name] = _quantized_elsewhere(cls, place / name, options, dtype, device)
-    return DiffusionPipeline.from_pretrained(
+    pipe = _pipeline_class(place).from_pretrained(
         str(place),
         torch_dtype=dtype,
         **({"variant": variant} if variant else {}),
         **loaded,
         **pipeline_arguments,
     )
+    for name, component in loaded.items():
+        if getattr(pipe, name) is not component:
+            raise OmniqError(f"{type(pipe).__name__} did not take the quantized {name!r}.")
+    return pipe
+
+
+def _pipeline_class(place: Path) -> Any:
+    """Return the pipeline's own class; code that a folder brings along is for diffusers to load.
+
+    Asked through ``DiffusionPipeline``, diffusers 0.42 loads an optional component (Wan2.2's
+    transformers) anew although it was passed.
+    """
+    name = read_json(place / "model_index.json").get("_class_name")
+    return getattr(diffusers, str(name), DiffusionPipeline)
 
 
 def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tuple[str, str]]:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.out.resolve().parent.is_dir():
         raise OptionError(f"--out {arguments.out}: its folder does not exist.")
     config = build_quant_config(read_quantization(arguments.quantization))
-    remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    remote: dict[str, Any] = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     pipe = omniq.from_pretrained(arguments.folder, config, **remote)
     console = Console(stderr=True)
     for name, component in pipe.components.items():
@@ -120,7 +120,7 @@ def save_result(result: Any, out: Path) -> list[Path]:
         OptionError: the file's ending does not fit, or it cannot be written.
     """
     frames = getattr(result, "frames", None)
-    images = getattr(result, "images", None)
+    images: Any = getattr(result, "images", None)
     if frames is None and images is None:
         raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
     try:

@@ -1,0 +1,87 @@
+"""Routing: which options each component of a pipeline gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from omniq_compile import OptionError, build_quant_config
+
+FLUX = ("transformer", "text_encoder", "text_encoder_2", "vae")
+WAN = ("transformer", "transformer_2", "text_encoder", "vae")
+
+
+def routed(quantization: Any, components: tuple[str, ...]) -> dict[str, str]:
+    config = build_quant_config(quantization)
+    config.check(components)
+    options = {name: config.options_for(name) for name in components}
+    return {name: given["method"] for name, given in options.items() if given}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "components", "expected"),
+    [
+        ("FP8", FLUX, {"transformer": "FP8"}),
+        ({"method": "int8"}, FLUX, {"transformer": "int8"}),
+        ("int8", WAN, {"transformer": "int8", "transformer_2": "int8"}),
+        ({"transformer": "fp8"}, WAN, {"transformer": "fp8"}),
+        ({"transformer": "fp8", "transformer_2": "mxfp4"}, WAN,
+         {"transformer": "fp8", "transformer_2": "mxfp4"}),
+        ({"transformer": {"method": "fp8"}, "vae": None}, FLUX, {"transformer": "fp8"}),
+        ({"default": "int8", "vae": None}, FLUX,
+         {"transformer": "int8", "text_encoder": "int8", "text_encoder_2": "int8"}),
+        ({"text_encoder": "int8"}, FLUX, {"text_encoder": "int8"}),
+        ({"default": None, "transformer": "mxfp8"}, WAN, {"transformer": "mxfp8"}),
+    ],
+)  # fmt: skip
+def test_routes(quantization: Any, components: tuple[str, ...], expected: Any) -> None:
+    assert routed(quantization, components) == expected
+
+
+def test_a_part_of_a_component_is_left_alone() -> None:
+    config = build_quant_config(
+        {
+            "transformer": {"method": "fp8", "ignored_layers": ["img_mod"]},
+            "transformer.proj_out": None,
+        }
+    )
+    assert config.options_for("transformer") == {
+        "method": "fp8",
+        "ignored_layers": ["img_mod", r"re:proj_out(\..*)?"],
+    }
+    assert config.options_for("transformer_2") is None
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ("int9", "unknown method 'int9'. Did you mean 'int8'"),
+        ({"method": "int8", "ignored": []}, "unknown option 'ignored'"),
+        ({"transformer": {"method": "fp9"}}, "quantization of 'transformer': unknown method"),
+        ({"transformer": 8}, "quantization of 'transformer' must be a method"),
+        (8, "quantization must be a method"),
+        ({}, "quantization must be a method"),
+        ({"transformer": "fp8", "transformer.proj_out": "int8"}, "is a part of 'transformer'"),
+        ({"transformer": {"ignored_layers": []}}, 'omniq needs options={"method"'),
+    ],
+)
+def test_what_is_wrong_is_named(quantization: Any, words: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        build_quant_config(quantization)
+    assert words in str(raised.value)
+
+
+def test_unknown_components_list_the_pipelines_own() -> None:
+    with pytest.raises(OptionError) as raised:
+        build_quant_config({"text_encodr": "int8"}).check(FLUX)
+    assert "Did you mean 'text_encoder'?" in str(raised.value)
+    assert "transformer, text_encoder, text_encoder_2, vae" in str(raised.value)
+
+
+def test_one_method_needs_one_clear_transformer() -> None:
+    with pytest.raises(OptionError, match=r"a stage beside the transformer \(language_model\)"):
+        build_quant_config("int8").check(("transformer", "language_model"), ["language_model"])
+    with pytest.raises(OptionError, match=r"no component named transformer.*It has: unet, vae"):
+        build_quant_config("int8").check(("unet", "vae"))
+    build_quant_config({"language_model": "int8"}).check(("transformer", "language_model"))

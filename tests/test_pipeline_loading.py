@@ -1,0 +1,183 @@
+"""Whole pipelines: `from_pretrained`, `omniq quantize` and `omniq generate`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import error
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from PIL import Image
+
+import omniq_compile as omniq
+from omniq_compile import CheckpointError, OptionError, QuantizedTensor
+from omniq_compile.cli import main
+from omniq_compile.cli.models import random_model
+
+transformers = pytest.importorskip("transformers")
+DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
+INT8 = '{"transformer": {"method": "int8", "min_features": 64}}'
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with two experts, a text encoder and a VAE, all tiny and random."""
+    folder = tmp_path_factory.mktemp("wan") / "pipeline"
+    encoder = transformers.UMT5Config(
+        vocab_size=64, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2
+    )
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=transformers.UMT5EncoderModel(encoder).to(torch.bfloat16),
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=UniPCMultistepScheduler(),
+        transformer=random_model("WanTransformer3DModel", "tiny", seed=1),
+        transformer_2=random_model("WanTransformer3DModel", "tiny", seed=2),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, quantization: Any) -> Any:
+    return omniq.from_pretrained(folder, quantization, tokenizer=None)
+
+
+def methods(pipe: Any) -> dict[str, set[str]]:
+    return {
+        name: {p.method for p in part.parameters() if isinstance(p, QuantizedTensor)}
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"method": "fp8", "min_features": 64},
+         {"transformer": {"fp8"}, "transformer_2": {"fp8"}, "text_encoder": set(), "vae": set()}),
+        ({"transformer": {"method": "mxfp4", "min_features": 64}, "vae": None,
+          "text_encoder": {"method": "int8", "min_features": 32}},
+         {"transformer": {"mxfp4"}, "transformer_2": set(), "text_encoder": {"int8"},
+          "vae": set()}),
+    ],
+)  # fmt: skip
+def test_each_component_gets_its_own(wan: Path, quantization: Any, expected: Any) -> None:
+    pipe = load(wan, quantization)
+    assert methods(pipe) == expected
+    assert pipe.transformer.dtype is pipe.transformer_2.dtype is torch.bfloat16
+
+
+def test_a_quantized_text_encoder_works_eager_and_compiled(wan: Path) -> None:
+    options = {"method": "int8", "min_features": 32}
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        plain = load(wan, {"vae": None}).text_encoder(ids).last_hidden_state
+        encoder = load(wan, {"text_encoder": options}).text_encoder
+        assert error(encoder(ids).last_hidden_state, plain) < 0.05
+        compiled = torch.compile(encoder, backend="omniq", options=options | {"compiler": "eager"})
+        assert error(compiled(ids).last_hidden_state, plain) < 0.05
+
+
+def test_cpu_offload_hooks_leave_the_numbers(wan: Path) -> None:
+    from accelerate import cpu_offload
+
+    pipe = load(wan, {"text_encoder": {"method": "fp8", "min_features": 32}})
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = pipe.text_encoder(ids).last_hidden_state
+        cpu_offload(pipe.text_encoder, "cpu")
+        assert torch.equal(pipe.text_encoder(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"transformer_3": "int8"}, "unknown component 'transformer_3'"),
+        ({"scheduler": "int8"}, "Valid: text_encoder, transformer, transformer_2, vae"),
+    ],
+)
+def test_unknown_components(wan: Path, quantization: Any, words: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        load(wan, quantization)
+    assert words in str(raised.value)
+
+
+def test_not_a_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
+        load(tmp_path, "int8")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        load(tmp_path / "nowhere", "int8")
+
+
+def test_a_language_model_beside_the_transformer_has_to_be_named(wan: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(wan, tmp_path / "staged"))
+    (folder / "text_encoder").rename(folder / "language_model")
+    index = folder / "model_index.json"
+    index.write_text(
+        index.read_text()
+        .replace('"text_encoder"', '"language_model"')
+        .replace("UMT5EncoderModel", "UMT5ForConditionalGeneration")
+    )
+    with pytest.raises(OptionError, match=r"a stage beside the transformer \(language_model\)"):
+        load(folder, "int8")
+
+
+def test_quantize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A quantized folder draws what quantizing at loading draws, and BF16 nearly."""
+    common = ["--trust-remote-code", "--argument", "digits=[3,8]", "--steps", "3", "--eager"]
+
+    def draw(folder: Path, quantization: str, name: str) -> np.ndarray:
+        out = tmp_path / f"{name}.png"
+        command = ["generate", str(folder), "--quantization", quantization, "--out", str(out)]
+        assert main([*command, *common]) == 0
+        pictures = [np.asarray(Image.open(tmp_path / f"{name}_{i}.png")) for i in range(2)]
+        return np.stack(pictures).astype(float)
+
+    made = tmp_path / "made"
+    assert main(["quantize", str(DIGITS), "--quantization", INT8, "--out", str(made)]) == 0
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (made / weights).stat().st_size < 0.56 * (DIGITS / weights).stat().st_size
+    online, stored = draw(DIGITS, INT8, "online"), draw(made, INT8, "stored")
+    assert np.array_equal(online, stored)
+    assert np.abs(online - draw(DIGITS, '{"transformer": null}', "bf16")).mean() < 2
+    assert online.std() > 20
+    capsys.readouterr()
+    assert main(["quantize", str(DIGITS), "--quantization", INT8, "--out", str(made)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_generate_compiles_the_transformer(tmp_path: Path) -> None:
+    quantization = INT8.replace('"int8"', '"int8", "compiler": "eager"')
+    command = ["generate", str(DIGITS), "--quantization", quantization, "--trust-remote-code"]
+    out = tmp_path / "x.png"
+    assert main([*command, "--argument", "digits=[5]", "--steps", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quantization", "int8", "--out", "x.png"], "needs digits: give --argument digits="),
+        (["--quantization", "{", "--out", "x.png"], "is not JSON"),
+        (["--quantization", "int8", "--prompt", "a", "--out", "x.png"], "DigitsPipeline 'prompt'"),
+        (["--quantization", "int8", "--argument", "digits=[1", "--out", "x.png"], "not NAME=JSON"),
+        (["--quantization", "int8", "--out", "no/where.png"], "its folder does not exist"),
+        (["--quantization", "int8", "--argument", "digits=[1]", "--steps", "1", "--eager",
+          "--out", "x.abc"], "x.abc cannot be written"),
+    ],
+)  # fmt: skip
+def test_what_generate_cannot_do(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", str(DIGITS), "--trust-remote-code", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
