@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class _Regions:
         self._arguments = compile_arguments
         self._order: dict[str, int] = {}
         self._backends: dict[Any, Any] = {}
+        self._functions: dict[type, FunctionType] = {}
         self._check_count(blocks)
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
@@ -96,10 +98,21 @@ class _Regions:
             self._backends[config] = partial(_backend, config=config)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
-            block._call_impl, backend=self._backends[config], **self._arguments
+            self._own_function(type(block)), backend=self._backends[config], **self._arguments
         )
-        block._compiled_call_impl = compiled  # type: ignore[assignment]
-        return compiled(*args, **kwargs)
+        block._compiled_call_impl = partial(compiled, block)  # type: ignore[assignment]
+        return compiled(block, *args, **kwargs)
+
+    def _own_function(self, kind: type) -> FunctionType:
+        """Return what calls a block of one class, the same function for each of them.
+
+        Dynamo skips the `_call_impl` of classes that are torch's own, such as `nn.Sequential`, and
+        counts recompilations per code object, which all classes would share.
+        """
+        if kind not in self._functions:
+            code = _run_block.__code__.replace(co_name=f"run_{kind.__name__}")
+            self._functions[kind] = FunctionType(code, globals(), _run_block.__name__)
+        return self._functions[kind]
 
     def _check_count(self, blocks: dict[str, nn.Module]) -> None:
         policies = {
@@ -116,6 +129,11 @@ class _Regions:
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )
+
+
+def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    # Past `__call__`, which would find the compiled form again; the hooks run in here.
+    return block._call_impl(*args, **kwargs)
 
 
 def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig) -> Any:

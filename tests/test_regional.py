@@ -167,3 +167,18 @@ def test_the_blocks_of_diffusers_models_are_found(class_name: str, containers: s
     with torch.no_grad():
         model(**inputs)
     assert graphs() >= 2
+
+
+def test_blocks_of_torchs_own_class_are_compiled_too() -> None:
+    """Dynamo skips the calls of torch's own modules, which would leave these blocks in BF16."""
+    blocks = (nn.Sequential(nn.Linear(64, 130), nn.GELU(), nn.Linear(130, 64)) for _ in range(3))
+    model = nn.Sequential(nn.Linear(38, 64), nn.ModuleList(blocks)).requires_grad_(False)
+    x = torch.randn(5, 64)
+    expected = [block(x) for block in model[1]]
+    compiled = omniq_compile.compile(model, {"method": "int8", **OPTIONS})
+    with torch.no_grad():
+        got = [block(x) for block in compiled[1]]
+    assert graphs() == 1
+    for one, other in zip(got, expected, strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0, atol=0.05)
