@@ -7,6 +7,7 @@ lowered and read anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +16,25 @@ from omniq_compile.lowering.errors import OptionError, unknown
 # Per device, the architectures that kernels tell apart, the most capable first.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "cpu": ("avx512_bf16", "avx512_vnni", "generic"),
+    "cuda": ("sm_120", "sm_100", "sm_90", "sm_89", "sm_80"),
+    "rocm": ("gfx950", "gfx942"),
+    "xpu": ("xe",),
+    "npu": ("ascend950", "ascend910b"),
+}
+
+# PyTorch calls AMD's GPUs "cuda" too.
+TORCH_DEVICES = {"rocm": "cuda"}
+
+# What a machine of an architecture can also run. CUDA's later ones have the instructions of these
+# two; sm_90 and sm_100 have some that no other one has.
+RUNS = {
+    "cpu:avx512_bf16": ("avx512_vnni", "generic"),
+    "cpu:avx512_vnni": ("avx512_bf16", "generic"),
+    "cpu:generic": ("avx512_bf16", "avx512_vnni"),
+    "cuda:sm_120": ("sm_89", "sm_80"),
+    "cuda:sm_100": ("sm_89", "sm_80"),
+    "cuda:sm_90": ("sm_89", "sm_80"),
+    "cuda:sm_89": ("sm_80",),
 }
 
 
@@ -28,43 +48,111 @@ class Target:
     def __str__(self) -> str:
         return f"{self.device}:{self.arch}"
 
+    @property
+    def torch_device(self) -> str:
+        """The type of the ``torch.device`` that its tensors are on."""
+        return TORCH_DEVICES.get(self.device, self.device)
+
+    def runs(self, other: Target) -> bool:
+        """Say whether a machine of this target runs what was lowered for another."""
+        return other == self or (
+            other.device == self.device and other.arch in RUNS.get(str(self), ())
+        )
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """Read ``device`` or ``device:arch``; a bare device means this machine's architecture.
 
         Raises:
-            OptionError: the device or the architecture is not one omniq lowers to.
+            OptionError: the device or the architecture is not one omniq lowers to, or a bare
+                device is not in this machine.
         """
         device, _, arch = text.strip().lower().partition(":")
         if device not in ARCHITECTURES:
             raise OptionError(unknown("target device", device, ARCHITECTURES))
-        if not arch:
-            return detect(device)
-        if arch not in ARCHITECTURES[device]:
-            raise OptionError(unknown(f"{device} architecture", arch, ARCHITECTURES[device]))
-        return cls(device, arch)
+        archs = ARCHITECTURES[device]
+        if arch:
+            if arch not in archs:
+                raise OptionError(unknown(f"{device} architecture", arch, archs))
+            return cls(device, arch)
+        if len(archs) == 1:
+            return cls(device, archs[0])
+        found = present(device)
+        if found is None:
+            raise OptionError(
+                f"target {device!r} means the {device} device of this machine, and it has none. "
+                f"Name an architecture: {', '.join(f'{device}:{a}' for a in archs)}."
+            )
+        return found
 
 
-def detect(device: str) -> Target:
-    """Return the target for a ``torch.device`` type of this machine, such as ``"cpu"``.
+def present(device: str) -> Target | None:
+    """Return this machine's target of a device of `ARCHITECTURES`, or None where it has none."""
+    torch_device = TORCH_DEVICES.get(device, device)
+    module = getattr(torch, torch_device, None)
+    if module is None or not module.is_available():
+        return None
+    found = detect(torch_device)
+    return found if found.device == device else None
+
+
+def detectable(torch_device: str) -> bool:
+    """Say whether omniq has kernels for a ``torch.device`` type."""
+    return torch_device in _DETECT
+
+
+def detect(torch_device: str) -> Target:
+    """Return the target for a ``torch.device`` type that this machine has, such as ``"cuda"``.
 
     Raises:
-        OptionError: omniq has no kernels for that device type.
+        OptionError: omniq has no kernels for that device type, or for its architecture.
     """
-    if device not in ARCHITECTURES:
+    if not detectable(torch_device):
         raise OptionError(
-            f"omniq has no kernels for device {device!r}; it has for: {', '.join(ARCHITECTURES)}. "
-            "Move the model there, or compile it with backend='inductor'."
+            f"omniq has no kernels for device {torch_device!r}; it has for: "
+            f"{', '.join(_DETECT)}. Move the model there, or compile it with backend='inductor'."
         )
-    return Target("cpu", _cpu_architecture())
+    return _DETECT[torch_device]()
 
 
-def _cpu_architecture() -> str:
+def _cpu() -> Target:
     # oneDNN reaches its fast s8 GEMM through AVX-512 VNNI or AMX; every other CPU would run
     # `torch._int_mm` as a plain loop (measured 30 times slower than a float32 GEMM on AVX2).
     capabilities = torch.cpu.get_capabilities()
     if not (capabilities.get("avx512_vnni") or capabilities.get("amx_int8")):
-        return "generic"
+        return Target("cpu", "generic")
     # Every CPU so far that has BF16 dot products has VNNI too.
     fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "avx512_bf16" if fast_bfloat16 else "avx512_vnni"
+    return Target("cpu", "avx512_bf16" if fast_bfloat16 else "avx512_vnni")
+
+
+def _cuda() -> Target:
+    if torch.version.hip:
+        # Such as "gfx942:sramecc+:xnack-".
+        arch = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+        return _known("rocm", arch, arch)
+    capability = torch.cuda.get_device_capability()
+    major, minor = capability
+    arch = {8: "sm_89" if minor >= 9 else "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(
+        major, ""
+    )
+    return _known("cuda", arch, f"compute capability {major}.{minor}")
+
+
+def _npu() -> Target:
+    # torch_npu adds the module; names are such as "Ascend910B3" and "Ascend950PR".
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    name = str(npu.get_device_name())
+    return Target("npu", "ascend950" if "950" in name else "ascend910b")
+
+
+def _known(device: str, arch: str, found: str) -> Target:
+    if arch in ARCHITECTURES[device]:
+        return Target(device, arch)
+    raise OptionError(
+        f"omniq has no kernels for this {device} device ({found}); it has for: "
+        f"{', '.join(ARCHITECTURES[device])}. Compile with backend='inductor'."
+    )
+
+
+_DETECT = {"cpu": _cpu, "cuda": _cuda, "xpu": lambda: Target("xpu", "xe"), "npu": _npu}

@@ -127,15 +127,14 @@ def run_target(config: QuantConfig, inputs: Sequence[Any]) -> Target:
     devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"meta"}
     accelerators = sorted(devices - {"cpu"})
     device = accelerators[0] if accelerators else "cpu"
-    if config.target is None:
-        return detect(device)
-    if config.target.device != device:
-        raise OptionError(
-            f"option 'target' is {str(config.target)!r}, but the model runs on {device!r}. "
-            "Leave 'target' out to compile for the model's own device; `omniq dump --target` "
-            "shows the graph for another one."
-        )
-    return config.target
+    here = detect(device)
+    if config.target is None or here.runs(config.target):
+        return config.target or here
+    raise OptionError(
+        f"option 'target' is {str(config.target)!r}, and this model is on {str(here)!r}, which "
+        "cannot run it. Leave 'target' out to compile for the model's own device; "
+        "`omniq dump --target` and omniq_compile.explain(target=...) show the graph for another."
+    )
 
 
 def _log(context: Context, seconds: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from omniq_compile.lowering import registry
-from omniq_compile.lowering.target import detect
+from omniq_compile.lowering.target import present
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def kernels() -> list[KernelRow]:
                 target=str(target),
                 kernel=kernel.name,
                 native=kernel.native,
-                here=target == detect(target.device),
+                here=target == present(target.device),
                 preferred=cell not in seen,
                 about=kernel.about,
             )

@@ -12,7 +12,7 @@ from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.lowering.target import ARCHITECTURES, Target, detect
+from omniq_compile.lowering.target import Target, detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import (
@@ -137,7 +137,7 @@ def _target(weight: torch.Tensor, config: QuantConfig) -> Target | None:
     if config.target is not None:
         return config.target
     device = weight.device.type
-    return detect(device) if device in ARCHITECTURES else None
+    return detect(device) if detectable(device) else None
 
 
 def _row(name: str, weight: torch.Tensor, reason: str | None, config: QuantConfig) -> LayerPlan:

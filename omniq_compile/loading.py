@@ -22,7 +22,7 @@ from torch import nn
 from omniq_compile.foreign import refuse_foreign
 from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
 from omniq_compile.lowering.errors import CheckpointError, OptionError, nearest
-from omniq_compile.lowering.target import ARCHITECTURES, detect
+from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize import quantized_parameter
 from omniq_compile.regional import warn_unmatched
@@ -233,7 +233,7 @@ def _fill_quantized(
     model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
 ) -> None:
     warn_unmatched(config, model)
-    if config.target is None and device.type in ARCHITECTURES:
+    if config.target is None and detectable(device.type):
         config = dataclasses.replace(config, target=detect(device.type))
     rows = plan_layers(model, config)
     layers = {f"{row.layer}.weight": row for row in rows if row.method is not None}

@@ -128,7 +128,7 @@ def test_a_bare_device_is_this_machine(
 def test_a_target_that_the_model_is_not_on_is_refused() -> None:
     model = Holder(torch.matmul, w=torch.randn(38, 19))
     config = QuantConfig("int8", compiler="eager", target=Target("cuda", "sm_90"))
-    with pytest.raises(BackendCompilerFailed, match="'cuda:sm_90', but the model runs on 'cpu'"):
+    with pytest.raises(BackendCompilerFailed, match="'cuda:sm_90', and this model is on 'cpu:"):
         torch.compile(model, backend="omniq", options=config)(torch.randn(7, 38))
 
 

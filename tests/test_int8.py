@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniq_compile.lowering import registry
-from omniq_compile.lowering.cpu.integer_matmul import int8_matmul
 from omniq_compile.lowering.formats import int8
+from omniq_compile.lowering.integer_matmul import int8_matmul
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target

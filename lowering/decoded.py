@@ -1,4 +1,4 @@
-"""Emulated float formats on CPU: codes are decoded and multiplied in float32.
+"""Emulated float formats on any device: codes are decoded and multiplied in float32.
 
 Every code is exact in float32, and so is every product of two, so that the result is that of
 native hardware up to the order of accumulation. A weight is decoded in each call by a loop that
@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from omniq_compile.lowering.cpu import float32_matmul  # noqa: F401  (defines the operator)
+from omniq_compile.lowering import float32_matmul  # noqa: F401  (defines the operator)
 from omniq_compile.lowering.formats import fp8, get_format, mx, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
-from omniq_compile.lowering.target import ARCHITECTURES
 
 Values = tuple[torch.Tensor, ...]
 
@@ -89,9 +88,10 @@ def quantize(x: torch.Tensor, format: str) -> Values:
     return _decoder(format).activation(x)
 
 
-def _gemm(
+def gemm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
+    """Decode a weight, and multiply in float32; see `Kernel.gemm`."""
     if problem.b_is_weight:
         b = _decoder(scheme.weight).weight(b)
     return gemm_values(a, b, bias, problem.dtype)
@@ -118,24 +118,3 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
     if not isinstance(problem.K, int) and scheme.activation != "fp8":
         return f"K is symbolic ({problem.K}), and {scheme.activation} cuts K into blocks"
     return None
-
-
-KERNELS = tuple(
-    Kernel(
-        name=f"cpu_{method}_float32",
-        method=method,
-        device="cpu",
-        archs=ARCHITECTURES["cpu"],
-        native=False,
-        about=f"no {elements} arithmetic on CPUs: codes decoded and multiplied exactly in float32",
-        quantize=quantize,
-        gemm=_gemm,
-        refuse=refuse,
-    )
-    for method, elements in (
-        ("fp8", "e4m3"),
-        ("mxfp8", "e4m3"),
-        ("mxfp4", "e2m1"),
-        ("mxfp4_dualscale", "e2m1"),
-    )
-)

@@ -1,4 +1,4 @@
-"""Emulated MX formats on CPUs with BF16 dot products: decoded to BF16, multiplied by oneDNN.
+"""Emulated MX formats where BF16 GEMMs are fast: decoded to BF16, and multiplied in it.
 
 An MX element times its power of two is exact in bfloat16 (but for values under 2**-126), a product
 of two is exact in the float32 it is summed in, and the bias is added before the one rounding. So
@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from omniq_compile.lowering.cpu import decoded
+from omniq_compile.lowering import decoded
 from omniq_compile.lowering.formats import mxfp4, mxfp8
 from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
 
 _WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
@@ -25,13 +25,15 @@ _WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
 }
 
 
-def _quantize(x: torch.Tensor, format: str) -> Parts:
+def quantize(x: torch.Tensor, format: str) -> Parts:
+    """Return the values ``[..., K]`` that an activation's codes stand for, in BF16."""
     return (decoded.quantize(x, format)[0].to(torch.bfloat16),)
 
 
-def _gemm(
+def gemm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
+    """Decode a weight, and multiply in BF16; see `Kernel.gemm`."""
     weight = _WEIGHTS[scheme.weight](b) if problem.b_is_weight else b[0]
     if problem.b_rank == 2:
         fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
@@ -41,23 +43,8 @@ def _gemm(
     return decoded.gemm_values(wide[:1], wide[1:], bias, problem.dtype)
 
 
-def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+def refuse(problem: Problem, scheme: Scheme) -> str | None:
+    """Return why BF16 cannot hold a problem's operands or its result, or None."""
     if problem.dtype is not torch.bfloat16:
         return f"the result is {str(problem.dtype).removeprefix('torch.')}, not bfloat16"
     return decoded.refuse(problem, scheme)
-
-
-KERNELS = tuple(
-    Kernel(
-        name=f"cpu_{method}_bfloat16",
-        method=method,
-        device="cpu",
-        archs=("avx512_bf16",),
-        native=False,
-        about=f"no {elements} arithmetic on CPUs: decoded exactly to BF16, oneDNN BF16 GEMM",
-        quantize=_quantize,
-        gemm=_gemm,
-        refuse=_refuse,
-    )
-    for method, elements in (("mxfp8", "e4m3"), ("mxfp4", "e2m1"))
-)

@@ -1,0 +1,75 @@
+"""The rows that any device can have: codes decoded in each call, multiplied in a wider dtype.
+
+What stays in memory are the codes, and the numbers are those of native hardware up to the order of
+accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omniq_compile.lowering import decoded, decoded_bfloat16, int8_gemms
+from omniq_compile.lowering.registry import Kernel
+
+ELEMENTS = {"fp8": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "mxfp4_dualscale": "e2m1"}
+
+
+def float32(device: str, archs: Sequence[str], method: str, where: str) -> Kernel:
+    """Make the row that decodes to float32, which holds every code and every scale exactly.
+
+    Args:
+        device, archs: where it is offered.
+        method: a key of `ELEMENTS`.
+        where: what lacks the arithmetic, such as ``"CPUs"``.
+    """
+    return Kernel(
+        name=f"{device}_{method}_float32",
+        method=method,
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"no {ELEMENTS[method]} arithmetic on {where}: codes decoded and multiplied exactly "
+        "in float32",
+        quantize=decoded.quantize,
+        gemm=decoded.gemm,
+        refuse=decoded.refuse,
+    )
+
+
+def bfloat16(device: str, archs: Sequence[str], method: str, where: str) -> Kernel:
+    """Make the row that decodes ``mxfp8`` or ``mxfp4`` to BF16, exactly, for a fast BF16 GEMM."""
+    return Kernel(
+        name=f"{device}_{method}_bfloat16",
+        method=method,
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"no {ELEMENTS[method]} arithmetic on {where}: decoded exactly to BF16, BF16 GEMM",
+        quantize=decoded_bfloat16.quantize,
+        gemm=decoded_bfloat16.gemm,
+        refuse=decoded_bfloat16.refuse,
+    )
+
+
+def int8(device: str, archs: Sequence[str], why: str) -> Kernel:
+    """Make the row that multiplies int8 codes by float32 GEMMs over short runs of K, exactly."""
+    return Kernel(
+        name=f"{device}_s8_float32",
+        method="int8",
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"{why}: codes multiplied exactly by float32 GEMMs over short runs of K",
+        quantize=int8_gemms.quantize,
+        gemm=int8_gemms.gemm_float32,
+        refuse=int8_gemms.refuse,
+    )
+
+
+def kernels(
+    device: str, archs: Sequence[str], where: str, bfloat16_archs: Sequence[str] = ()
+) -> tuple[Kernel, ...]:
+    """Make every emulated row of a device, the faster first."""
+    fast = [bfloat16(device, bfloat16_archs, method, where) for method in ("mxfp8", "mxfp4")]
+    exact = [float32(device, archs, method, where) for method in ELEMENTS]
+    return (*(fast if bfloat16_archs else ()), *exact)

@@ -1,0 +1,11 @@
+"""Kernels of AMD GPUs, in order of preference."""
+
+from omniq_compile.lowering import emulated
+from omniq_compile.lowering.target import ARCHITECTURES
+
+_ALL = ARCHITECTURES["rocm"]
+
+KERNELS = (
+    emulated.int8("rocm", _ALL, "no integer GEMM takes it"),
+    *emulated.kernels("rocm", _ALL, "this path", bfloat16_archs=_ALL),
+)

@@ -1,0 +1,137 @@
+"""Targets as data: what a machine is, what it runs, and the table of kernels for those absent."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Holder
+
+import omniq_compile as omniq
+from omniq_compile.lowering import registry, target
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.schemes import METHODS
+from omniq_compile.lowering.target import ARCHITECTURES, Target, detect, present
+
+TARGETS = [Target(device, arch) for device, archs in ARCHITECTURES.items() for arch in archs]
+by_target = pytest.mark.parametrize("place", TARGETS, ids=str)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), "cuda:sm_80"),
+        ((8, 6), "cuda:sm_80"),
+        ((8, 9), "cuda:sm_89"),
+        ((9, 0), "cuda:sm_90"),
+        ((10, 0), "cuda:sm_100"),
+        ((10, 3), "cuda:sm_100"),
+        ((12, 0), "cuda:sm_120"),
+        ((12, 1), "cuda:sm_120"),
+    ],
+)
+def test_a_capability_names_its_architecture(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert str(detect("cuda")) == expected
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (13, 0)])
+def test_a_capability_without_kernels_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(OptionError, match=f"{capability[0]}.{capability[1]}.*sm_120.*inductor"):
+        detect("cuda")
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx950", "gfx950")]
+)
+def test_amd_gpus_are_the_cuda_device_of_a_hip_build(
+    monkeypatch: pytest.MonkeyPatch, arch: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert detect("cuda") == Target("rocm", expected)
+    assert Target("rocm", expected).torch_device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("Ascend910B3", "ascend910b"), ("Ascend910_9392", "ascend910b"), ("Ascend950PR", "ascend950")],
+)
+def test_an_npu_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, arch: str) -> None:
+    npu = SimpleNamespace(get_device_name=lambda: name, is_available=lambda: True)
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    assert present("npu") == Target("npu", arch)
+
+
+def test_a_bare_device_that_is_absent_asks_for_an_architecture() -> None:
+    if present("cuda") is None:
+        with pytest.raises(OptionError, match=r"it has none.*cuda:sm_120, cuda:sm_100"):
+            Target.parse("cuda")
+
+
+def test_only_later_nvidia_gpus_run_what_was_lowered_for_earlier_ones() -> None:
+    def runs(here: str, there: str) -> bool:
+        return Target.parse(here).runs(Target.parse(there))
+
+    assert runs("cuda:sm_90", "cuda:sm_80")
+    assert runs("cuda:sm_90", "cuda:sm_90")
+    assert not runs("cuda:sm_80", "cuda:sm_90")
+    # Each has instructions that the other lacks.
+    assert not runs("cuda:sm_100", "cuda:sm_90")
+    assert not runs("rocm:gfx950", "rocm:gfx942")
+    assert not runs("cuda:sm_90", "cpu:generic")
+
+
+def test_what_runs_elsewhere_names_known_targets() -> None:
+    for here, archs in target.RUNS.items():
+        assert all(Target.parse(here).runs(Target(here.split(":")[0], arch)) for arch in archs)
+        assert set(archs) <= set(ARCHITECTURES[here.split(":")[0]])
+
+
+@by_target
+@pytest.mark.parametrize("method", METHODS)
+def test_every_cell_has_a_kernel_and_says_what_it_is(place: Target, method: str) -> None:
+    rows = [row for row in omniq.kernels() if (row.target, row.method) == (str(place), method)]
+    assert [row.preferred for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert all(row.about for row in rows)
+    assert len({row.kernel for row in rows}) == len(rows)
+
+
+def test_kernel_names_are_unique_on_their_target() -> None:
+    for place in TARGETS:
+        names = [k.name for method in METHODS for k in registry.candidates(method, place)]
+        assert len(set(names)) == len(names)
+
+
+@by_target
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_lowered_for_a_device_that_is_absent(place: Target, method: str) -> None:
+    def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, w)
+
+    model = Holder(forward, w=torch.randn(384, 320, dtype=torch.bfloat16))
+    options: dict[str, Any] = {"method": method}
+    if method == "mxfp4_dualscale":
+        options["num_bf16_fallback_layers"] = 0
+    x = torch.randn(2, 33, 320, dtype=torch.bfloat16)
+    report = omniq.explain(model, [x], options, target=str(place))
+    assert [site.decision.method for site in report.sites] == [method]
+    assert report.target == str(place)
+    assert report.sites[0].decision.kernel in report.graphs[0].programs["lowered"]
+
+
+def test_explaining_for_an_absent_device_leaves_running_on_it_an_error() -> None:
+    model = Holder(torch.matmul, w=torch.randn(38, 19))
+    compiled = torch.compile(
+        model, backend="omniq", options={"method": "int8", "target": "npu:ascend950"}
+    )
+    with pytest.raises(Exception, match=r"'npu:ascend950', and this model is on 'cpu:.*cannot run"):
+        compiled(torch.randn(7, 38))
