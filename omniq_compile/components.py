@@ -89,7 +89,8 @@ def build_quant_config(quantization: Any) -> PipelineQuantConfig:
     Args:
         quantization: a method, or a dict with ``method`` and other options, for the transformers;
             or a dict of components, each with a method, such a dict, or None for BF16, and
-            ``default`` for components that are not named. A key may be a dotted path into a
+            ``default`` for components that are not named; None leaves everything as it is stored,
+            which for components of omniq's own format is quantized. A key may be a dotted path into a
             component, with None, to leave that part in BF16.
 
     Raises:
@@ -97,6 +98,8 @@ def build_quant_config(quantization: Any) -> PipelineQuantConfig:
     """
     if isinstance(quantization, PipelineQuantConfig):
         return quantization
+    if quantization is None:
+        return PipelineQuantConfig()
     if isinstance(quantization, str):
         return PipelineQuantConfig(everywhere=_checked(quantization, ""))
     if not isinstance(quantization, Mapping) or not quantization:

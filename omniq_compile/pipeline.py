@@ -30,7 +30,7 @@ _LANGUAGE_MODELS = ("ForConditionalGeneration", "ForCausalLM")
 
 def from_pretrained(
     folder: str | Path,
-    quantization: Any,
+    quantization: Any = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",

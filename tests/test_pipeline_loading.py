@@ -93,6 +93,23 @@ def test_cpu_offload_hooks_leave_the_numbers(wan: Path) -> None:
         assert torch.equal(pipe.text_encoder(ids).last_hidden_state, expected)
 
 
+def test_a_folder_of_our_own_loads_as_it_is_stored(wan: Path, tmp_path: Path) -> None:
+    """With no quantization named: what is quantized stays so, and what is not stays BF16."""
+    out = tmp_path / "out"
+    one = '{"transformer": {"method": "int8", "min_features": 64}}'
+    assert main(["quantize", str(wan), "--quantization", one, "--out", str(out)]) == 0
+    pipe = omniq.from_pretrained(out, tokenizer=None)
+    found = methods(pipe)
+    assert found["transformer"] == {"int8"}
+    assert not any(found[name] for name in found if name != "transformer")
+    online = load(wan, {"transformer": {"method": "int8", "min_features": 64}})
+    expected = online.transformer.state_dict()
+    for name, value in pipe.transformer.state_dict().items():
+        if isinstance(value, QuantizedTensor):
+            value, expected[name] = value.dequantize(), expected[name].dequantize()
+        assert torch.equal(value, expected[name])
+
+
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
