@@ -89,9 +89,9 @@ def build_quant_config(quantization: Any) -> PipelineQuantConfig:
     Args:
         quantization: a method, or a dict with ``method`` and other options, for the transformers;
             or a dict of components, each with a method, such a dict, or None for BF16, and
-            ``default`` for components that are not named; None leaves everything as it is stored,
-            which for components of omniq's own format is quantized. A key may be a dotted path into a
-            component, with None, to leave that part in BF16.
+            ``default`` for components that are not named. A key may be a dotted path into a
+            component, with None, to leave that part in BF16. None alone leaves everything as it is
+            stored, which for omniq's own format is quantized.
 
     Raises:
         OptionError: unknown options or methods.
