@@ -1,15 +1,22 @@
 """Kernels of NVIDIA GPUs, in order of preference."""
 
 from omniq_compile.lowering import emulated
-from omniq_compile.lowering.cuda import fp8, int8
+from omniq_compile.lowering.cuda import fp8, int8, triton
 from omniq_compile.lowering.target import ARCHITECTURES
 
 _ALL = ARCHITECTURES["cuda"]
 
 KERNELS = (
+    triton.INT8,
     int8.INT_MM,
+    triton.INT8_LEGACY,
     fp8.SCALED_MM,
+    triton.FP8,
+    triton.FP8_BLOCKS,
+    triton.FP8_WEIGHT_ONLY,
     fp8.SCALED_MM_BLOCKS,
-    emulated.int8("cuda", _ALL, "torch._int_mm cannot take it"),
+    *triton.MX,
+    *triton.DECODED,
+    emulated.int8("cuda", _ALL, "no integer GEMM takes it"),
     *emulated.kernels("cuda", _ALL, "this path", bfloat16_archs=_ALL),
 )
