@@ -54,8 +54,8 @@ def block_scaled_gemm(
             a = tl.load(a_at)
             b = tl.load(b_at)
         else:
-            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0)
-            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0)
+            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
         if FNUZ:
             a = as_fnuz(a)
             b = as_fnuz(b)

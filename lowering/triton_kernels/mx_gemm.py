@@ -40,8 +40,8 @@ def mx_sums(
             b_scale = tl.load(b_scale_here)
         else:
             left = last - k0
-            a = tl.load(a_here, mask=(a_k < left // A_PACK)[None, :], other=0)
-            b = tl.load(b_here, mask=(b_k < left // B_PACK)[:, None], other=0)
+            a = tl.load(a_here, mask=(a_k < left // A_PACK)[None, :], other=0.0)
+            b = tl.load(b_here, mask=(b_k < left // B_PACK)[:, None], other=0.0)
             inside = (block < left // 32)[None, :]
             a_scale = tl.load(a_scale_here, mask=inside, other=127)
             b_scale = tl.load(b_scale_here, mask=inside, other=127)
