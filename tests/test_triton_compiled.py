@@ -1,4 +1,4 @@
-"""Each Triton GEMM compiled for each architecture: native instructions, no spills, memory it has."""
+"""Each Triton GEMM compiled for each architecture: its instructions, spills and shared memory."""
 
 from __future__ import annotations
 

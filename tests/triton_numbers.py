@@ -1,8 +1,8 @@
 """Rows of Triton GEMMs run in Triton's interpreter: a process of its own, which numbers tests call.
 
 The interpreter reads BF16 operands of a product as integers, truncates to BF16 where GPUs round to
-nearest, knows no e4m3fnuz, and has no ``dot_scaled`` before Triton 3.8. These are filled in here with numpy and ml_dtypes, which share no code
-with omniq.
+nearest, knows no e4m3fnuz, and has no ``dot_scaled`` before Triton 3.8. These are filled in here
+with numpy and ml_dtypes, which share no code with omniq.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.lowering.triton_kernels.launch import Device, Launch
 
 N, K = 3072, 3072
-# M for the largest tile, for the most rows that are decoded in registers, and for the smallest tile.
+# M for the largest tile, for the most rows that are decoded in registers, for the smallest tile.
 LARGE, ONE_TILE, SMALL = 4096, 128, 9
 PROCESSORS = 132
 

@@ -50,7 +50,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     # The same with two sets of sums.
     ("block_scaled", _ADA + _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("block_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
-    ("block_scaled", _CDNA3): (Tile(128, 128, 128, 8, 2), Tile(16, 64, 128, 4, 2)),
+    ("block_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 128, 4, 2)),
     ("block_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
     # MX codes: e4m3 or e4m3 by e2m1, e2m1, and e2m1 with coarse scales, which needs two sets again.
     ("mx_e4m3", _BLACKWELL): (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 4, 4)),
@@ -59,7 +59,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("mx_e2m1", _BLACKWELL): (Tile(128, 256, 256, 8, 3), Tile(128, 128, 256, 4, 4)),
     ("mx_e2m1", _RTX): (Tile(128, 128, 128, 8, 3), Tile(16, 64, 256, 4, 3)),
     ("mx_e2m1", _CDNA4): (Tile(256, 128, 256, 8, 2), Tile(16, 64, 256, 4, 2)),
-    ("mx_coarse", _BLACKWELL): (Tile(128, 128, 256, 8, 3), Tile(128, 64, 256, 4, 3)),
+    ("mx_coarse", _BLACKWELL): (Tile(128, 64, 256, 8, 3),),
     ("mx_coarse", _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 256, 4, 3)),
     ("mx_coarse", _CDNA4): (Tile(128, 128, 256, 8, 2), Tile(16, 64, 256, 4, 2)),
     # BF16 activations by codes that become BF16, and the same with scales that change along K.
