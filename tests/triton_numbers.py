@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Kernel, Problem, candidates
@@ -163,21 +164,48 @@ def _patch_interpreter() -> None:
     builder.create_dot_scaled = create_dot_scaled
 
 
-def _run(case: Case) -> torch.Tensor:
+def _run(case: Case, finite: bool = False) -> torch.Tensor:
     from omniq_compile.lowering.triton_kernels import launch
 
     arch = Target.parse(case.target).arch
     launch.device_of = lambda device: launch.Device(arch, processors=4)
     x, weight, bias = case.operands()
+    x = x.nan_to_num(1, 1) if finite else x
     assert case.row.refuse(case.problem, case.scheme) is None
     a = case.row.quantize(x, case.scheme.activation)
     return case.row.gemm(a, weight, bias, case.problem, case.scheme)
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the calls of Triton operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("omniq.triton_"):
+            self.seen.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _check_operators() -> None:
+    """Check each operator's fake, and traces of it with symbolic sizes, as PyTorch does."""
+    for name in ("s8", "fp8_block", "mxfp8", "mxfp8_decoded"):
+        case = next(case for case in CASES if case.kernel == f"cuda_{name}_triton")
+        with _Calls() as calls:
+            _run(case, finite=True)
+        ((operator, arguments),) = calls.seen
+        tests = ("test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def main(out: str, part: int, parts: int) -> None:
     """Write the results of every ``parts``-th case, by its name."""
     assert os.environ["TRITON_INTERPRET"] == "1"
     _patch_interpreter()
+    if part == 0:
+        _check_operators()
     torch.save({str(case): _run(case) for case in CASES[part::parts]}, out)
 
 

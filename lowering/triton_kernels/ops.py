@@ -1,22 +1,33 @@
 """The operators that a lowered graph calls: one a kernel, each with a fake.
 
-They are custom operators rather than traced launches: the tile depends on M, which a graph may not
-know, and tracing needs no Triton. Inductor calls them as they are, in CUDA graphs too.
+They are operators rather than traced launches: the tile depends on M, which a graph may not know,
+and tracing needs no Triton. Inductor calls them as they are, in CUDA graphs too. They are
+registered without `torch.library.custom_op`, whose wrappers took 145 of a call's 174 us on a slow
+core, and without gradients, which omniq refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from omniq_compile.lowering.triton_kernels import launch
 
+Operator = TypeVar("Operator", bound=Callable[..., Tensor])
 
-@torch.library.custom_op("omniq::triton_row_scaled_gemm", mutates_args=())
+
+def _operator(function: Operator) -> Operator:
+    """Register ``omniq::triton_NAME`` for every device."""
+    name = f"omniq::triton_{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default", function)
+    return function
+
+
+@_operator
 def row_scaled_gemm(
     a: Tensor,
     a_scale: Tensor,
@@ -43,12 +54,12 @@ def row_scaled_gemm(
     return _multiply(launch.row_scaled, out, **operands, bias=bias, fnuz=fnuz)
 
 
-@row_scaled_gemm.register_fake
+@torch.library.register_fake("omniq::triton_row_scaled_gemm")
 def _(a, a_scale, b, b_scale, bias, dtype, fnuz):  # type: ignore[no-untyped-def]
     return _like(a, b, dtype)
 
 
-@torch.library.custom_op("omniq::triton_block_scaled_gemm", mutates_args=())
+@_operator
 def block_scaled_gemm(
     a: Tensor,
     a_scale: Tensor,
@@ -78,12 +89,12 @@ def block_scaled_gemm(
     return _multiply(launch.block_scaled, out, **operands, **sizes, bias=bias, fnuz=fnuz)
 
 
-@block_scaled_gemm.register_fake
+@torch.library.register_fake("omniq::triton_block_scaled_gemm")
 def _(a, a_scale, b, b_scale, bias, dtype, a_columns, b_rows, b_columns, fnuz):  # type: ignore[no-untyped-def]
     return _like(a, b, dtype)
 
 
-@torch.library.custom_op("omniq::triton_mx_gemm", mutates_args=())
+@_operator
 def mx_gemm(a: list[Tensor], b: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Multiply MX operands with block-scaled tensor core instructions.
 
@@ -99,12 +110,12 @@ def mx_gemm(a: list[Tensor], b: list[Tensor], bias: Tensor | None, dtype: torch.
     return _multiply(launch.mx, out, a=[_rows(part, 1) for part in a], b=b, bias=bias)
 
 
-@mx_gemm.register_fake
+@torch.library.register_fake("omniq::triton_mx_gemm")
 def _(a, b, bias, dtype):  # type: ignore[no-untyped-def]
     return _like(a[0], b[0], dtype)
 
 
-@torch.library.custom_op("omniq::triton_decoded_gemm", mutates_args=())
+@_operator
 def decoded_gemm(
     a: list[Tensor],
     b: Tensor,
@@ -135,7 +146,7 @@ def decoded_gemm(
     return _multiply(launch.decoded, _like(a[0], b, dtype), **operands, **scales, bias=bias)
 
 
-@decoded_gemm.register_fake
+@torch.library.register_fake("omniq::triton_decoded_gemm")
 def _(a, b, b_block, b_scale, bias, dtype, b_rows, columns):  # type: ignore[no-untyped-def]
     return _like(a[0], b, dtype)
 
@@ -152,7 +163,14 @@ def _rows(part: Tensor, keep: int) -> Tensor:
 def _multiply(make: Callable[..., launch.Launch], out: Tensor, **operands: Any) -> Tensor:
     """Launch what ``make`` says about contiguous operands; returns ``out``, filled."""
     if out.numel():
-        operands = tree_map_only(Tensor, Tensor.contiguous, operands)
+        operands = {name: _contiguous(operand) for name, operand in operands.items()}
         device = launch.device_of(out.device)
-        launch.run(make(**operands, out=out.view(-1, out.shape[-1]), device=device))
+        with torch.cuda.device_of(out):
+            launch.run(make(**operands, out=out.view(-1, out.shape[-1]), device=device))
     return out
+
+
+def _contiguous(operand: Any) -> Any:
+    if isinstance(operand, Tensor):
+        return operand.contiguous()
+    return [part.contiguous() for part in operand] if isinstance(operand, list) else operand
