@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
-from format_oracle import E2M1, E4M3, mx, pack
+from format_oracle import E2M1, E4M3, decode_e2m1, decode_e4m3, decode_e8m0, mx, pack
 from operator_recorder import Recorder
 from torch import Tensor
 
@@ -30,21 +29,6 @@ def install(where: str) -> tuple[ModuleType, Recorder]:
     for name, compute in _COMPUTE.items():
         setattr(module, name, operator(name, compute))
     return module, recorder
-
-
-def decode_e4m3(codes: Tensor) -> np.ndarray:
-    return codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-
-
-def decode_e2m1(packed: Tensor) -> np.ndarray:
-    """uint8 ``[..., n]`` -> float64 ``[..., 2n]``, the low nibble first."""
-    byte = packed.contiguous().view(torch.uint8).numpy()
-    codes = np.stack([byte & 15, byte >> 4], axis=-1).reshape(*byte.shape[:-1], -1)
-    return codes.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-
-
-def decode_e8m0(scale: Tensor) -> np.ndarray:
-    return np.exp2(scale.contiguous().numpy().astype(np.float64) - 127)
 
 
 def _float64(x: Tensor) -> np.ndarray:

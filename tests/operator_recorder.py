@@ -24,6 +24,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "str": (str,),
     "bool": (bool,),
+    "ScalarType": (torch.dtype,),
     "List[int]": (list, tuple),
 }
 
@@ -126,6 +127,7 @@ def _mismatch(
                 return f"{name} is {value.dtype}, not one of {sorted(allowed)}"
         elif name in values:
             plain = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            plain = list(plain) if isinstance(plain, tuple) else plain
             if plain not in values[name]:
                 return f"{name} = {plain!r}, not one of {values[name]}"
         elif value is not defaults.get(name) and value != defaults.get(name):

@@ -8,7 +8,7 @@ from typing import Any
 import fake_torch_npu
 import pytest
 import torch
-from operator_recorder import SCHEMAS, WrongCall
+from operator_recorder import SCHEMAS, Recorder, WrongCall
 
 M, K, N = 7, 128, 9
 BF16 = torch.bfloat16
@@ -167,6 +167,78 @@ def test_a_wrong_call_fails_and_says_why(name: str, change: Any, said: str) -> N
     with pytest.raises(WrongCall) as raised:
         call(name, args, kwargs)
     assert said in str(raised.value)
+
+
+def gemm_calls() -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """One documented call of torch and of AITER of each kind, ``library where operator``."""
+    M, K, N = 32, 256, 64
+    e4m3 = [torch.zeros(rows, K).to(torch.float8_e4m3fn) for rows in (M, N)]
+    e2m1 = [torch.zeros(n, K // 2).byte().view(torch.float4_e2m1fn_x2) for n in (M, N)]
+    rows = [torch.ones(M, 1), torch.ones(1, N)]
+    padded = [torch.zeros(128, K // 32).byte().view(torch.float8_e8m0fnu) for _ in (M, N)]
+    shuffled = [torch.zeros(256, K // 32).byte().view(torch.float8_e8m0fnu) for _ in (M, N)]
+    int8 = [torch.zeros(M, K).char(), torch.zeros(N, K).char().t()]
+    fnuz = [e.view(torch.uint8).view(torch.float8_e4m3fnuz) for e in e4m3]
+    by_row = {"bias": torch.zeros(N, dtype=BF16), "out_dtype": BF16}
+    e2m1[1].is_shuffled = True  # type: ignore[attr-defined]
+    return {
+        "torch xe _scaled_mm": ([e4m3[0], e4m3[1].t(), *rows], by_row),
+        "torch gfx942 _scaled_mm": ([fnuz[0], fnuz[1].t(), *rows], by_row),
+        "torch gfx950 _scaled_mm": ([e2m1[0], e2m1[1].t(), *padded], {"out_dtype": BF16}),
+        "torch gfx950 _int_mm": (int8, {}),
+        "aiter gfx950 gemm_a4w4": ([*e2m1, *shuffled], {"dtype": BF16}),
+    }
+
+
+@pytest.mark.parametrize("name", gemm_calls())
+def test_a_documented_gemm_passes(name: str) -> None:
+    library, where, operator = name.split()
+    Recorder(library, where).bind(operator, *gemm_calls()[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("torch xe _scaled_mm", put("use_fast_accum", True), "use_fast_accum is given"),
+        ("torch xe _scaled_mm", put(1, lambda w: w.contiguous()), "does not hold"),
+        ("torch xe _scaled_mm", put(3, torch.ones(1)), "scale_b is [1]"),
+        ("torch xe _scaled_mm", swap(2, 3), "scale_a is"),
+        ("torch xe _scaled_mm", put("out_dtype", torch.float16), "out_dtype = 'float16'"),
+        ("torch xe _scaled_mm", put("bias", torch.zeros(64)), "bias is torch.float32"),
+        ("torch gfx942 _scaled_mm", put(0, torch.zeros(32, 256).to(torch.float8_e4m3fn)), "e4m3fn"),
+        ("torch gfx950 _scaled_mm", put("bias", torch.zeros(64, dtype=BF16)), "bias is given"),
+        ("torch gfx950 _scaled_mm", put(2, lambda s: s[:32]), "scale_a.numel()"),
+        ("torch gfx950 _scaled_mm", put(0, lambda x: x[:31]), "M % 16 == 0"),
+        (
+            "torch gfx950 _scaled_mm",
+            put(2, lambda s: s.view(torch.uint8)),
+            "scale_a is torch.uint8",
+        ),
+        ("torch gfx950 _int_mm", put(0, lambda x: x[:16]), "M > 16"),
+        ("torch gfx950 _int_mm", put(1, lambda w: w.contiguous()), "does not hold"),
+        ("torch gfx950 _int_mm", put(0, lambda x: x.byte()), "self is torch.uint8"),
+        ("aiter gfx950 gemm_a4w4", put("bias", torch.zeros(64)), "bias is given"),
+        ("aiter gfx950 gemm_a4w4", put("bpreshuffle", False), "bpreshuffle = False"),
+        ("aiter gfx950 gemm_a4w4", put(1, lambda w: w.clone()), "is_shuffled"),
+        ("aiter gfx950 gemm_a4w4", swap(1, 2), "B is torch.float8_e8m0fnu"),
+        ("aiter gfx950 gemm_a4w4", put(2, lambda s: s[:32]), "A_scale is [32, 8]"),
+        ("aiter gfx950 gemm_a4w4", put("dtype", torch.float32), "dtype = 'float32'"),
+    ],
+)
+def test_a_wrong_gemm_fails_and_says_why(name: str, change: Any, said: str) -> None:
+    library, where, operator = name.split()
+    args, kwargs = gemm_calls()[name]
+    change(args, kwargs)
+    with pytest.raises(WrongCall) as raised:
+        Recorder(library, where).bind(operator, tuple(args), kwargs)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["_scaled_mm", "_int_mm"])
+def test_the_records_of_torch_are_those_of_the_installed_one(name: str) -> None:
+    recorded = torch._C.parse_schema(Recorder("torch", "xe").table[name]["schema"])
+    installed = getattr(torch.ops.aten, name).default._schema
+    assert str(recorded) == str(installed).removeprefix("aten::")
 
 
 def test_an_operator_of_a_later_architecture_is_not_offered() -> None:

@@ -18,7 +18,7 @@ KERNELS = (
         "npu",
         ("ascend950",),
         {
-            "fp8": "no fp8 GEMM of torch_npu is called",
+            "fp8": "npu_quant_matmul's e4m3 mode is not called",
             "mxfp8": "where npu_quant_matmul cannot take it",
             "mxfp4": "where npu_quant_matmul cannot take it",
             "mxfp4_dualscale": "where npu_dual_level_quant_matmul cannot take it",
