@@ -15,6 +15,14 @@ from format_oracle import decode_e2m1, decode_e4m3, decode_e8m0
 from operator_recorder import Recorder
 from torch import Tensor
 
+from omniq_compile.lowering import rocm
+
+
+def without_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave AMD's GPUs the kernels of others, whatever omniq's own are preferred to."""
+    others = tuple(k for k in rocm.KERNELS if "triton" not in k.name)
+    monkeypatch.setattr(rocm, "KERNELS", others)
+
 
 def install_torch(monkeypatch: pytest.MonkeyPatch, where: str) -> Recorder:
     """Let ``torch._scaled_mm`` and ``torch._int_mm`` be those of an architecture."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Holder, error
 from format_oracle import make
+from torch._subclasses import FakeTensorMode
 
 import omniq_compile as omniq
 from omniq_compile.lowering import reference, registry
@@ -27,6 +28,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Beside full precision, of few products and with outliers.
 LARGEST_ERROR = {"int8": 0.06, "fp8": 0.06, "mxfp8": 0.08, "mxfp4": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def _others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gemms.without_own_kernels(monkeypatch)
 
 
 def problem(x: torch.Tensor, w: torch.Tensor, **changes: Any) -> Problem:
@@ -307,3 +313,32 @@ def test_a_graph_is_lowered_here(
     report = omniq.explain(model, [x], {"method": method}, target=target)
     assert [site.decision.kernel for site in report.sites] == [kernel]
     assert written in report.graphs[0].programs["lowered"]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("xpu:xe", "xpu_fp8_scaled_mm"),
+        ("xpu:xe", "xpu_s8_int_mm"),
+        ("rocm:gfx950", "rocm_fp8_scaled_mm"),
+        ("rocm:gfx942", "rocm_fp8_fnuz_scaled_mm"),
+        ("rocm:gfx942", "rocm_s8_int_mm"),
+        ("rocm:gfx950", "rocm_mxfp8_scaled_mm"),
+        ("rocm:gfx950", "rocm_mxfp4_scaled_mm"),
+    ],
+)
+def test_the_device_s_own_fakes_take_the_call(target: str, name: str) -> None:
+    """torch's fakes check layouts and alignment by the device of a tensor, there or not."""
+    kernel, scheme = kernel_named(target, name)
+    device = Target.parse(target).torch_device
+    with FakeTensorMode():
+        x = torch.empty(2, 33, 640, dtype=BF16, device=device)
+        w = torch.empty(48, 640, dtype=BF16, device=device)
+        bias = torch.empty(48, dtype=BF16, device=device)
+        form = get_format(scheme.activation)
+        # A shift of bytes has no fake for a device that torch is not built for.
+        parts = form.allocate(x) if kernel.method == "mxfp4" else kernel.quantize(x, form.name)
+        weight = get_format(scheme.weight).allocate(w)
+        out = kernel.gemm(parts, weight, bias, problem(x, w), scheme)
+    assert (out.shape, out.dtype) == ((2, 33, 48), BF16)
+    assert out.device.type == device
