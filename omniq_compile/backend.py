@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile import weight_changes
 from omniq_compile.denoise import current_step
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
 from omniq_compile.lowering.errors import GradientError, OptionError
@@ -92,7 +93,11 @@ def bind(
     weights = BoundWeights(context.bindings, names)
 
     def run(*arguments: Any) -> Any:
-        return compiled(*[arguments[i] for i in kept], *weights.look_up(arguments))
+        parts = weights.look_up(arguments)
+        try:
+            return compiled(*[arguments[i] for i in kept], *parts)
+        finally:
+            weight_changes.returned()
 
     return run
 
