@@ -43,7 +43,7 @@ def omniq(
         gm: the traced graph, which is left as it is.
         example_inputs: its inputs, parameters included.
         options: see `QuantConfig`.
-        mode: one of ``torch.compile``'s modes, passed on to Inductor.
+        mode: one of ``torch.compile``'s modes, in place of the option of that name.
 
     Raises:
         OptionError: unknown options, or a device without kernels.
@@ -106,7 +106,7 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
 ) -> Compiled:
     if config.compiler == "inductor":
-        settings = dict(torch._inductor.list_mode_options(mode) if mode else {})
+        settings = dict(torch._inductor.list_mode_options(mode or config.mode))
         settings.update(config.inductor)
         compiled: Compiled = torch._inductor.compile(gm, list(inputs), options=settings)
         return compiled
