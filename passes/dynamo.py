@@ -1,7 +1,8 @@
 """What omniq reads from a graph that Dynamo traced: the one place that knows its metadata.
 
-Checked on torch 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in ``node.meta``,
-``node._dynamo_source`` on placeholders, and ``dynamo_compile_id`` in ``gm.meta``.
+Checked on torch 2.11 and 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in
+``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in ``gm.meta``, and
+``gm._param_name_to_source``.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def is_resumed() -> bool:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph; tensors and submodules are shared, metadata dicts are not.
 
-    Dynamo reads the original's placeholders again after the backend returns. The copy drops
-    ``dynamo_compile_id``, by which AOTAutograd would insist on a Dynamo source for every
-    placeholder, also for those that a pass adds.
+    Dynamo reads the original's placeholders again after the backend returns. The copy still passes
+    for a graph of Dynamo's, so that AOTAutograd learns which inputs stay where they are.
+    Placeholders that a pass adds need `mark_weight_input` for that.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -94,8 +95,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if source is not None:
             copy._dynamo_source = source  # type: ignore[attr-defined]
     result = fx.GraphModule(gm, graph)
-    result.meta = {k: v for k, v in gm.meta.items() if k != "dynamo_compile_id"}
+    result.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source
     return result
+
+
+def mark_weight_input(node: fx.Node) -> None:
+    """Mark a placeholder that a pass adds as a tensor that stays at its address from call to call.
+
+    A CUDA graph then reads it where it is, as it does parameters, instead of from a copy that is
+    filled in each replay; at another address the graph is recorded anew. There is no source in the
+    user's program, which AOTAutograd takes as None.
+    """
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def _source_name(node: fx.Node) -> str:
