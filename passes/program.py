@@ -42,11 +42,15 @@ class Function:
         text: its lines, from ``def`` to ``return``.
         imports: the import statements it needs beside ``import torch``.
         lines: the line that makes each node, by the node of the graph that was printed.
+        gm: that graph.
+        names: of its nodes in the text.
     """
 
     text: list[str]
     imports: list[str]
     lines: dict[fx.Node, str]
+    gm: fx.GraphModule
+    names: dict[fx.Node, str]
 
 
 def program(gm: fx.GraphModule, title: str = "") -> str:
@@ -107,7 +111,8 @@ def function(
             layer = None
         lines[made] = f"{line}{_comment(about(made))}"
         text += [f"    {part}" for part in written or [lines[made]]]
-    return Function(text, _imports(code.globals, "\n".join(text)), lines)
+    imports = _imports(code.globals, "\n".join(text))
+    return Function(text, imports, lines, gm, {node: name for name, node in nodes.items()})
 
 
 def relative(name: str, inside: str) -> str:

@@ -60,9 +60,9 @@ class Section:
             place[node] = len(place)
             key.append((relative(str(weight_of(node)), self.block), about(node)))
         for node in self.nodes:
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Place(place[n]))
+            read = tuple(place[n] for n in node.all_input_nodes)
             layer = relative(dynamo.layer_name(node), self.block)
-            key.append((node.op, node.target, repr(arguments), layer, about(node)))
+            key.append((node.op, node.target, _constants(node), read, layer, about(node)))
             place[node] = len(place)
         return (self.kind, *key)
 
@@ -93,14 +93,10 @@ class Section:
         return fx.GraphModule(owner, graph), copies
 
 
-class _Place:
-    """Stands for a node in the text of arguments."""
-
-    def __init__(self, place: int) -> None:
-        self._place = place
-
-    def __repr__(self) -> str:
-        return f"%{self._place}"
+def _constants(node: fx.Node) -> str:
+    """Word a node's arguments with each node in them by its place among those it reads."""
+    places = {n: f"%{place}" for place, n in enumerate(node.all_input_nodes)}
+    return repr(fx.map_arg((node.args, node.kwargs), places.__getitem__))
 
 
 def split(gm: fx.GraphModule) -> list[Section]:

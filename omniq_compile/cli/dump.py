@@ -9,7 +9,10 @@ from pathlib import Path
 
 from omniq_compile.cli.configs import resolve_shapes
 from omniq_compile.cli.options import add_option_arguments, options_of
+from omniq_compile.inspector.document import render_json
+from omniq_compile.inspector.drawing import render_svg
 from omniq_compile.inspector.inspection import Inspection, inspect
+from omniq_compile.inspector.page import render_page
 from omniq_compile.inspector.text import KERNELS, render, render_diff
 from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.passes.legal import STAGES
@@ -70,6 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rendered(inspection: Inspection, stages: list[str], arguments: argparse.Namespace) -> str:
+    if arguments.format == "html":
+        return render_page(inspection)
+    if arguments.format == "svg":
+        return render_svg(inspection, *stages)
+    if arguments.format == "json":
+        return render_json(inspection)
     if arguments.diff:
         return render_diff(inspection, *stages)
     return render(inspection, stages)
@@ -80,15 +89,15 @@ def _stages(arguments: argparse.Namespace) -> list[str]:
     given, format = arguments.stage, arguments.format
     if format != "text" and arguments.diff:
         raise OptionError(f"--diff is for --format text; --format {format} does not take it.")
-    if format == "svg" and KERNELS in (given or []):
+    if format == "svg" and given not in (None, ["traced"], ["quantized"]):
         raise OptionError(
-            "--format svg draws the graph of a stage, and kernels are no graph. Take --format "
-            f"text or html for them, or --stage {', '.join(STAGES)}."
+            f"--format svg draws one stage, traced or quantized, and not {' and '.join(given)}. "
+            "Take --format text or html for the others."
         )
-    if format == "svg" and len(given or []) > 1:
-        raise OptionError(f"--format svg draws one stage, not {' and '.join(given)}.")
     if not arguments.diff:
-        return list(given or {"svg": ["quantized"]}.get(format, ["traced", "quantized"]))
+        if format == "svg":
+            return given or ["quantized"]
+        return given or ["traced", "quantized"]
     stages = given or ["quantized"]
     stages = ["traced", *stages] if len(stages) == 1 else stages
     if KERNELS in stages or len(stages) != 2 or stages[0] == stages[1]:

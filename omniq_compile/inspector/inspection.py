@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from omniq_compile.inspector.dataflow import Flow, flow_of
 from omniq_compile.inspector.generated import GeneratedCode, generate, why_not
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
@@ -45,6 +46,7 @@ class Part:
         members: the names of the blocks.
         functions: its program by stage, as one Python function.
         sites: in order.
+        flow: as few nodes, traced and quantized.
         kernels: what Inductor generated for it; None unless asked for.
     """
 
@@ -54,6 +56,7 @@ class Part:
     members: list[str]
     functions: dict[str, str]
     sites: list[SiteView]
+    flow: dict[str, Flow]
     kernels: list[GeneratedCode] | None = None
 
     @property
@@ -136,8 +139,9 @@ def inspect(
     imports: dict[str, set[str]] = {stage: set() for stage in STAGES}
     shown: set[int] = set()
     for index, graph in enumerate(folded):
-        for thing in [graph, *graph.blocks()]:
-            if id(thing) not in shown and graph.stages:
+        things: list[FoldedGraph | Block] = [graph, *graph.blocks()]
+        for thing in things:
+            if id(thing) not in shown:
                 shown.add(id(thing))
                 parts.append(_part(index, thing, found, imports, settings))
     return Inspection(
@@ -182,17 +186,20 @@ def _part(
     """Print one part at every stage, and find its sites in the text."""
     functions: dict[str, str] = {}
     code: dict[int, dict[str, str]] = {}
+    flow: dict[str, Flow] = {}
+    inside = thing.sections["traced"].block if isinstance(thing, Block) else ""
     for stage in STAGES:
         printed, copies = thing.print(stage)
         functions[stage] = "\n".join(printed.text)
         imports[stage].update(printed.imports)
+        if stage != "lowered":
+            flow[stage] = flow_of(printed.gm, printed.names, inside)
         nodes = thing.sections[stage].nodes if isinstance(thing, Block) else copies
         for node in nodes:
             if is_result(node) and node in copies:
                 site = id(node.meta["omniq_site"])
                 lines = (printed.lines.get(copies[n]) for n in added_for(node) if n in copies)
                 code.setdefault(site, {})[stage] = "\n".join(line for line in lines if line)
-    inside = thing.sections["traced"].block if isinstance(thing, Block) else ""
     return Part(
         graph=index,
         label=thing.label if isinstance(thing, Block) else "",
@@ -203,6 +210,7 @@ def _part(
             SiteView(found[site], relative(found[site].layer, inside), by_stage)
             for site, by_stage in code.items()
         ],
+        flow=flow,
         kernels=None if settings is None else _kernels(thing, settings),
     )
 

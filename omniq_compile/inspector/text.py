@@ -72,7 +72,7 @@ def _summary(report: Report) -> Iterator[str]:
 
 
 def _table(inspection: Inspection) -> Iterator[str]:
-    header = ("layer", "spelling", "M x K x N", "decision", "kernel or reason")
+    header: tuple[str, ...] = ("layer", "spelling", "M x K x N", "decision", "kernel or reason")
     rows: list[tuple[Part, tuple[str, ...]]] = []
     for part in inspection.parts:
         for view in part.sites:
