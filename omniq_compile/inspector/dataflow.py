@@ -55,7 +55,7 @@ def flow_of(gm: fx.GraphModule, names: dict[fx.Node, str], inside: str = "") -> 
         names: of the inputs.
         inside: the block whose layers are named as it sees them.
     """
-    groups = _groups(gm)
+    groups = _absorbed(_groups(gm))
     place = {node: index for index, group in enumerate(groups) for node in group}
     nodes = [_node(group, names, inside) for group in groups]
     edges = {
@@ -122,12 +122,29 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     return sorted(groups.values(), key=lambda group: level[group[0]])
 
 
+def _absorbed(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Draw what only one other group reads as a part of that group."""
+    home = {node: index for index, group in enumerate(groups) for node in group}
+    for index, group in reversed(list(enumerate(groups))):
+        readers = {home.get(user) for node in group for user in node.users} - {index}
+        if len(readers) != 1 or _kind(group[0]) != "other":
+            continue
+        reader = readers.pop()
+        if reader is not None and _kind(groups[reader][0]) == "other":
+            groups[reader] = group + groups[reader]
+            home |= dict.fromkeys(group, reader)
+            groups[index] = []
+    return [group for group in groups if group]
+
+
 def _node(group: list[fx.Node], names: dict[fx.Node, str], inside: str) -> FlowNode:
     kind, last = _kind(group[0]), group[-1]
     value = describe(dynamo.value(last))
     if kind == "input":
         return FlowNode(kind, names[last], [value])
-    layers = dict.fromkeys(relative(dynamo.layer_name(node), inside) for node in group)
+    # One quantize node may serve several products.
+    named = list(last.users) if kind == "quantize" else group
+    layers = dict.fromkeys(relative(dynamo.layer_name(node), inside) for node in named)
     title = _few([layer for layer in layers if layer], 2) or "the block itself"
     if kind in ("low", "kept"):
         site: Site = last.meta["omniq_site"]
@@ -136,10 +153,10 @@ def _node(group: list[fx.Node], names: dict[fx.Node, str], inside: str) -> FlowN
         lines.append(f"{site.decision.method}: {kernel.name}" if kernel and kind == "low" else "")
         return FlowNode(kind, title, [*filter(None, lines), value])
     operations = [_operation(node) for node in group]
-    named = dict.fromkeys(o for o in operations if o not in _VIEWS) or dict.fromkeys(operations)
+    done = dict.fromkeys(o for o in operations if o not in _VIEWS) or dict.fromkeys(operations)
     given = [n for n in group if any(user not in group for user in n.users)]
     values = dict.fromkeys(describe(dynamo.value(node)) for node in given)
-    return FlowNode(kind, title, [_few(named, 5), _few(values, 2)])
+    return FlowNode(kind, title, [_few(done, 5), _few(values, 2)])
 
 
 def _few(words: Iterable[str], count: int) -> str:

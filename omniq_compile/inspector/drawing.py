@@ -64,7 +64,7 @@ def _svg(flow: Flow, title: str, subtitle: str) -> str:
             "labelloc": "t",
             "fontname": _FONT,
             "bgcolor": "white",
-            "nodesep": "0.22",
+            "nodesep": "0.25",
             "ranksep": "0.32",
             "pad": "0.3",
         },
@@ -73,7 +73,7 @@ def _svg(flow: Flow, title: str, subtitle: str) -> str:
             "style": "filled,rounded",
             "fontname": _FONT,
             "fontsize": "12",
-            "margin": "0.12,0.06",
+            "margin": "0.14,0.08",
         },
         edge_attr={"color": "#667085", "arrowsize": "0.6"},
     )

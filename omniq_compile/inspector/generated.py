@@ -61,11 +61,13 @@ def generate(gm: fx.GraphModule, settings: Mapping[str, Any]) -> list[GeneratedC
     from torch._inductor.utils import get_code
 
     def compile() -> Any:
-        return torch._inductor.compile(
-            gm, _inputs(gm), options={**settings, "force_disable_caches": True}
-        )
+        options = {**settings, "fx_graph_cache": False, "fx_graph_remote_cache": False}
+        return torch._inductor.compile(gm, _inputs(gm), options=options)
 
-    with torch.no_grad(), warnings.catch_warnings():
+    uncached = torch._functorch.config.patch(
+        enable_autograd_cache=False, enable_remote_autograd_cache=False
+    )
+    with torch.no_grad(), uncached, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         texts = get_code(compile)
     return pieces(texts[0]) if texts else []
