@@ -17,6 +17,11 @@ KERNELS = (
     fp8.SCALED_MM_BLOCKS,
     *triton.MX,
     *triton.DECODED,
-    emulated.int8("cuda", _ALL, "no integer GEMM takes it"),
-    *emulated.kernels("cuda", _ALL, "this path", bfloat16_archs=_ALL),
+    emulated.int8("cuda", _ALL, "where no integer GEMM can take it"),
+    *emulated.kernels(
+        "cuda",
+        _ALL,
+        {method: f"where no kernel for {method} can take it" for method in emulated.ELEMENTS},
+        bfloat16_archs=_ALL,
+    ),
 )

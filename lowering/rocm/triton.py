@@ -1,6 +1,6 @@
 """omniq's own kernels on AMD GPUs, see `triton_kernels`.
 
-int8 has no other one here: hipBLASLt's int8 GEMM, which `torch._int_mm` calls, is reported slower
+Their int8 row stands first: hipBLASLt's int8 GEMM, which `torch._int_mm` calls, is reported slower
 than its BF16 one on MI300X.
 """
 
