@@ -145,7 +145,7 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[name] = POINTERS[value.dtype] if tensor else "i32"
-        if tensor or value % 16 == 0:
+        if tensor or (name not in function.do_not_specialize and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

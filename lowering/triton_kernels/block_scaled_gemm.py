@@ -7,7 +7,7 @@ from omniq_compile.lowering.triton_kernels.row_scaled_gemm import as_fnuz
 from omniq_compile.lowering.triton_kernels.tile import clamped, store_tile, tile_origin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def block_scaled_gemm(
     a_ptr,
     a_scale_ptr,

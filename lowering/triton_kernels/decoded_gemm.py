@@ -88,7 +88,7 @@ def decoded_sums(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def decoded_gemm(
     a_ptr,
     a_scale_ptr,

@@ -49,7 +49,7 @@ def mx_sums(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def mx_gemm(
     a_ptr,
     a_scale_ptr,

@@ -1,4 +1,7 @@
-"""Device code that every GEMM here shares: which tile a program computes, and how it is stored."""
+"""Device code that every GEMM here shares: which tile a program computes, and how it is stored.
+
+No kernel is specialized on M, which changes from call to call: compiled once, it takes any.
+"""
 
 import triton
 import triton.language as tl
