@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from omniq_compile.denoise import current_step
+from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
 from omniq_compile.lowering.errors import GradientError, OptionError
 from omniq_compile.lowering.target import Target, detect
@@ -45,11 +46,13 @@ def omniq(
         mode: one of ``torch.compile``'s modes, passed on to Inductor.
 
     Raises:
-        OptionError: unknown options, or a device without kernels.
+        OptionError: unknown options, a device without kernels, or a layer pattern that needs the
+            name of a block compiled on its own.
         GradientError: gradients are enabled and an input requires them.
     """
     config = QuantConfig.from_options(options)
     _refuse_gradients(example_inputs)
+    refuse_full_names(config)
     usual = _compile_graph(gm, example_inputs, config, mode)
     if not config.w4a8_fallback_steps:
         return usual

@@ -33,7 +33,7 @@ from omniq_compile.passes.expression import evaluate
 Parts = tuple[torch.Tensor, ...]
 
 # Values compared in each call: a read from memory each, about 20 us a weight.
-SAMPLES = 1024
+SAMPLES = 256
 
 _lock = threading.RLock()
 _shared: weakref.WeakValueDictionary[Any, QuantizedWeight] = weakref.WeakValueDictionary()

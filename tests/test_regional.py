@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import omniq_compile
@@ -182,3 +183,46 @@ def test_blocks_of_torchs_own_class_are_compiled_too() -> None:
     for one, other in zip(got, expected, strict=True):
         assert not torch.equal(one, other)
         torch.testing.assert_close(one, other, rtol=0, atol=0.05)
+
+
+def compile_each(model: nn.Module, **options: Any) -> None:
+    """Compile every block on its own, as diffusers' ``compile_repeated_blocks`` does."""
+    for block in module_blocks(model).values():
+        block.compile(backend="omniq", options=OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "pattern"),
+    [
+        ("int8", "ignored_layers", "late.1"),
+        ("int8", "ignored_layers", "early.0.net.1"),
+        ("int8", "ignored_layers", r"re:late\.\d+\.net\.0"),
+        ("mxfp4", "w4a8_fallback_layers", "late.2.net.1"),
+    ],
+)
+def test_a_block_compiled_alone_refuses_full_names(method: str, option: str, pattern: str) -> None:
+    model = tower()
+    compile_each(model, method=method, **{option: [pattern]})
+    with pytest.raises(BackendCompilerFailed, match=r"omniq_compile\.compile") as error:
+        model(torch.randn(7, 38))
+    assert repr(pattern) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["net.1", "net", "embed", "nothing", "re:net.0"])
+def test_a_block_compiled_alone_takes_what_means_the_same_in_each(pattern: str) -> None:
+    model, x = tower(), torch.randn(7, 38)
+    exact = model(x)
+    compile_each(model, method="int8", ignored_layers=[pattern])
+    out = model(x)
+    assert graphs() == 1
+    assert torch.equal(out, exact) == (pattern == "net")
+
+
+def test_a_wrapped_block_refuses_full_names_too() -> None:
+    model = tower()
+    options = OPTIONS | {"method": "int8", "ignored_layers": ["late.1.net.0"]}
+    for stack in (model.early, model.late):
+        for i, block in enumerate(stack):
+            stack[i] = torch.compile(block, backend="omniq", options=options)
+    with pytest.raises(BackendCompilerFailed, match=r"names late\.1\.net\.0 of Tower"):
+        model(torch.randn(7, 38))
