@@ -70,10 +70,7 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
     """Identify the sites of the first ``num_bf16_fallback_layers`` blocks that the graph runs."""
     if not config.num_bf16_fallback_layers or config.keep_all:
         return set()
-    chains = {
-        id(s): tuple(link for link in dynamo.modules_around(s.node) if link[0] != s.layer)
-        for s in sites
-    }
+    chains = {id(s): tuple(link for link in s.around if link[0] != s.layer) for s in sites}
     blocks = find_blocks(chains.values())
     if sites and (not blocks or dynamo.is_resumed()):
         raise OptionError(
