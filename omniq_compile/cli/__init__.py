@@ -13,6 +13,7 @@ COMMANDS = {
     "dump": "show what the backend does to a model, as text",
     "bench": "measure a model beside Inductor BF16 and torchao",
     "generate": "run a diffusers pipeline with quantized components",
+    "compare": "measure a pipeline's pictures beside those of BF16, and pass or fail",
     "quantize": "write a quantized checkpoint",
     "kernels": "list the kernels of every target, and what this machine has",
 }
