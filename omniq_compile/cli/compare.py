@@ -20,7 +20,6 @@ from rich.table import Table
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
     add_quality_arguments,
-    given_arguments,
     quality_setting,
 )
 from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
@@ -35,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a diffusers pipeline, or a hub id")
     add_quantization_argument(parser)
     add_call_arguments(parser)
+    parser.add_argument(
+        "--ignored-layers",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers to keep, such as img_mlp",
+    )
     add_quality_arguments(parser, seeds="0-7")
     parser.add_argument("--out", required=True, type=Path, help="the folder for what is found")
     parser.add_argument(
@@ -77,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
     need("matplotlib")
     gate = _gate(arguments)
     setting = quality_setting(
-        arguments, read_quantization(arguments.quantization), given_arguments(arguments)
+        arguments, read_quantization(arguments.quantization), arguments.ignored_layers
     )
     out = make_folder(arguments.out)
     work = make_folder(out / ".work", empty=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +105,6 @@ def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantCo
 def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> None:
     """Add what the commands that measure quality share."""
     parser.add_argument(
-        "--ignored-layers", nargs="+", metavar="PATTERN", help="layers to keep, such as img_mlp"
-    )
-    parser.add_argument(
         "--seeds", default=seeds, help="such as 0-7 or 3,10-12; %(default)s by default"
     )
     parser.add_argument("--device", default="cpu", help="such as cuda; %(default)s by default")
@@ -119,7 +116,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> Non
 
 
 def quality_setting(
-    arguments: argparse.Namespace, quantization: Any, given: dict[str, Any]
+    arguments: argparse.Namespace, quantization: Any, ignored_layers: Sequence[str] = ()
 ) -> Setting:
     """Return what is to be generated, with every argument checked that can be before loading.
 
@@ -135,8 +132,8 @@ def quality_setting(
         more["compiler"] = arguments.compiler
     return Setting(
         folder=arguments.folder,
-        config=config.with_options(more, arguments.ignored_layers or ()),
-        arguments=given,
+        config=config.with_options(more, ignored_layers),
+        arguments=given_arguments(arguments),
         seeds=parse_seeds(arguments.seeds),
         device=_device(arguments.device),
         loading=remote_code(arguments),

@@ -40,7 +40,7 @@ def contact_sheet(file: Path, rows: Sequence[Row], method: str, title: str) -> i
     Returns:
         The factor of the differences, which stands above them too.
     """
-    plt = _pyplot()
+    plt = pyplot()
     factor = amplification(rows)
     height, width = rows[0].bf16.shape[:2]
     # Wide pictures take a line each; narrow ones share it, so that the sheet stays near square.
@@ -60,7 +60,7 @@ def contact_sheet(file: Path, rows: Sequence[Row], method: str, title: str) -> i
             _show(axis, panel)
             # An empty head takes a head's room, so that all pictures are of one size.
             axis.set_title(head if place < across else " ", fontsize=9)
-    _save(plt, figure, file)
+    save_figure(figure, file)
     return factor
 
 
@@ -79,7 +79,7 @@ def _show(axis: Any, picture: Pictures) -> None:
 
 def trajectory_plot(file: Path, trajectories: dict[int, list[float]], title: str) -> None:
     """Save the relative L2 distance of the latents after each step, a line a seed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for line in trajectories.values():
         axis.plot(range(1, len(line) + 1), line, color=BLUE, alpha=0.35, linewidth=1)
@@ -100,14 +100,16 @@ def trajectory_plot(file: Path, trajectories: dict[int, list[float]], title: str
     axis.grid(alpha=0.25, which="both", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
-    _save(plt, figure, file)
+    save_figure(figure, file)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws into files."""
     need("matplotlib").use("Agg")
     return need("matplotlib.pyplot")
 
 
-def _save(plt: Any, figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
+    """Save a figure, and forget it."""
     figure.savefig(file, dpi=130, facecolor="white")
-    plt.close(figure)
+    pyplot().close(figure)

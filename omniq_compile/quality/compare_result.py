@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import omniq_compile
+from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.comparison import Comparison, Setting, Side
 from omniq_compile.quality.gate import Gate
@@ -28,7 +29,7 @@ def as_json(
     return {
         "version": VERSION,
         "folder": setting.folder,
-        "quantization": quantization_of(setting),
+        "quantization": as_given(setting.config),
         "arguments": dict(setting.arguments),
         "seeds": list(setting.seeds),
         "gate": {
@@ -57,10 +58,9 @@ def as_json(
     }
 
 
-def quantization_of(setting: Setting) -> dict[str, Any]:
-    """Return what the config says, as `build_quant_config` takes it."""
-    given = setting.config
-    return dict(given.everywhere) if given.everywhere is not None else dict(given.components)
+def as_given(config: PipelineQuantConfig) -> dict[str, Any]:
+    """Return what a config says, as `build_quant_config` takes it."""
+    return dict(config.everywhere) if config.everywhere is not None else dict(config.components)
 
 
 def _summary(result: Comparison, name: str) -> dict[str, float | None]:
