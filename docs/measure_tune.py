@@ -168,9 +168,9 @@ def main() -> None:
         arguments = {"digits": [0, 1, 2, 3, 4], "num_inference_steps": 4}
         how = {"most_calls": 2, "curve": 2}
         rows = measure(folder, options, arguments, [0], args.out, 10, console, **how)
-    print(
-        "| rule | bytes of weights | PSNR of the worst seed | layers kept |\n| --- | --- | --- | --- |"
-    )
+    print("| rule | bytes of weights | PSNR of the worst seed | layers kept |")
+    print("| rule | bytes of weights | PSNR of the worst seed | layers kept |")
+    print("| --- | --- | --- | --- |")
     for name, nbytes, quality, kept in rows:
         print(f"| {name} | {nbytes:,} | {quality:.1f} dB | {kept} |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

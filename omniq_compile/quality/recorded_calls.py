@@ -47,7 +47,8 @@ class _Recorder:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._seen % self._stride == 0:
-            self.calls.append(Call(model, *_copied((args, kwargs)), flat_output(output).clone()))
+            expected = flat_output(output).clone()
+            self.calls.append(Call(model, _copied(args), _copied(kwargs), expected))
         self._seen += 1
         if len(self.calls) > self._most:
             self.calls = self.calls[::2]
