@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from omniq_compile.backend import run_target
@@ -22,6 +20,7 @@ from omniq_compile.passes.context import Context
 from omniq_compile.passes.patterns import unmatched
 from omniq_compile.passes.program import program
 from omniq_compile.summary import site_bytes, weight_bytes
+from omniq_compile.tracing import run_traced
 
 
 @dataclass(frozen=True)
@@ -136,32 +135,14 @@ def trace(
         contexts.append(context)
         return gm.forward
 
-    _run(model, inputs, record)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    run_traced(model, args, kwargs, record)
     if not contexts:
         raise OmniqError(
             "Dynamo traced no graph from this model, so there is nothing to explain. "
             'TORCH_LOGS="dynamo" shows why.'
         )
     return config, contexts
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], record: Any) -> None:
-    module = getattr(model, "_orig_mod", model)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module(*args, **kwargs)
-
-    # Dynamo counts recompilations per code object: a code object of its own keeps one report from
-    # using up another's limit.
-    fresh = types.FunctionType(
-        call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
-    )
-    compiled = torch.compile(fresh, backend=record)
-    with torch.no_grad():
-        if isinstance(inputs, Mapping):
-            compiled(**inputs)
-        else:
-            compiled(*inputs)
 
 
 def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
