@@ -6,6 +6,10 @@ from omniq_compile.lowering.target import ARCHITECTURES
 
 _ALL = ARCHITECTURES["rocm"]
 
+# Why the last rows are emulated: what the others cannot take, and what has no other row at all.
+_LEFT = {method: f"where no kernel for {method} can take it" for method in emulated.ELEMENTS}
+_NO_SCALES = dict.fromkeys(("mxfp8", "mxfp4", "mxfp4_dualscale"), triton.NO_SCALES)
+
 KERNELS = (
     triton.INT8,
     int8.INT_MM,
@@ -18,10 +22,6 @@ KERNELS = (
     *triton.MX,
     *triton.DECODED,
     emulated.int8("rocm", _ALL, "where no integer GEMM can take it"),
-    *emulated.kernels(
-        "rocm",
-        _ALL,
-        {method: f"where no kernel for {method} can take it" for method in emulated.ELEMENTS},
-        bfloat16_archs=_ALL,
-    ),
+    *emulated.kernels("rocm", ("gfx950",), _LEFT, bfloat16_archs=("gfx950",)),
+    *emulated.kernels("rocm", ("gfx942",), _LEFT | _NO_SCALES, bfloat16_archs=("gfx942",)),
 )

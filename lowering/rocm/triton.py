@@ -24,11 +24,11 @@ MX = tuple(
 )
 
 # Triton 3.6 and 3.7 fail to compile dot_scaled for gfx942, which has no such instruction.
-_NO_SCALES = "no block-scaled arithmetic before gfx950"
+NO_SCALES = "no block-scaled arithmetic before gfx950"
 DECODED = (
-    decoded_rows.mx_row("rocm", ("gfx942",), "mxfp8", _NO_SCALES),
-    decoded_rows.mx_row("rocm", ("gfx942",), "mxfp4", _NO_SCALES),
-    decoded_rows.dualscale_row("rocm", ("gfx942",), _NO_SCALES),
+    decoded_rows.mx_row("rocm", ("gfx942",), "mxfp8", NO_SCALES),
+    decoded_rows.mx_row("rocm", ("gfx942",), "mxfp4", NO_SCALES),
+    decoded_rows.dualscale_row("rocm", ("gfx942",), NO_SCALES),
 )
 
 KERNELS = (INT8, *FP8, *MX, *DECODED)
