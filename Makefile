@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test zoo lint types bench clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ types: $(READY)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Every transformer class of diffusers, and the long runs that `make test` leaves out.
+zoo: $(READY)
+	$(BIN)/python -m pytest -m zoo
 
 bench: $(READY)
 	$(BIN)/omniq bench

@@ -136,8 +136,8 @@ def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)
 
 
-def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig) -> Any:
-    return omniq(gm, example_inputs, options=config)
+def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig, mode: str | None = None) -> Any:
+    return omniq(gm, example_inputs, options=config, mode=mode)
 
 
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:
@@ -160,7 +160,8 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         ignored_layers=inside(config.ignored_layers),
         w4a8_fallback_layers=inside(config.w4a8_fallback_layers),
         num_bf16_fallback_layers=0,
-        keep_all=leading_reason(config) if place < config.num_bf16_fallback_layers else "",
+        keep_all=config.keep_all
+        or (leading_reason(config) if place < config.num_bf16_fallback_layers else ""),
     )
 
 

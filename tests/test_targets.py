@@ -154,6 +154,33 @@ def test_a_model_is_lowered_for_a_device_that_is_absent(place: Target, method: s
     assert report.sites[0].decision.kernel in report.graphs[0].programs["lowered"]
 
 
+_NATIVE, _EMULATED = True, False
+_MX = ("mxfp8", "mxfp4", "mxfp4_dualscale")
+CELLS = {
+    "cuda:sm_120": {"int8": _NATIVE, "fp8": _NATIVE, "fp8 blocks": _NATIVE}
+    | dict.fromkeys(_MX, _NATIVE),
+    "cuda:sm_89": {"int8": _NATIVE, "fp8": _NATIVE, "fp8 blocks": _NATIVE}
+    | dict.fromkeys(_MX, _EMULATED),
+    "cuda:sm_80": {"int8": _NATIVE, "fp8": _EMULATED, "fp8 blocks": _EMULATED}
+    | dict.fromkeys(_MX, _EMULATED),
+}
+CELLS["cuda:sm_100"] = CELLS["rocm:gfx950"] = CELLS["cuda:sm_120"]
+CELLS["cuda:sm_90"] = CELLS["rocm:gfx942"] = CELLS["cuda:sm_89"]
+
+
+@pytest.mark.parametrize(
+    ("place", "method"), [(place, method) for place, row in CELLS.items() for method in row]
+)
+@pytest.mark.parametrize("M", [1, 4096])
+def test_a_gpu_multiplies_in_the_precision_that_it_has(place: str, method: str, M: int) -> None:
+    block = (128, 128) if method == "fp8 blocks" else None
+    scheme = get_scheme(method.split()[0], weight_block_size=block)
+    problem = Problem(M, 3072, 9216, 3, 2, torch.bfloat16)
+    kernel, why = registry.choose(scheme, Target.parse(place), problem)
+    assert kernel is not None, why
+    assert kernel.native is CELLS[place][method], kernel.name
+
+
 def test_explaining_for_an_absent_device_leaves_running_on_it_an_error() -> None:
     model = Holder(torch.matmul, w=torch.randn(38, 19))
     compiled = torch.compile(
