@@ -64,6 +64,7 @@ SHAPES = [
     ((3, 1, 2), 50, 17, FP16, torch.float32),
     ((1,), 640, 1, FP16, FP16),
     ((6,), 576, 9, BF16, torch.float32),
+    ((5,), 75, 20, FP16, BF16),  # three blocks: an odd number of scales
 ]
 
 
@@ -85,6 +86,9 @@ def test_numbers_are_the_formats(
     b = None if bias is None else make("normal", (N,), bias, 1)
     case = problem(x, w)
     mixed = scheme.activation != scheme.weight
+    if scheme.method == "mxfp4" and K == 75:
+        assert "pairs of blocks" in str(kernel.refuse(case, scheme))
+        return
     if mixed and dtype is FP16:
         assert "not to float16" in str(kernel.refuse(case, scheme))
         return

@@ -116,6 +116,18 @@ def test_every_e4m3_code_is_the_same_number_as_fnuz() -> None:
     assert np.isfinite(values).all()
 
 
+def test_two_activations_multiply_as_fnuz(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both come from the kernel's own quantizer, as fnuz already."""
+    fake_gemms.install_torch(monkeypatch, "gfx942")
+    kernel, scheme = kernel_named("rocm:gfx942", "rocm_fp8_fnuz_scaled_mm")
+    x, y = torch.randn(5, 64, dtype=BF16), torch.randn(32, 64, dtype=BF16)
+    parts = [kernel.quantize(operand, "fp8") for operand in (x, y)]
+    out = kernel.gemm(*parts, None, problem(x, y, b_is_weight=False), scheme)
+    fp8_parts = [get_format("fp8").quantize(operand) for operand in (x, y)]
+    exact = reference.gemm(*fp8_parts, None, "fp8", "fp8", torch.float64)
+    assert error(out, exact) < 3e-3
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_bad_token_stays_alone_as_fnuz(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gemms.install_torch(monkeypatch, "gfx942")

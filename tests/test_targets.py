@@ -108,14 +108,12 @@ def test_every_cell_has_a_kernel_and_says_what_it_is(place: Target, method: str)
 
 # Which cells multiply in the method's own precision, at the size of a real layer.
 NATIVE = {
-    "rocm:gfx950": {"int8", "fp8", "mxfp8", "mxfp4"},
+    "rocm:gfx950": {"int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"},
     "rocm:gfx942": {"int8", "fp8"},
     "xpu:xe": {"int8", "fp8"},
     "npu:ascend950": {"int8", "mxfp8", "mxfp4", "mxfp4_dualscale"},
     "npu:ascend910b": {"int8"},
 }
-# Left to kernels that no vendor's library has.
-OTHERS = {("rocm:gfx950", "mxfp4_dualscale")}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,8 +122,7 @@ def test_a_cell_is_native_or_says_why_not(place: str, method: str) -> None:
     problem = Problem("s0", 3072, 12288, 3, 2, torch.bfloat16)
     kernel, _ = registry.choose(get_scheme(method), Target.parse(place), problem)
     assert kernel is not None
-    if (place, method) not in OTHERS:
-        assert kernel.native == (method in NATIVE[place])
+    assert kernel.native == (method in NATIVE[place])
     for row in registry.candidates(method, Target.parse(place)):
         assert row.native or ": " in row.about
         assert "this path" not in row.about
