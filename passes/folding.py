@@ -216,7 +216,9 @@ class _Main:
             self.copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
 
     def _container(self, name: str) -> fx.Node:
-        node = self._graph.placeholder(identifier(name))
+        # The model itself may be the container, and a container's name may be a number.
+        base = identifier(name)
+        node = self._graph.placeholder(base if base.isidentifier() else f"blocks_{base}")
         node.meta["omniq_about"] = f"{len(self._numbers[name])} dicts of weights, by their names"
         return node
 

@@ -86,12 +86,13 @@ def _svg(flow: Flow, title: str, subtitle: str) -> str:
     for tail, head in flow.edges:
         graph.edge(str(tail), str(head), tooltip=" ")
     try:
-        return graph.pipe(format="svg", encoding="utf-8")
+        drawn: str = graph.pipe(format="svg", encoding="utf-8")
     except graphviz.ExecutableNotFound as error:
         raise OmniqError(
             "--format svg needs Graphviz's program dot, which is not installed here: "
             "apt-get install graphviz, brew install graphviz, or https://graphviz.org/download."
         ) from error
+    return drawn
 
 
 def _label(node: FlowNode) -> str:

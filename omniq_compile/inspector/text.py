@@ -45,7 +45,7 @@ def render_diff(inspection: Inspection, before: str, after: str) -> str:
 def part_title(part: Part) -> str:
     """Name a part in one line."""
     if not part.label:
-        return f"graph {part.graph}" + (", outside the blocks" if part.functions else "")
+        return f"graph {part.graph}, outside the blocks"
     return f"{part.label} ({part.kind}), x {part.count}"
 
 
@@ -78,7 +78,7 @@ def _table(inspection: Inspection) -> Iterator[str]:
         for view in part.sites:
             site, decision = view.site, view.site.decision
             indent = "  " if part.label else ""
-            row = (
+            row: tuple[str, ...] = (
                 indent + (view.layer or "(root)"),
                 site.spelling,
                 f"{site.M} x {site.K} x {site.N}",
@@ -86,7 +86,7 @@ def _table(inspection: Inspection) -> Iterator[str]:
                 decision.kernel or decision.reason,
             )
             rows.append((part, row))
-    cells = [header, *(row for _, row in rows)]
+    cells: list[tuple[str, ...]] = [header, *(row for _, row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: tuple[str, ...]) -> str:
