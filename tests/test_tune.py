@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits" / "pipeline"
 ON_DIGITS = [
     "--trust-remote-code", "--argument", "digits=[0,7]", "--steps", "2", "--seeds", "1",
-    "--method", "mxfp4", "--min-features", "64", "--compiler", "eager", "--calls", "1",
+    "--method", "int8", "--min-features", "64", "--compiler", "eager", "--calls", "1",
 ]  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = start(tmp_path / "killed", "--target-psnr", "33")
+    process = start(tmp_path / "killed", "--target-psnr", "52")
     state = tmp_path / "killed" / "state.json"
     deadline = time.monotonic() + 240
     while not state.exists() or len(json.loads(state.read_text())["measured"]) < 20:
@@ -225,10 +225,10 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert not (tmp_path / "killed" / "tuned.json").exists()
     left = json.loads(state.read_text())["measured"]
     assert 20 <= len(left) < 59
-    assert tune(tmp_path / "killed", "--target-psnr", "33") == 0
+    assert tune(tmp_path / "killed", "--target-psnr", "52") == 0
     assert f"going on from {len(left)} measurements" in " ".join(capsys.readouterr().err.split())
     assert json.loads(state.read_text())["measured"].items() >= left.items()
-    assert tune(tmp_path / "whole", "--target-psnr", "33") == 0
+    assert tune(tmp_path / "whole", "--target-psnr", "52") == 0
     assert saved(tmp_path / "killed") == saved(tmp_path / "whole")
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = saved(tmp_path / "whole")
@@ -236,7 +236,7 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert (tmp_path / "whole" / "quality.png").stat().st_size > 10_000
 
     # The list as a user takes it: what is loaded has the bytes, and keeps no other layer.
-    options = {"method": "mxfp4", "min_features": 64, "ignored_layers": found["ignored_layers"]}
+    options = {"method": "int8", "min_features": 64, "ignored_layers": found["ignored_layers"]}
     pipe = omniq.from_pretrained(DIGITS, options, trust_remote_code=True)
     assert sum(p.nbytes for p in pipe.transformer.state_dict().values()) == found["bytes"]
     kept = {
@@ -249,7 +249,7 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     # And `omniq compare` sees the promise kept.
     quantization = json.dumps(options | {"compiler": "eager"})
     common = ["--trust-remote-code", "--argument", "digits=[0,7]", "--steps", "2", "--seeds", "1"]
-    command = ["compare", str(DIGITS), "--quantization", quantization, "--min-psnr", "33"]
+    command = ["compare", str(DIGITS), "--quantization", quantization, "--min-psnr", "52"]
     assert main([*command, "--out", str(tmp_path / "compare"), *common]) == 0
     result = json.loads((tmp_path / "compare" / "result.json").read_text())
     assert result["metrics"]["psnr"]["worst"] == pytest.approx(found["verified_psnr"]["1"], abs=1)
@@ -258,11 +258,11 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert tune(tmp_path / "whole", "--max-bytes", str(found["bytes"])) == 0
     assert saved(tmp_path / "whole")["bytes"] <= found["bytes"]
     assert tune(tmp_path / "whole", "--max-bytes", "1000000") == 2
-    assert "with every layer quantized the weights take 1,334,812" in capsys.readouterr().err
-    assert tune(tmp_path / "whole", "--max-bytes", "1400000", "--seeds", "2") == 2
+    assert "with every layer quantized the weights take 2,542,620" in capsys.readouterr().err
+    assert tune(tmp_path / "whole", "--max-bytes", "2600000", "--seeds", "2") == 2
     assert "it differs in seeds" in capsys.readouterr().err
     (tmp_path / "whole" / "state.json").write_text("{")
-    assert tune(tmp_path / "whole", "--target-psnr", "33") == 2
+    assert tune(tmp_path / "whole", "--target-psnr", "52") == 2
     assert "forget it with --restart" in capsys.readouterr().err
 
 
@@ -316,7 +316,7 @@ def test_errors_have_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     given = dict(zip(ON_DIGITS[1::2], ON_DIGITS[2::2], strict=True))
-    given = {**given, "--target-psnr": "33", "--out": "out", **changed}
+    given = {**given, "--target-psnr": "52", "--out": "out", **changed}
     folder = given.pop("folder", str(DIGITS))
     pairs = [f"{k}={v}" if k != "--argument" else v for k, v in given.items()]
     command = [x for p in pairs for x in (["--argument", p] if not p.startswith("--") else [p])]
@@ -329,4 +329,4 @@ def test_what_cannot_be_tuned_says_why(tiny: Any, tmp_path: Path) -> None:
     steps = QuantConfig.from_options({"method": "mxfp4", "w4a8_fallback_steps": [0]})
     with pytest.raises(OptionError, match="w4a8_fallback_steps cannot be tuned"):
         Switches(model, steps)
-    assert tune(tmp_path, "--target-psnr", "33", "--matmul") == 2
+    assert tune(tmp_path, "--target-psnr", "52", "--matmul") == 2
