@@ -55,7 +55,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
         call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from omniq_compile.cli.bench_result import BASELINE, Measurement
 from omniq_compile.cli.bench_suite import CaseResult, SuiteResult
 
+PACKAGES = ("torch", "cuda", "hip", "triton", "torchao", "diffusers")
 COLUMNS = (
     "variant", "median, ms", "fastest, ms", "speed-up", "of medians", "error to float32",
     "error to BF16", "weights, MB", "peak of a call, MB", "GEMMs, TOPS", "of the peak", "kernels",
@@ -16,21 +17,18 @@ COLUMNS = (
 def markdown(result: SuiteResult) -> str:
     """Return the page: what was run where, the measured peaks, and a table a case."""
     where = result.environment
-    versions = ", ".join(
-        f"{name} {where[name]}" for name in ("torch", "cuda", "hip", "triton", "torchao", "diffusers")
-        if where.get(name)
-    )  # fmt: skip
+    versions = ", ".join(f"{name} {where[name]}" for name in PACKAGES if where.get(name))
     lines = [
         f"# {where['device']}, {where['date'][:10]}",
         "",
         f"Suite `{result.suite}`: {result.about}. omniq {where['omniq']}, {versions}, Python "
         f"{where['python']}. Run with `{result.command}`.",
         "",
-        f"Speed-up is {BASELINE} BF16's time by the variant's: the median of the rounds' ratios, and "
-        "the ratio of the medians. Variants take turns, call by call. Errors are "
-        "||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, and compared "
-        "with a large square GEMM: native kernels with that of their precision, emulated ones with "
-        "BF16's.",
+        f"Speed-up is {BASELINE} BF16's time by the variant's: the median of the rounds' ratios, "
+        "and the ratio of the medians. Variants take turns, call by call. Errors are "
+        "||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, and "
+        "compared with a large square GEMM: native kernels with that of their precision, emulated "
+        "ones with BF16's.",
         "",
         *_table(
             ("peak", "TOPS"),

@@ -1,4 +1,4 @@
-"""``omniq bench --suite``: every variant on every case of a suite, in one run, as JSON and a table."""
+"""``omniq bench --suite``: every variant on every case of a suite, in one run."""
 
 from __future__ import annotations
 

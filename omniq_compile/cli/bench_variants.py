@@ -18,7 +18,10 @@ from omniq_compile.quantize import quantize_
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, how to turn a model, which it may change, into what is called; and omniq's options."""
+    """A name, and how to turn a model, which it may change, into what is called.
+
+    ``options`` are omniq's, None for any other variant.
+    """
 
     name: str
     build: Callable[[nn.Module], Callable[..., Any]]
