@@ -33,7 +33,7 @@ from omniq_compile.cli.bench_variants import Variant, suite_variants
 from omniq_compile.cli.models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 
-PACKAGES = ("torch", "triton", "torchao", "diffusers")
+PACKAGES = ("triton", "torchao", "diffusers")
 
 
 @dataclass
