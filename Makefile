@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test lint types bench gpu clean
+.PHONY: setup demo test zoo lint types bench gpu clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ types: $(READY)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Every transformer class of diffusers, and the long runs that `make test` leaves out.
+zoo: $(READY)
+	$(BIN)/python -m pytest -m zoo
 
 bench: $(READY)
 	$(BIN)/omniq bench

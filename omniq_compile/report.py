@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from omniq_compile.backend import run_target
@@ -21,7 +19,8 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.patterns import unmatched
 from omniq_compile.passes.program import program
-from omniq_compile.summary import weight_bytes
+from omniq_compile.summary import site_bytes, weight_bytes
+from omniq_compile.tracing import run_traced
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Site:
-    """One GEMM: ``[..., M, K]`` times ``[N, K]``; symbolic sizes are text, None is unknown."""
+    """One GEMM: ``[..., M, K]`` times ``[N, K]``; symbolic sizes are text, None is unknown.
+
+    ``weight_bytes_before`` and ``weight_bytes_after`` are of its weight, and None where two
+    activations meet.
+    """
 
     graph: int
     layer: str
@@ -47,6 +50,8 @@ class Site:
     N: int | str | None
     dtype: str
     decision: Decision
+    weight_bytes_before: int | None = None
+    weight_bytes_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,16 @@ def explain(
     Raises:
         OptionError: unknown options or target.
     """
+    return report_of(*trace(model, inputs, options, target))
+
+
+def trace(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    options: Mapping[str, Any] | QuantConfig,
+    target: str | None = None,
+) -> tuple[QuantConfig, list[Context]]:
+    """Trace a model and run the passes on each graph; the arguments are those of `explain`."""
     config = QuantConfig.from_options(options)
     chosen = Target.parse(target) if target else None
     contexts: list[Context] = []
@@ -120,35 +135,18 @@ def explain(
         contexts.append(context)
         return gm.forward
 
-    _trace(model, inputs, record)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    run_traced(model, args, kwargs, record)
     if not contexts:
         raise OmniqError(
             "Dynamo traced no graph from this model, so there is nothing to explain. "
             'TORCH_LOGS="dynamo" shows why.'
         )
-    return _report(config, contexts)
+    return config, contexts
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], record: Any) -> None:
-    module = getattr(model, "_orig_mod", model)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module(*args, **kwargs)
-
-    # Dynamo counts recompilations per code object: a code object of its own keeps one report from
-    # using up another's limit.
-    fresh = types.FunctionType(
-        call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
-    )
-    compiled = torch.compile(fresh, backend=record)
-    with torch.no_grad():
-        if isinstance(inputs, Mapping):
-            compiled(**inputs)
-        else:
-            compiled(*inputs)
-
-
-def _report(config: QuantConfig, contexts: Sequence[Context]) -> Report:
+def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
+    """Word what the passes found, as plain data."""
     bindings = {
         (b.expression.key, b.expression.leaves, b.format): b for c in contexts for b in c.bindings
     }
@@ -177,6 +175,7 @@ def _graph(index: int, context: Context) -> GraphReport:
 def _site(graph: int, site: passes_sites.Site) -> Site:
     problem, decision = site.problem, site.decision
     sizes = (problem.M, problem.K, problem.N) if problem else (None, None, None)
+    before, after = site_bytes(site) or (None, None)
     M, K, N = (size if size is None or isinstance(size, int) else str(size) for size in sizes)
     return Site(
         graph=graph,
@@ -191,4 +190,6 @@ def _site(graph: int, site: passes_sites.Site) -> Site:
         decision=Decision(
             decision.method, decision.reason, decision.kernel.name if decision.kernel else None
         ),
+        weight_bytes_before=before,
+        weight_bytes_after=after,
     )

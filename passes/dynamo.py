@@ -7,13 +7,18 @@ Checked on torch 2.11 and 2.13: ``example_value``, ``nn_module_stack`` and ``ten
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
 import torch
 from torch import fx
 
-_NAME_PART = re.compile(r"([^.\[\]]+)|\[['\"]?([^'\"\]]*)['\"]?\]")
+# A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
+# for a name that is no identifier.
+_NAME_PART = re.compile(
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?:getattr\()|([^.\[\]'"(),\s]+)"""
+)
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
 
 
@@ -120,5 +125,9 @@ def _source_name(node: fx.Node) -> str:
 
 def _dotted(path: str) -> str:
     """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks.0`` to blocks.0"""
-    parts = [word or index for word, index in _NAME_PART.findall(path)]
-    return ".".join(p for p in parts[2:] if p not in _NOT_LAYERS)
+    parts = [
+        ast.literal_eval(literal) if literal else word
+        for literal, word in _NAME_PART.findall(path)
+        if literal or word
+    ]
+    return ".".join(part for part in parts[2:] if part not in _NOT_LAYERS)

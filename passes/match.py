@@ -56,6 +56,7 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
         problem=None if product.unsupported else _problem(node, product, weight is not None),
         weight=weight,
         weight_name=" + ".join(names),
+        around=dynamo.modules_around(node),
         stored=_stored(weight),
     )
 

@@ -70,10 +70,7 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
     """Identify the sites of the first ``num_bf16_fallback_layers`` blocks that the graph runs."""
     if not config.num_bf16_fallback_layers or config.keep_all:
         return set()
-    chains = {
-        id(s): tuple(link for link in dynamo.modules_around(s.node) if link[0] != s.layer)
-        for s in sites
-    }
+    chains = {id(s): tuple(link for link in s.around if link[0] != s.layer) for s in sites}
     blocks = find_blocks(chains.values())
     if sites and (not blocks or dynamo.is_resumed()):
         raise OptionError(
@@ -124,6 +121,10 @@ def leading_reason(config: QuantConfig) -> str:
 
 def too_small(K: Any, N: Any, min_features: int) -> str | None:
     """Return why ``[N, K]`` is not worth quantizing, or None; symbolic sizes are not judged."""
+    if isinstance(K, int) and K == 1:
+        # Fourier features of a timestep are such a product: angles of many turns, which have to
+        # be exact, and there is no arithmetic to save.
+        return "K = 1: an outer product, which sums nothing"
     for name, size in (("K", K), ("N", N)):
         if not isinstance(size, int):
             # A symbolic size occurs only between activations; it is not compared, because that

@@ -68,7 +68,9 @@ class Decision:
 class Site:
     """One place in the traced graph where an activation meets a matrix.
 
-    ``stored`` is the weight, without values, where it is a parameter that is quantized already.
+    ``around`` are the (dotted name, class) of each module it was traced in, outermost first, the
+    root left out. ``stored`` is the weight, without values, where it is a parameter that is
+    quantized already.
     """
 
     node: fx.Node
@@ -79,6 +81,7 @@ class Site:
     problem: Problem | None
     weight: WeightExpression | None
     weight_name: str
+    around: tuple[tuple[str, str], ...] = ()
     stored: QuantizedTensor | None = None
     decision: Decision = field(default_factory=lambda: Decision(None, "not decided"))
 

@@ -15,13 +15,17 @@ import torch
 
 @dataclass(frozen=True)
 class InputSize:
-    """The size of the inputs to draw; `grid` is the image's (rows, columns) in tokens."""
+    """The size of the inputs to draw.
+
+    `grid` is the image's (rows, columns) in tokens, `frames` how many of them a video has.
+    """
 
     batch: int
     grid: tuple[int, int]
     text_tokens: int
     dtype: torch.dtype
     generator: torch.Generator
+    frames: int = 1
 
     def normal(self, *shape: int) -> torch.Tensor:
         # Drawn in float32 so that a seed gives the same values in every dtype.
@@ -106,7 +110,11 @@ def _wan_inputs(model: Any, size: InputSize) -> dict[str, Any]:
     frames, patch_rows, patch_columns = config.patch_size
     return {
         "hidden_states": size.normal(
-            size.batch, config.in_channels, frames, rows * patch_rows, columns * patch_columns
+            size.batch,
+            config.in_channels,
+            frames * size.frames,
+            rows * patch_rows,
+            columns * patch_columns,
         ),
         "timestep": torch.full((size.batch,), 500),
         "encoder_hidden_states": size.normal(size.batch, size.text_tokens, config.text_dim),

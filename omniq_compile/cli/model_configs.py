@@ -1,0 +1,138 @@
+"""Finds the configurations that a command's MODEL argument names, and builds models without values.
+
+MODEL is one of
+
+    a diffusers folder       ./Wan2.2, whose model_index.json may name several transformers
+    a transformer's folder   ./Wan2.2/transformer_2
+    a configuration          ./Wan2.2/transformer/config.json
+    Class[:preset]           QwenImageTransformer2DModel:tiny
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omniq_compile.cli.families import FAMILIES, PRESETS
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, unknown
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer class, and what its constructor takes."""
+
+    name: str
+    class_name: str
+    arguments: dict[str, Any]
+
+
+def find_configs(text: str) -> list[ModelConfig]:
+    """Find what MODEL names; see the head of this file.
+
+    Raises:
+        OmniqError: there is nothing of that name, or no transformer in it that omniq knows,
+            listing what there is and the nearest name.
+        CheckpointError: a configuration cannot be read.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.is_file():
+        return [_of_file(path)]
+    class_name, _, preset = text.partition(":")
+    if "/" in text or path.suffix == ".json":
+        raise OmniqError(f"no folder or configuration {text}")
+    return [_of_preset(text, class_name, preset or "tiny")]
+
+
+def build_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Build a model without values, in eval mode and the dtypes that diffusers loads it in.
+
+    Raises:
+        CheckpointError: the class does not take the configuration.
+    """
+    kind = getattr(importlib.import_module("diffusers"), config.class_name, None)
+    if kind is None:
+        raise OmniqError(f"the installed diffusers has no {config.class_name}: upgrade diffusers")
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(config.arguments)
+    except Exception as error:
+        raise CheckpointError(
+            f"{config.name}: {config.class_name} cannot be built from this configuration: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        keep = not in_float32.isdisjoint(name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _of_folder(folder: Path) -> list[ModelConfig]:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        if not (folder / "config.json").is_file():
+            raise OmniqError(
+                f"{folder} has no config.json: give a diffusers pipeline folder (with "
+                "model_index.json and transformer/) or a transformer's own folder"
+            )
+        return [_of_file(folder / "config.json")]
+    components = {
+        name: kind[1]
+        for name, kind in _read(index).items()
+        if isinstance(kind, list) and len(kind) == 2
+    }
+    names = [name for name, kind in components.items() if kind in FAMILIES]
+    if not names:
+        found = ", ".join(f"{name} ({kind})" for name, kind in components.items()) or "nothing"
+        raise OmniqError(
+            f"{index} names no transformer that omniq knows, but {found}; "
+            f"omniq knows {', '.join(FAMILIES)}"
+        )
+    return [_of_file(folder / name / "config.json") for name in names]
+
+
+def _of_file(path: Path) -> ModelConfig:
+    content = _read(path)
+    class_name = content.get("_class_name")
+    if class_name is None:
+        raise CheckpointError(
+            f"{path} has no _class_name, so it is not the configuration of a diffusers model"
+        )
+    if class_name not in FAMILIES:
+        raise OptionError(f"{path}: {unknown('transformer class', class_name, FAMILIES)}")
+    return ModelConfig(str(path), class_name, dict(content))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds no configuration: {type(content).__name__}, not {{}}")
+    return content
+
+
+def _of_preset(text: str, class_name: str, preset: str) -> ModelConfig:
+    if class_name not in FAMILIES:
+        raise OptionError(
+            f"{unknown('transformer class', class_name, FAMILIES)} Give one of them, a diffusers "
+            "folder, or a config.json."
+        )
+    if preset not in PRESETS:
+        raise OptionError(unknown("preset", preset, PRESETS))
+    family, size = FAMILIES[class_name], PRESETS[preset]
+    width = size.width or family.width
+    head_dim = 128 if width % 128 == 0 else 32
+    return ModelConfig(text, class_name, family.config(width, head_dim, size.num_blocks))

@@ -1,0 +1,188 @@
+"""``omniq plan``: what becomes of a model of any size, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from omniq_compile.cli.families import FAMILIES, InputSize
+from omniq_compile.cli.model_configs import ModelConfig, build_on_meta, find_configs
+from omniq_compile.cli.options import add_option_arguments, options_of
+from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.lowering.target import Target, detect
+from omniq_compile.meta_run import to_meta
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.planning import Plan, plan_model
+
+# A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
+# the first frame and shrinks the others 4 times.
+PIXELS_PER_TOKEN = 16
+FRAMES_PER_LATENT = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, the options, the target, the size of a picture, and where to write."""
+    parser.add_argument(
+        "model",
+        nargs="+",
+        help="a diffusers folder, a config.json, or Class[:preset]; several are planned together",
+    )
+    add_option_arguments(parser)
+    parser.add_argument("--target", help="plan for this target, present or not (cuda:sm_90)")
+    parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720)")
+    parser.add_argument("--width", type=int, help="pixels (default: 1024, for video 1280)")
+    parser.add_argument("--frames", type=int, help="of a video (default: 81)")
+    parser.add_argument("--text-tokens", type=int, default=512, help="of the prompt (default: 512)")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there, not to the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan every model, and print a table each and the totals."""
+    config = QuantConfig.from_options(options_of(arguments))
+    target = Target.parse(arguments.target) if arguments.target else config.target or detect("cpu")
+    plans = {}
+    for model in (found for text in arguments.model for found in find_configs(text)):
+        size = _size(model, arguments)
+        plans[model.name] = (size, _plan(model, size, config, target))
+    if arguments.format == "json":
+        content = {name: dataclasses.asdict(plan) for name, (_, plan) in plans.items()}
+        text = json.dumps(content, indent=2) + "\n"
+    else:
+        text = _render(plans, f"{config.scheme} on {target}")
+    if arguments.out is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        arguments.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OmniqError(f"cannot write {str(arguments.out)!r}: {error.strerror}.") from error
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One call's picture, in pixels and frames, and its prompt, in tokens."""
+
+    height: int
+    width: int
+    frames: int
+    text_tokens: int
+
+    def __str__(self) -> str:
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        return f"{self.width} x {self.height}{frames}, {self.text_tokens} text tokens, batch 1"
+
+
+def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
+    video = "3D" in model.class_name
+    if arguments.frames is not None and not video:
+        raise OptionError(f"--frames is for video, and {model.class_name} draws images")
+    size = Size(
+        height=arguments.height or (720 if video else 1024),
+        width=arguments.width or (1280 if video else 1024),
+        frames=arguments.frames or (81 if video else 1),
+        text_tokens=arguments.text_tokens,
+    )
+    for name, pixels in (("--height", size.height), ("--width", size.width)):
+        if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
+            raise OptionError(f"{name} {pixels} is not a multiple of {PIXELS_PER_TOKEN}")
+    if size.frames < 1 or (size.frames - 1) % FRAMES_PER_LATENT:
+        raise OptionError(
+            f"--frames {size.frames} is not one more than a multiple of {FRAMES_PER_LATENT}"
+        )
+    if size.text_tokens < 1:
+        raise OptionError(f"--text-tokens {size.text_tokens} must be at least 1")
+    return size
+
+
+def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -> Plan:
+    built = build_on_meta(model)
+    grid = (size.height // PIXELS_PER_TOKEN, size.width // PIXELS_PER_TOKEN)
+    latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, generator, latent_frames)
+    inputs = to_meta(FAMILIES[model.class_name].inputs(built, drawn))
+    return plan_model(built, inputs, config, target)[0]
+
+
+def _render(plans: dict[str, tuple[Size, Plan]], title: str) -> str:
+    # Wide enough for the longest reason: a plan is read by scrolling, or from a file.
+    console = Console(file=io.StringIO(), width=sys.maxsize, highlight=False)
+    for name, (size, plan) in plans.items():
+        console.print(f"[bold]{escape(name)}[/bold]: {title}; {size}")
+        console.print(_table(plan))
+        console.print(_totals(plan))
+    if len(plans) > 1:
+        together = [plan for _, plan in plans.values()]
+        before = sum(plan.weight_bytes_before for plan in together)
+        after = sum(plan.weight_bytes_after for plan in together)
+        console.print(
+            f"together: weights {_gib(before)} -> {_gib(after)}, where all are in memory at once"
+        )
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    left = {"layers": "left", "decision": "left", "kernel": "left", "reason": "left"}
+    names = ("layers", "count", "M x K x N", "decision", "kernel", "GFLOP", "MB before", "MB after")
+    for name in (*names, "reason"):
+        justify: Any = left.get(name, "right")
+        table.add_column(name, justify=justify, no_wrap=True)
+    for row in plan.rows:
+        kernel = f"{row.kernel}{'' if row.native else ' (emulated)'}" if row.kernel else "-"
+        table.add_row(
+            escape(row.kind),
+            str(row.count),
+            f"{row.M} x {row.K} x {row.N}",
+            row.method or "kept",
+            kernel,
+            f"{row.flops / 1e9:,.1f}",
+            f"{row.bytes_before / 1e6:,.1f}",
+            f"{row.bytes_after / 1e6:,.1f}",
+            escape(row.reason),
+        )
+    return table
+
+
+def _totals(plan: Plan) -> str:
+    quantized = [row for row in plan.rows if row.method]
+    kept = [row for row in plan.rows if not row.method]
+    low = sum(row.flops for row in quantized)
+    after = sum(row.bytes_after for row in quantized)
+    lines = [
+        f"{plan.parameters / 1e9:.2f} billion parameters; "
+        f"{sum(row.count for row in quantized)} products quantized, "
+        f"{sum(row.count for row in kept)} kept",
+        f"one call: {plan.flops / 1e12:.1f} TFLOP: {100 * low / plan.flops:.1f}% quantized, "
+        f"{100 * plan.attention_flops / plan.flops:.1f}% attention; classifier-free guidance "
+        "takes two calls a step",
+        f"weights: {_gib(plan.weight_bytes_before)} -> {_gib(plan.weight_bytes_after)} "
+        f"({_gib(after)} quantized, {_gib(plan.weight_bytes_after - after)} kept)",
+        f"activations, estimated: {_gib(plan.activation_bytes)} (tensors alive at once in an eager "
+        "call in BF16, without attention's scores; compiled code needs less, and workspaces come "
+        "on top)",
+    ]
+    if plan.decoded_bytes:
+        lines.append(
+            f"decoded weights, estimated: {_gib(plan.decoded_bytes)} (the largest that an emulated "
+            "kernel decodes in a call, in float32)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

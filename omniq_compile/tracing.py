@@ -1,0 +1,33 @@
+"""One call of a model through Dynamo, whose graphs go to a function instead of a compiler."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+Record = Callable[[fx.GraphModule, Sequence[Any]], Any]
+
+
+def run_traced(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], record: Record
+) -> None:
+    """Call a model once; ``record`` gets each graph and its inputs, and returns what to run.
+
+    Sizes are numbers in the graphs, whatever was traced before in this process.
+    """
+    module = getattr(model, "_orig_mod", model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    # Dynamo counts recompilations per code object: a code object of its own keeps one report from
+    # using up another's limit.
+    fresh = types.FunctionType(
+        call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
+    )
+    with torch.no_grad():
+        torch.compile(fresh, backend=record, dynamic=False)(*args, **kwargs)

@@ -1,0 +1,314 @@
+"""`omniq plan`: a model's sites, work and memory without a weight, against models that run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import omniq_compile as omniq
+from omniq_compile import folded_trace, report
+from omniq_compile.cli import main
+from omniq_compile.cli.families import FAMILIES
+from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.target import Target
+from omniq_compile.meta_run import run_on_meta, to_meta
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.planning import Plan, plan_model
+
+CONFIGS = Path(__file__).parent / "configs"
+TARGET = "cpu:generic"
+FAMILY_NAMES = sorted(FAMILIES)
+
+
+def planned(model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[Plan, list[Any]]:
+    """Plan for a model that has values, by a copy that has none."""
+    empty = copy.deepcopy(model).to("meta")
+    config = QuantConfig.from_options({"min_features": 1, **options})
+    plan, sites = plan_model(empty, to_meta(inputs), config, Target.parse(TARGET))
+    return plan, [report._site(0, site) for site in sites]
+
+
+def family(name: str, num_blocks: int = 3) -> tuple[nn.Module, dict[str, Any]]:
+    model = random_model(name, width=128, num_blocks=num_blocks)
+    return model, make_inputs(model, image_tokens=36, text_tokens=10)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_plan_has_the_sites_of_a_whole_trace(name: str) -> None:
+    model, inputs = family(name)
+    # A whole trace of Z-Image has graph breaks, in which leading blocks cannot be counted.
+    leading = 0 if name == "ZImageTransformer2DModel" else 2
+    options = {
+        "method": "mxfp4_dualscale",
+        "num_bf16_fallback_layers": leading,
+        "ignored_layers": ["re:.*(blocks|layers)\\.2\\..*(to_k|k_proj).*", "norm_out"],
+        "min_features": 1,
+    }
+    expected = omniq.explain(model, inputs, options, target=TARGET)
+    plan, sites = planned(model, inputs, **options)
+    assert sites == [dataclasses.replace(site, graph=0) for site in expected.sites]
+    reasons = {site.decision.reason for site in sites}
+    assert any("leading blocks" in reason for reason in reasons) == bool(leading)
+    assert any("ignored by" in reason for reason in reasons)
+    quantized = [row for row in plan.rows if row.method]
+    assert sum(row.bytes_before for row in quantized) == expected.weight_bytes_before
+    assert sum(row.bytes_after for row in quantized) == expected.weight_bytes_after
+    assert sum(row.count for row in plan.rows) == len(expected.sites)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_work_and_weights_are_those_of_a_model_that_runs(name: str) -> None:
+    model, inputs = family(name, num_blocks=2)
+    counter = FlopCounterMode(display=False)
+    # The plain kernel is made of products that PyTorch's own counter knows.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    plan, _ = planned(model, inputs, method="int8")
+    assert plan.flops == counter.get_total_flops()
+    assert plan.attention_flops > 0
+    assert plan.weight_bytes_before == stored(model)
+    omniq.quantize_(model, {"method": "int8", "min_features": 1})
+    assert plan.weight_bytes_after == stored(model)
+
+
+def stored(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_each_kind_of_block_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    original = folded_trace.run_traced
+
+    def spy(module: nn.Module, *rest: Any) -> None:
+        traced.append(type(module).__name__)
+        original(module, *rest)
+
+    monkeypatch.setattr(folded_trace, "run_traced", spy)
+    model, inputs = family("ZImageTransformer2DModel")
+    planned(model, inputs, method="int8")
+    # Refiners of noise (with modulation) and of text (without), and layers over both.
+    assert sorted(traced) == ["ZImageTransformer2DModel", *["ZImageTransformerBlock"] * 3]
+
+
+class Block(nn.Module):
+    """Runs its layers in one of two ways that no parameter shows."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.twice = nn.Linear(64, 96), nn.Linear(96, 64), twice
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = x + self.down(self.up(x).relu())
+        return x + self.down(self.up(x)) if self.twice else x
+
+
+class Pair(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), "not a tensor"
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: list[nn.Module], order: list[int]) -> None:
+        super().__init__()
+        self.first, self.blocks, self.order = nn.Linear(38, 64), nn.ModuleList(blocks), order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for i in self.order:
+            out = self.blocks[i](x)
+            x = out[0] if isinstance(out, tuple) else out
+        return x @ x.transpose(-1, -2)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "order"),
+    [
+        ([Block(False), Block(True), Block(False)], [0, 1, 2]),
+        ([Block(False), Block(False)], [1, 0]),
+        ([Block(False), Block(False)], [0, 0, 1]),  # a block called twice
+        ([Pair(False), Pair(False)], [0, 1]),  # a result that is no tensor
+    ],
+)
+def test_blocks_that_differ_are_not_taken_for_one_another(
+    blocks: list[nn.Module], order: list[int]
+) -> None:
+    model, x = Tower(blocks, order).requires_grad_(False), torch.randn(3, 7, 38)
+    options = {"method": "fp8", "min_features": 1, "ignored_layers": ["blocks.1.down"]}
+    expected = omniq.explain(model, {"x": x}, options, target=TARGET)
+    assert planned(model, {"x": x}, **options)[1] == expected.sites
+
+
+def test_the_peak_of_activations_is_what_is_alive_at_once() -> None:
+    class Chain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.cat([x, x, x])  # 4 units alive
+            y = y + 1  # 3 more before the old ones go: 6 beside the input
+            del x
+            return y[:1] * 2  # 1 more
+
+    x = torch.randn(1, 256)
+    run = run_on_meta(Chain(), {"x": x.to("meta")}, {})
+    assert run.peak_bytes == 6 * x.nbytes
+
+
+def test_a_model_that_needs_values_is_an_error() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(OmniqError, match="Looks cannot run without values"):
+        run_on_meta(Looks(), {"x": torch.ones(3, device="meta")}, {})
+
+
+FULL_SIZE = {
+    # Parameters as the models' cards round them, and the linear layers of their blocks and ends.
+    "Qwen-Image/transformer": (20.4, 60 * 14 + 6),
+    "Wan2.2-T2V-A14B/transformer": (14.3, 40 * 10 + 6),
+    "Wan2.2-T2V-A14B/transformer_2": (14.3, 40 * 10 + 6),
+    "Z-Image-Turbo/transformer": (6.15, 32 * 8 + 2 * 7 + 6),
+    "FLUX.1-dev/transformer": (11.9, 19 * 14 + 38 * 6 + 10),
+}
+MEASURED = """
+import resource, sys
+from omniq_compile.cli import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
+    """Plan the five transformers in one process; returns the plans and its peak memory."""
+    out = tmp_path_factory.mktemp("plan") / "plans.json"
+    folders = sorted(str(path) for path in CONFIGS.iterdir())
+    options = ["--method", "mxfp4_dualscale", "--target", "cuda:sm_100", "--format", "json"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "plan", *folders, *options, "--out", str(out)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    plans = json.loads(out.read_text())
+    names = {str(Path(name).parent.relative_to(CONFIGS)): plan for name, plan in plans.items()}
+    return names, int(done.stdout.split()[-1])
+
+
+def test_full_size_models_are_planned_in_little_memory(
+    full_size: tuple[dict[str, Any], int],
+) -> None:
+    plans, peak = full_size
+    assert set(plans) == set(FULL_SIZE)
+    assert peak < 2e9
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_models_have_the_published_sizes(
+    name: str, full_size: tuple[dict[str, Any], int]
+) -> None:
+    plan, (billions, sites) = full_size[0][name], FULL_SIZE[name]
+    assert round(plan["parameters"] / 1e9, 1) == round(billions, 1)
+    assert sum(row["count"] for row in plan["rows"]) == sites
+    queries = [row for row in plan["rows"] if re.search(r"att(n1?|ention)\.to_q$", row["kind"])]
+    assert sum(row["count"] for row in queries if "leading" in row["reason"]) == 5
+    assert plan["weight_bytes_after"] < 0.45 * plan["weight_bytes_before"]
+
+
+def test_a_step_of_qwen_image_is_the_work_that_its_sizes_say(
+    full_size: tuple[dict[str, Any], int],
+) -> None:
+    """A block: 8 projections of 3072 and two MLPs of 4 x 3072 over 4096 and 512 tokens."""
+    plan = full_size[0]["Qwen-Image/transformer"]
+    tokens, width = 4096 + 512, 3072
+    linears = 60 * tokens * 2 * width**2 * (4 + 8)
+    attention = 60 * 4 * tokens**2 * width
+    assert plan["attention_flops"] == attention
+    total = attention + plan["other_flops"] + sum(row["flops"] for row in plan["rows"])
+    assert total == pytest.approx(linears + attention, rel=0.001)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("WanTransformer3DModel:tiny", "--method", "fp8", "--target", "cuda:sm_90")
+    size = ("--height", "64", "--width", "96", "--frames", "9", "--text-tokens", "10")
+    code, out, _ = plan(capsys, *arguments, *size, "--min-features", "64")
+    assert code == 0
+    assert "WanTransformer3DModel:tiny: fp8 on cuda:sm_90; 96 x 64, 9 frames, 10 text" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    # 4 x 6 patches in each of 1 + 8 / 4 latent frames.
+    assert "2  72 x 192 x 512  fp8" in rows["blocks.*.ffn.net.0.proj"]
+    assert "cuda_fp8_scaled_mm" in rows["blocks.*.ffn.net.0.proj"]
+    assert "kept in float32" in rows["condition_embedder.time_embedder.linear_1"]
+    assert "weights: 0.00 GiB -> 0.00 GiB" in out
+    assert "activations, estimated:" in out
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, content: Any) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    write("broken.json", "{")
+    write("list.json", [])
+    write("clip.json", {"architectures": ["CLIPTextModel"]})
+    write("vae.json", {"_class_name": "AutoencoderKL"})
+    write("near.json", {"_class_name": "QwenImageTransformer2DModl"})
+    write("wrong.json", {"_class_name": "FluxTransformer2DModel", "num_layers": "many"})
+    write("unet/model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]})
+    write("half/model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]})
+    write("empty/readme", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["QwenImageTransformer2DModl"],
+         ["unknown transformer class", "Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["FluxTransformer2DModel:tinny"], ["unknown preset 'tinny'. Did you mean 'tiny'?"]),
+        (["nowhere/config.json"], ["no folder or configuration nowhere/config.json"]),
+        (["broken.json"], ["broken.json is not JSON"]),
+        (["list.json"], ["list.json holds no configuration: list"]),
+        (["clip.json"], ["clip.json has no _class_name"]),
+        (["vae.json"], ["vae.json: unknown transformer class 'AutoencoderKL'"]),
+        (["near.json"], ["Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["wrong.json"], ["wrong.json: FluxTransformer2DModel cannot be built", "TypeError"]),
+        (["unet"], ["names no transformer that omniq knows, but unet (UNet2DConditionModel)"]),
+        (["half"], ["cannot read half/transformer/config.json: No such file or directory"]),
+        (["empty"], ["empty has no config.json"]),
+        (["FluxTransformer2DModel", "--frames", "9"], ["--frames is for video"]),
+        (["FluxTransformer2DModel", "--width", "1000"], ["--width 1000 is not a multiple of 16"]),
+        (["WanTransformer3DModel", "--frames", "8"], ["--frames 8 is not one more than"]),
+        (["FluxTransformer2DModel", "--text-tokens", "0"], ["--text-tokens 0"]),
+        (["FluxTransformer2DModel", "--target", "gpu"], ["unknown target device 'gpu'"]),
+        (["FluxTransformer2DModel", "--out", "no/such/folder", "--text-tokens", "8", "--height",
+          "32", "--width", "32"], ["cannot write 'no/such/folder': No such file or directory"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr_and_code_2(
+    files: None, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = plan(capsys, *arguments, "--method", "int8")
+    assert (code, out) == (2, "")
+    assert [word for word in words if word not in err] == []
+    assert "omniq plan: error: " in err
+    assert "Traceback" not in err
