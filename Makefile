@@ -1,11 +1,12 @@
-# Everything a fresh clone needs, in one command each: `make demo`, `make test`.
+# Everything a fresh clone needs, in one command each: `make demo`, `make test`,
+# and on a machine with an NVIDIA GPU `make gpu`.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test zoo lint types bench clean
+.PHONY: setup demo test zoo lint types bench gpu clean
 
 setup: $(READY)
 
@@ -41,6 +42,11 @@ zoo: $(READY)
 
 bench: $(READY)
 	$(BIN)/omniq bench
+
+# A failing check or variant must not keep the figures of the others from being written.
+gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu; checked=$$?; \
+	$(BIN)/omniq bench --suite h200 --report docs/benchmarks && exit $$checked
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -88,7 +88,7 @@ class _Regions:
         self._check_count(blocks)
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
-            # own call; checked on torch 2.13. Copies of a module leave it behind.
+            # own call; checked on torch 2.11 and 2.13. Copies of a module leave it behind.
             block._compiled_call_impl = partial(self._first_call, name, block)  # type: ignore[assignment]
 
     def _first_call(self, name: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

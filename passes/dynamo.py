@@ -72,7 +72,7 @@ def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
 def is_resumed() -> bool:
     """Say whether the graph being compiled continues a function after a graph break.
 
-    Reads ``InstructionTranslator.current_tx``, checked on torch 2.13.
+    Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 and 2.13.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 

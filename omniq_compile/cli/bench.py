@@ -12,6 +12,8 @@ from rich.table import Table
 
 from omniq_compile.cli.bench_measure import run_bench
 from omniq_compile.cli.bench_result import BASELINE, DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.cli.bench_suite import run_command
+from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.lowering.errors import OmniqError
 
@@ -41,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what
         )
     parser.add_argument("--quick", action="store_true", help="a small, short run, to try it out")
+    parser.add_argument(
+        "--suite", metavar="NAME", help=f"every variant on fixed cases: {', '.join(SUITES)}"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="where a suite's Markdown and JSON go"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
 
 
@@ -50,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OmniqError: the options name no model that can be built, or FILE cannot be written.
     """
+    if args.suite is not None:
+        return run_command(args.suite, args.report, Console())
     # Before the measurement, which may take minutes.
     if args.json is not None and not args.json.parent.is_dir():
         raise OmniqError(f"--json {args.json}: there is no folder {args.json.parent}")

@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,27 @@ def environment(config: BenchConfig) -> dict[str, Any]:
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and persistent buffers."""
     return sum(_nbytes(t) for t in model.state_dict().values())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call: on the device's own clock where it has one."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -8,7 +8,6 @@ model under ``torch.no_grad()``, as diffusers pipelines call it.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import time
 import traceback
 from collections.abc import Callable
@@ -22,27 +21,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from omniq_compile import weights
-from omniq_compile.cli.bench_machine import environment, peak_of_call, peak_rss, state_bytes
-from omniq_compile.cli.bench_result import (
-    BASELINE,
-    DTYPES,
-    BenchConfig,
-    BenchResult,
-    Measurement,
+from omniq_compile.cli.bench_machine import (
+    environment,
+    peak_of_call,
+    peak_rss,
+    seconds_of,
+    state_bytes,
+    synchronize,
 )
+from omniq_compile.cli.bench_result import DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.cli.bench_variants import Variant, default_variants
 from omniq_compile.cli.models import make_inputs, random_model
-from omniq_compile.passes.option_checks import METHODS_OF
 
 # A model larger than this gets no float32 reference, which would take twice as much again.
 FLOAT32_REFERENCE_BYTES = 8 << 30
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A name, and how to turn a model, which it may change, into what is called."""
-
-    name: str
-    build: Callable[[nn.Module], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -54,33 +46,6 @@ class _Subject:
     device: torch.device
     exact: Tensor | None
     eager: Tensor
-
-
-def default_variants(config: BenchConfig) -> tuple[list[Variant], list[str]]:
-    """Return the variants that ``config`` asks for, and a note for each that is not installed."""
-
-    def omniq(model: nn.Module) -> Callable[..., Any]:
-        options: dict[str, Any] = {"method": config.method}
-        if config.method.lower().replace("-", "_") in METHODS_OF["num_bf16_fallback_layers"]:
-            # What is measured is the method, not how many of a few blocks are left out.
-            options["num_bf16_fallback_layers"] = 0
-        compiled: Callable[..., Any] = torch.compile(model, backend="omniq", options=options)
-        return compiled
-
-    def torchao(model: nn.Module) -> Callable[..., Any]:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return _inductor(model)
-
-    variants = [Variant("eager", lambda model: model)] if config.eager else []
-    variants += [Variant(BASELINE, _inductor), Variant(f"omniq {config.method}", omniq)]
-    notes = []
-    if config.torchao and importlib.util.find_spec("torchao"):
-        variants.append(Variant("torchao int8", torchao))
-    elif config.torchao:
-        notes.append("torchao is not installed, so it was left out: pip install torchao")
-    return variants, notes
 
 
 def run_bench(
@@ -103,7 +68,13 @@ def run_bench(
     measurements = [Measurement(v.name) for v in variants]
     calls: dict[str, Callable[[], Any]] = {}
 
-    with torch.no_grad(), Progress(console=console, transient=True) as progress:
+    # Every variant compiles the same functions; past the limit PyTorch would run them eagerly.
+    limits = {"recompile_limit": 8 * len(variants), "fail_on_recompile_limit_hit": True}
+    with (
+        torch.no_grad(),
+        torch._dynamo.config.patch(limits),
+        Progress(console=console, transient=True) as progress,
+    ):
         steps = 1 + len(variants) * (1 + config.rounds)
         task = progress.add_task("model and reference", total=steps)
         subject = _make_subject(config)
@@ -137,11 +108,6 @@ def run_bench(
         peak_rss_bytes=max([peak_rss(), *(m.peak_rss_bytes or 0 for m in measurements)]),
         notes=notes,
     )
-
-
-def _inductor(model: nn.Module) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(model)
-    return compiled
 
 
 def _make_subject(config: BenchConfig) -> _Subject:
@@ -186,11 +152,11 @@ def _first_calls(
 ) -> None:
     model, inputs, device = copy.deepcopy(subject.model), subject.inputs, subject.device
     resident = weights.resident_bytes()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     function = variant.build(model)
     output = function(**inputs)
-    _synchronize(device)
+    synchronize(device)
     m.first_call_seconds = time.perf_counter() - start
     m.weight_bytes = state_bytes(model)
     m.quantized_bytes = weights.resident_bytes() - resident
@@ -206,17 +172,7 @@ def _first_calls(
 
 
 def _timed_call(m: Measurement, calls: dict[str, Callable[[], Any]], device: torch.device) -> None:
-    call = calls[m.name]
-    _synchronize(device)
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
-    m.seconds.append(time.perf_counter() - start)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    m.seconds.append(seconds_of(calls[m.name], device))
 
 
 def _flat(output: Any) -> Tensor:

@@ -1,0 +1,189 @@
+"""``omniq bench --suite``: every variant on every case of a suite, in one run."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils._pytree import tree_map_only
+
+from omniq_compile.cli.bench_gemm import (
+    GemmRate,
+    Peak,
+    Shape,
+    gemm_rate,
+    linear_shapes,
+    measure_peaks,
+)
+from omniq_compile.cli.bench_machine import environment
+from omniq_compile.cli.bench_measure import run_bench
+from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
+from omniq_compile.cli.bench_suites import SUITES, Case, Suite
+from omniq_compile.cli.bench_variants import Variant, suite_variants
+from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+
+PACKAGES = ("triton", "torchao", "diffusers")
+
+
+@dataclass
+class CaseResult:
+    """One case: its times, errors and memory, and by variant how near its GEMMs are to the peak.
+
+    ``error`` says why the case as a whole has no times, ``gemm_errors`` why a variant has no rate.
+    """
+
+    name: str
+    bench: BenchResult | None = None
+    gemms: dict[str, GemmRate] = field(default_factory=dict)
+    gemm_errors: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass
+class SuiteResult:
+    """A suite as it ran: with what, where, the measured peaks and each case."""
+
+    suite: str
+    about: str
+    command: str
+    environment: dict[str, Any]
+    peaks: list[Peak]
+    cases: list[CaseResult] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything has no figure."""
+        return any(c.error or c.gemm_errors or (c.bench and c.bench.failed) for c in self.cases)
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        data = asdict(self)
+        for case, result in zip(data["cases"], self.cases, strict=True):
+            case["bench"] = json.loads(result.bench.to_json()) if result.bench else None
+        return json.dumps(data, indent=2)
+
+
+def run_suite(
+    name: str,
+    console: Console,
+    variants: list[Variant] | None = None,
+    compiler: str = "inductor",
+    command: str = "",
+) -> SuiteResult:
+    """Run a suite of `SUITES`. What one variant or case raises is recorded, and the others go on.
+
+    Args:
+        variants: by default those of `suite_variants`.
+        compiler: of the GEMMs that are timed on their own.
+        command: what was typed, for the record.
+
+    Raises:
+        OptionError: no such suite, or its device is not in this machine.
+    """
+    if name not in SUITES:
+        raise OptionError(unknown("suite", name, SUITES))
+    suite = SUITES[name]
+    variants = suite_variants() if variants is None else variants
+    where = environment(_config(suite, suite.cases[0])) | _versions()
+    result = SuiteResult(name, suite.about, command, where, measure_peaks(suite))
+    for case in suite.cases:
+        console.print(f"[bold]{case.name}[/bold]")
+        result.cases.append(_run_case(suite, case, variants, result.peaks, console, compiler))
+        gc.collect()
+        if suite.device == "cuda":
+            torch.cuda.empty_cache()
+    return result
+
+
+def _run_case(
+    suite: Suite,
+    case: Case,
+    variants: list[Variant],
+    peaks: list[Peak],
+    console: Console,
+    compiler: str,
+) -> CaseResult:
+    result = CaseResult(case.name)
+    config = _config(suite, case)
+    try:
+        shapes = _shapes(config)
+        result.bench = run_bench(config, console, variants)
+    # Whatever a case raises, such as memory running out, is a result beside the others.
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {error}"
+        return result
+    for variant in variants:
+        if variant.options is None and variant.name != BASELINE:
+            continue
+        try:
+            with torch.no_grad():
+                rate = gemm_rate(shapes, variant.options, suite, peaks, compiler)
+        except Exception as error:
+            result.gemm_errors[variant.name] = f"{type(error).__name__}: {error}"
+        else:
+            result.gemms[variant.name] = rate
+    return result
+
+
+def _config(suite: Suite, case: Case) -> BenchConfig:
+    return BenchConfig(
+        model=case.model, width=case.width, image_tokens=case.image_tokens,
+        text_tokens=case.text_tokens, rounds=suite.rounds, warmup=suite.warmup,
+        device=suite.device,
+    )  # fmt: skip
+
+
+def _shapes(config: BenchConfig) -> Counter[Shape]:
+    model = random_model(config.model, width=config.width, num_blocks=1).to(config.device)
+    inputs = make_inputs(model, image_tokens=config.image_tokens, text_tokens=config.text_tokens)
+    inputs = tree_map_only(torch.Tensor, lambda t: t.to(config.device), inputs)
+    with torch.no_grad():
+        return linear_shapes(model, lambda: model(**inputs))
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run_command(name: str, report: Path | None, console: Console) -> int:
+    """Run a suite for the command line; returns 1 where anything failed, else 0.
+
+    Args:
+        report: a folder for ``<date>-<device>.md`` and ``.json``; None prints the tables only.
+
+    Raises:
+        OmniqError: no such suite, folder or device.
+    """
+    from omniq_compile.cli.bench_markdown import markdown
+
+    if report is not None and not report.is_dir():
+        raise OmniqError(f"--report {report}: there is no such folder")
+    command = shlex.join(["omniq", *sys.argv[1:]])
+    result = run_suite(name, console, command=command)
+    text = markdown(result)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if report is not None:
+        where = result.environment
+        device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+        stem = report / f"{where['date'][:10]}-{device}"
+        for suffix, content in ((".md", text), (".json", result.to_json() + "\n")):
+            stem.with_name(stem.name + suffix).write_text(content, encoding="utf-8")
+        console.print(f"written to {stem}.md and .json", markup=False)
+    return 1 if result.failed else 0
