@@ -196,6 +196,8 @@ RECIPES = {
             "pooled_embeds": draw(BATCH, 32),
             "timesteps": draw.time(700.0),
         },
+        # After its many graph breaks, Dynamo takes in this function's last call in some runs only.
+        not_traced=("caption_projection",),
     ),
     "NucleusMoEImageTransformer2DModel": Recipe(
         {

@@ -1,0 +1,55 @@
+"""Several threads, and several methods, in one process."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import torch
+from tiny_flux import OPTIONS, inputs, tiny_flux
+
+from omniq_compile.weights import resident_bytes
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="omniq", options=OPTIONS | options)
+
+
+def test_two_threads_of_one_compiled_model_get_their_own_answers() -> None:
+    """Cold: both find the model not compiled and its weights not quantized."""
+    calls = [inputs(seed=seed) for seed in range(4)]
+    with torch.no_grad():
+        alone = [compiled(tiny_flux())(**call)[0] for call in calls]
+    torch._dynamo.reset()
+    fast, barrier = compiled(tiny_flux()), Barrier(2)
+
+    def work(mine: list[Any]) -> list[torch.Tensor]:
+        barrier.wait()
+        with torch.no_grad():
+            return [fast(**call)[0] for call in mine for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, [calls[:2], calls[2:]]))
+    expected = [[a for a in half for _ in range(3)] for half in (alone[:2], alone[2:])]
+    for got, want in zip(results, expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_two_methods_of_one_model_do_not_mix() -> None:
+    """Both quantize the very same parameters; each keeps giving what it gives alone."""
+    given = inputs()
+    with torch.no_grad():
+        alone = {}
+        for method in ("int8", "mxfp8"):
+            torch._dynamo.reset()
+            alone[method] = compiled(tiny_flux(), method=method)(**given)[0]
+        assert not torch.equal(alone["int8"], alone["mxfp8"])
+        torch._dynamo.reset()
+        model, before = tiny_flux(), resident_bytes()
+        fast = {method: compiled(model, method=method) for method in alone}
+        for _ in range(2):
+            for method, call in fast.items():
+                assert torch.equal(call(**given)[0], alone[method])
+        assert resident_bytes() > before
