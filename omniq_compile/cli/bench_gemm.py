@@ -144,6 +144,8 @@ def _gemm(
         raise RuntimeError(f"no kernel takes {problem}: {why}")
     a = [part.contiguous() for part in kernel.quantize(x, scheme.activation)]
     b = [part.contiguous() for part in get_format(scheme.weight).quantize(w)]
+    # One function for all GEMMs: past PyTorch's recompile limit they would run eagerly.
+    torch._dynamo.reset()
     compiled = torch.compile(
         lambda a, b: kernel.gemm(a, b, None, problem, scheme), backend=compiler, dynamic=False
     )
