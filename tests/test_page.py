@@ -18,6 +18,7 @@ from omniq_compile.inspector.page import human_size, render_page, tree
 
 EVIL = "<script>hacked = 1</script>"
 QUOTES = """"' onmouseover="hacked = 2" x='&lt;"""
+BLOCKS = 20
 
 
 class Block(nn.Module):
@@ -40,7 +41,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(38, 70)
-        self.blocks = nn.ModuleList(Evil() for _ in range(60))
+        self.blocks = nn.ModuleList(Evil() for _ in range(BLOCKS))
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,13 +134,16 @@ def test_the_page_in_a_browser(page: str, tmp_path: Path) -> None:
     assert (found["elements"], found["handlers"]) == ([0, 2, 0, 0], 0)
     # Every name is there to read, as it is.
     assert found["title"] == f"{EVIL}{QUOTES}"
-    assert found["parts"] == ["outside the blocks", "blocks.0 to blocks.59"]
-    assert (found["times"], found["kinds"]) == (["\N{MULTIPLICATION SIGN} 60"], [Evil.__name__])
+    assert found["parts"] == ["outside the blocks", f"blocks.0 to blocks.{BLOCKS - 1}"]
+    assert (found["times"], found["kinds"]) == (
+        [f"\N{MULTIPLICATION SIGN} {BLOCKS}"],
+        [Evil.__name__],
+    )
     assert (found["rows"], found["names"]) == (4, ["first", EVIL, QUOTES, "out"])
     assert (found["before_click"], found["after_click"]) == (False, True)
     assert ["linear(" in text for text in found["code"]] == [True, False]
     assert ["omniq.gemm" in text for text in found["code"]] == [False, True]
-    for word in (f"blocks.0.{EVIL}", "19,600 → 5,180, in each of 60 blocks", "cpu_s8_"):
+    for word in (f"blocks.0.{EVIL}", f"19,600 → 5,180, in each of {BLOCKS} blocks", "cpu_s8_"):
         assert word in found["detail"]
     assert found["rows_folded"] == 3
     assert (found["filtered"], found["filtered_parts"], found["count"]) == (1, 1, "1 of 4")
@@ -172,7 +176,7 @@ def test_the_page_refers_to_nothing_and_is_small(page: str) -> None:
     assert re.search(r"""content="default-src 'none'; [^"]*script-src 'sha256-""", page)
     assert "url(" not in page
     assert "@import" not in page
-    # 60 blocks, each shown once.
+    # The blocks are shown once.
     assert page.count('<details class="site') == 4
     assert len(page) < 200_000
 
