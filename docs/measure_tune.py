@@ -161,7 +161,9 @@ def main() -> None:
     if args.model == "digits":
         options["method"] = args.method or "mxfp4"
         arguments: dict[str, Any] = {"digits": list(range(10)), "num_inference_steps": 10}
-        rows = measure(DIGITS, options, arguments, [0, 1], args.out, 5, console, most_calls=4, curve=2)
+        rows = measure(
+            DIGITS, options, arguments, [0, 1], args.out, 5, console, most_calls=4, curve=2
+        )
     else:
         options["method"] = args.method or "int8"
         folder = plant_outliers(args.out / "pipeline", args.width)
