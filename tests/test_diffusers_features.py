@@ -1,0 +1,101 @@
+"""What diffusers does to a model beside calling it: attention, guidance, caches, casting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import error
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from tiny_flux import OPTIONS, inputs, tiny_flux
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="omniq", options=OPTIONS | options)
+
+
+class Halved(FluxAttnProcessor):
+    """A processor of a user's own: attention counts half."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        return tuple(0.5 * r for r in result) if isinstance(result, tuple) else 0.5 * result
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "processor": lambda model: model.set_attn_processor(Halved()),
+    "backend": lambda model: model.set_attention_backend("_native_math"),
+    "fused projections": lambda model: model.fuse_qkv_projections(),
+    "layerwise casting": lambda model: model.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("compiled_first", [True, False])
+@torch.no_grad()
+def test_a_change_of_the_model_is_followed(name: str, compiled_first: bool) -> None:
+    model, given = tiny_flux(), inputs()
+    fast = compiled(model)
+    if compiled_first:
+        before = model(**given)[0]
+        assert 0 < error(fast(**given)[0], before) < 0.03
+    CHANGES[name](model)
+    expected = model(**given)[0]
+    assert 0 < error(fast(**given)[0], expected) < 0.03
+
+
+@torch.no_grad()
+def test_samples_of_a_guidance_batch_are_what_they_are_alone() -> None:
+    fast, both = compiled(tiny_flux()), inputs(batch=2)
+    together = fast(**both)[0]
+    for i in range(2):
+        alone = {
+            name: value[i : i + 1]
+            if isinstance(value, torch.Tensor) and "ids" not in name
+            else value
+            for name, value in both.items()
+        }
+        # Scales are per token; only the order of BF16 sums in attention may differ.
+        assert error(fast(**alone)[0], together[i : i + 1]) < 0.01
+
+
+CACHES: dict[str, Callable[[], Any]] = {
+    "first block": lambda: FirstBlockCacheConfig(threshold=0.3),
+    "pyramid attention": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: 500,
+    ),
+}
+
+
+def steps(call: Any, model: Any) -> list[torch.Tensor]:
+    """Three denoising steps whose latents move a little, so that a cache has something to do."""
+    given, seen = inputs(), []
+    with torch.no_grad(), model.cache_context("cond"):
+        for step in range(3):
+            latents = given["hidden_states"] * (1 + 0.02 * step)
+            seen.append(call(**given | {"hidden_states": latents})[0])
+    return seen
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_caching_hooks_skip_the_same_work(name: str, by_blocks: bool) -> None:
+    slow, uncached, model = tiny_flux(), tiny_flux(), tiny_flux()
+    slow.enable_cache(CACHES[name]())
+    model.enable_cache(CACHES[name]())
+    expected = steps(slow, slow)
+    if by_blocks:
+        model.compile_repeated_blocks(backend="omniq", options=OPTIONS)
+        fast = model
+    else:
+        fast = compiled(model)
+    for actual, want in zip(steps(fast, model), expected, strict=True):
+        assert 0 < error(actual, want) < 0.03
+    assert not torch.equal(steps(uncached, uncached)[1], expected[1])  # the cache was used
