@@ -21,7 +21,7 @@ from omniq_compile.loading import (
     read_json,
 )
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
-from omniq_compile.quantize import quantize_
+from omniq_compile.quantize_weights import quantize_
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
 # under another name it is a stage of its own.
