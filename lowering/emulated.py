@@ -6,7 +6,7 @@ accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from omniq_compile.lowering import decoded, decoded_bfloat16, int8_gemms
 from omniq_compile.lowering.registry import Kernel
@@ -14,13 +14,13 @@ from omniq_compile.lowering.registry import Kernel
 ELEMENTS = {"fp8": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "mxfp4_dualscale": "e2m1"}
 
 
-def float32(device: str, archs: Sequence[str], method: str, where: str) -> Kernel:
+def float32(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
     """Make the row that decodes to float32, which holds every code and every scale exactly.
 
     Args:
         device, archs: where it is offered.
         method: a key of `ELEMENTS`.
-        where: what lacks the arithmetic, such as ``"CPUs"``.
+        why: what lacks the arithmetic, such as ``"no e4m3 arithmetic on CPUs"``.
     """
     return Kernel(
         name=f"{device}_{method}_float32",
@@ -28,15 +28,14 @@ def float32(device: str, archs: Sequence[str], method: str, where: str) -> Kerne
         device=device,
         archs=tuple(archs),
         native=False,
-        about=f"no {ELEMENTS[method]} arithmetic on {where}: codes decoded and multiplied exactly "
-        "in float32",
+        about=f"{why}: codes decoded and multiplied exactly in float32",
         quantize=decoded.quantize,
         gemm=decoded.gemm,
         refuse=decoded.refuse,
     )
 
 
-def bfloat16(device: str, archs: Sequence[str], method: str, where: str) -> Kernel:
+def bfloat16(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
     """Make the row that decodes ``mxfp8`` or ``mxfp4`` to BF16, exactly, for a fast BF16 GEMM."""
     return Kernel(
         name=f"{device}_{method}_bfloat16",
@@ -44,7 +43,7 @@ def bfloat16(device: str, archs: Sequence[str], method: str, where: str) -> Kern
         device=device,
         archs=tuple(archs),
         native=False,
-        about=f"no {ELEMENTS[method]} arithmetic on {where}: decoded exactly to BF16, BF16 GEMM",
+        about=f"{why}: decoded exactly to BF16, BF16 GEMM",
         quantize=decoded_bfloat16.quantize,
         gemm=decoded_bfloat16.gemm,
         refuse=decoded_bfloat16.refuse,
@@ -67,9 +66,21 @@ def int8(device: str, archs: Sequence[str], why: str) -> Kernel:
 
 
 def kernels(
-    device: str, archs: Sequence[str], where: str, bfloat16_archs: Sequence[str] = ()
+    device: str,
+    archs: Sequence[str],
+    why: str | Mapping[str, str],
+    bfloat16_archs: Sequence[str] = (),
 ) -> tuple[Kernel, ...]:
-    """Make every emulated row of a device, the faster first."""
-    fast = [bfloat16(device, bfloat16_archs, method, where) for method in ("mxfp8", "mxfp4")]
-    exact = [float32(device, archs, method, where) for method in ELEMENTS]
+    """Make every emulated row of a device, the faster first.
+
+    Args:
+        device, archs: where they are offered.
+        why: for each method why it is emulated there; or where the arithmetic is missing, such as
+            ``"CPUs"``, for all of them.
+        bfloat16_archs: those of ``archs`` whose BF16 GEMMs are fast.
+    """
+    if isinstance(why, str):
+        why = {method: f"no {element} arithmetic on {why}" for method, element in ELEMENTS.items()}
+    fast = [bfloat16(device, bfloat16_archs, method, why[method]) for method in ("mxfp8", "mxfp4")]
+    exact = [float32(device, archs, method, why[method]) for method in ELEMENTS]
     return (*(fast if bfloat16_archs else ()), *exact)

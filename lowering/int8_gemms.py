@@ -34,7 +34,7 @@ def gemm_int_mm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Multiply with `torch._int_mm`; see `Kernel.gemm`."""
-    if problem.b_rank > 2:
+    if problem.b_rank > 2 or problem.K == 1:
         sums = torch.ops.omniq.int8_matmul(a[0], b[0], True)
     elif problem.a_rank == 2:
         sums = torch._int_mm(a[0], b[0].t())

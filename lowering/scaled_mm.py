@@ -40,7 +40,12 @@ def _refuse_shape(problem: Problem) -> str | None:
 
 
 def gemm_rows(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+    a: Parts,
+    b: Parts,
+    bias: torch.Tensor | None,
+    problem: Problem,
+    scheme: Scheme,
+    fast_accum: bool = True,
 ) -> torch.Tensor:
     """Multiply fp8 codes with a scale per row of both; see `Kernel.gemm`.
 
@@ -55,7 +60,7 @@ def gemm_rows(
         b[1].unsqueeze(0),
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=fast_accum,
     )
     return _restore(out, a[0], problem)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from omniq_compile import structured_trace
+from omniq_compile import structured_trace, weight_changes
 from omniq_compile.denoise import current_step
 from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
@@ -44,7 +44,7 @@ def omniq(
         gm: the traced graph, which is left as it is.
         example_inputs: its inputs, parameters included.
         options: see `QuantConfig`.
-        mode: one of ``torch.compile``'s modes, passed on to Inductor.
+        mode: one of ``torch.compile``'s modes, in place of the option of that name.
 
     Raises:
         OptionError: unknown options, a device without kernels, or a layer pattern that needs the
@@ -99,7 +99,11 @@ def bind(
     weights = BoundWeights(context.bindings, names)
 
     def run(*arguments: Any) -> Any:
-        return compiled(*[arguments[i] for i in kept], *weights.look_up(arguments))
+        parts = weights.look_up(arguments)
+        try:
+            return compiled(*[arguments[i] for i in kept], *parts)
+        finally:
+            weight_changes.returned()
 
     return run
 
@@ -108,7 +112,7 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
 ) -> Compiled:
     if config.compiler == "inductor":
-        settings = dict(torch._inductor.list_mode_options(mode) if mode else {})
+        settings = dict(torch._inductor.list_mode_options(mode or config.mode))
         settings.update(config.inductor)
         compiled: Compiled = torch._inductor.compile(gm, list(inputs), options=settings)
         return compiled

@@ -84,8 +84,8 @@ def load_model(
         )
     model = empty_model(cls, about, dtype)
     if stored is not None:
-        _check_stored(place, stored, config)
-        _fill_stored(model, files, torch.device(device), place)
+        check_stored(place, stored, config)
+        fill_stored(model, files, torch.device(device), place)
     else:
         assert config is not None
         stored = quantization_config(config)
@@ -267,7 +267,8 @@ def _loaded(
 def _check_names(model: Any, names: set[str], place: Path) -> dict[str, torch.Tensor]:
     """Return what the model expects, by name, after checking that the files hold it and no more."""
     expected = dict(model.state_dict(keep_vars=True))
-    missing = sorted(set(expected) - names)
+    held = {id(expected[name]) for name in names if name in expected}  # tied weights have one name
+    missing = sorted(n for n in set(expected) - names if id(expected[n]) not in held)
     if missing:
         raise CheckpointError(
             f"{place} lacks {len(missing)} of the {len(expected)} tensors of "
@@ -299,7 +300,7 @@ def _check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Pat
         )
 
 
-def _check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | None) -> None:
+def check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | None) -> None:
     """Check the version of omniq's own checkpoint, and that it is what was asked for."""
     if stored.get("version") != VERSION:
         raise CheckpointError(
@@ -313,7 +314,7 @@ def _check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | 
         )
 
 
-def _fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place: Path) -> None:
+def fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place: Path) -> None:
     weights = read_metadata(files.metadata, str(place)) or {}
     owners = {part: name for name, about in weights.items() for part in stored_names(name, about)}
     names = {owners.get(name, name) for name in files.tensors}

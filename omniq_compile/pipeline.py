@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from omniq_compile.components import PipelineQuantConfig, build_quant_config
-from omniq_compile.foreign import OWN, refuse_foreign
+from omniq_compile.foreign import OWN
 from omniq_compile.loading import (
     load_model,
     local_folder,
@@ -20,8 +20,8 @@ from omniq_compile.loading import (
     read_config,
     read_json,
 )
-from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
-from omniq_compile.quantize_weights import quantize_
+from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.text_encoders import load_quantized
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
 # under another name it is a stage of its own.
@@ -39,8 +39,8 @@ def from_pretrained(
 ) -> Any:
     """Load a diffusers pipeline with some components quantized while they load.
 
-    A diffusers model is quantized tensor by tensor, so that its BF16 weights are never all
-    resident. A transformers model (a text encoder) is loaded by transformers and then quantized.
+    Models of diffusers, and of transformers from version 5 on, are quantized tensor by tensor, so
+    that their BF16 weights are never all resident.
 
     Args:
         folder: of the pipeline, or a hub id.
@@ -65,13 +65,13 @@ def from_pretrained(
         own = _is_own(place / name)
         if name in pipeline_arguments or (options is None and not own):
             continue
-        cls = _component_class(library, kind, place / name)
+        cls = component_class(library, kind, place / name)
         if issubclass(cls, ModelMixin):
             loaded[name] = load_model(
                 cls, place / name, options=options, dtype=dtype, device=device, variant=variant
             )
-        elif options is not None:
-            loaded[name] = _quantized_elsewhere(cls, place / name, options, dtype, device)
+        else:
+            loaded[name] = load_quantized(cls, place / name, options, dtype, device)
     pipe = _pipeline_class(place).from_pretrained(
         str(place),
         torch_dtype=dtype,
@@ -111,20 +111,6 @@ def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tupl
     return components
 
 
-def _quantized_elsewhere(
-    cls: Any, folder: Path, options: Mapping[str, Any], dtype: torch.dtype, device: Any
-) -> Any:
-    """Load a model of another library, such as a text encoder of transformers, then quantize it."""
-    refuse_foreign(folder, read_config(folder), None)
-    try:
-        model = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be loaded from safetensors: {error}") from error
-    model.requires_grad_(False)
-    quantize_(model.to(device), options)
-    return model
-
-
 def _holds_weights(folder: Path) -> bool:
     """Say whether a component is a model: a scheduler or tokenizer has no config.json of one."""
     return (folder / "config.json").is_file() and any(
@@ -141,7 +127,12 @@ def _is_own(folder: Path) -> bool:
     return isinstance(stored, Mapping) and stored.get("quant_method") == OWN
 
 
-def _component_class(library: str, kind: str, folder: Path) -> Any:
+def component_class(library: str, kind: str, folder: Path) -> Any:
+    """Return the class of a component, from the library that model_index.json names.
+
+    Raises:
+        OptionError: it cannot be imported.
+    """
     try:
         return getattr(importlib.import_module(library), kind)
     except (ImportError, AttributeError) as error:

@@ -136,8 +136,8 @@ def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)
 
 
-def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig) -> Any:
-    return omniq(gm, example_inputs, options=config)
+def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig, mode: str | None = None) -> Any:
+    return omniq(gm, example_inputs, options=config, mode=mode)
 
 
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:

@@ -20,7 +20,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.patterns import unmatched
 from omniq_compile.passes.program import program
-from omniq_compile.summary import weight_bytes
+from omniq_compile.summary import site_bytes, weight_bytes
 from omniq_compile.tracing import run_traced
 
 
@@ -35,7 +35,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Site:
-    """One GEMM: ``[..., M, K]`` times ``[N, K]``; symbolic sizes are text, None is unknown."""
+    """One GEMM: ``[..., M, K]`` times ``[N, K]``; symbolic sizes are text, None is unknown.
+
+    ``weight_bytes_before`` and ``weight_bytes_after`` are of its weight, and None where two
+    activations meet.
+    """
 
     graph: int
     layer: str
@@ -47,6 +51,8 @@ class Site:
     N: int | str | None
     dtype: str
     decision: Decision
+    weight_bytes_before: int | None = None
+    weight_bytes_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,16 @@ def explain(
     Raises:
         OptionError: unknown options or target.
     """
+    return report_of(*trace(model, inputs, options, target))
+
+
+def trace(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    options: Mapping[str, Any] | QuantConfig,
+    target: str | None = None,
+) -> tuple[QuantConfig, list[Context]]:
+    """Trace a model and run the passes on each graph; the arguments are those of `explain`."""
     config = QuantConfig.from_options(options)
     chosen = Target.parse(target) if target else None
     contexts: list[Context] = []
@@ -143,10 +159,11 @@ def explain(
             "Dynamo traced no graph from this model, so there is nothing to explain. "
             'TORCH_LOGS="dynamo" shows why.'
         )
-    return _report(config, contexts)
+    return config, contexts
 
 
-def _report(config: QuantConfig, contexts: Sequence[Context]) -> Report:
+def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
+    """Word what the passes found, as plain data."""
     bindings = {
         (b.expression.key, b.expression.leaves, b.format): b for c in contexts for b in c.bindings
     }
@@ -175,6 +192,7 @@ def _graph(index: int, context: Context) -> GraphReport:
 def _site(graph: int, site: passes_sites.Site) -> Site:
     problem, decision = site.problem, site.decision
     sizes = (problem.M, problem.K, problem.N) if problem else (None, None, None)
+    before, after = site_bytes(site) or (None, None)
     M, K, N = (size if size is None or isinstance(size, int) else str(size) for size in sizes)
     return Site(
         graph=graph,
@@ -189,4 +207,6 @@ def _site(graph: int, site: passes_sites.Site) -> Site:
         decision=Decision(
             decision.method, decision.reason, decision.kernel.name if decision.kernel else None
         ),
+        weight_bytes_before=before,
+        weight_bytes_after=after,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from omniq_compile.lowering.errors import CheckpointError
 
 # Bytes read before a file is mapped anew: small beside a model, large beside a header.
 REMAP_BYTES = 32 << 20
+
+# Bytes that the system is asked to fetch from the disk while those before them are worked on.
+READ_AHEAD_BYTES = 256 << 20
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -53,7 +57,7 @@ class SafetensorsFiles:
             with _open(file) as opened:
                 for key, value in (opened.metadata() or {}).items():
                     self.metadata.setdefault(key, value)
-                for name in opened.keys():  # noqa: SIM118 - not a dict
+                for name in opened.offset_keys():
                     if name in self.tensors:
                         raise CheckpointError(
                             f"tensor {name!r} is in {self.tensors[name].file} and again in {file}."
@@ -81,6 +85,7 @@ class SafetensorsFiles:
         """
         for file in dict.fromkeys(t.file for t in self.tensors.values()):
             wanted = [name for name in names if self.tensors[name].file == file]
+            ahead = _ReadAhead(file)
             while wanted:
                 read = 0
                 with _open(file) as opened:
@@ -97,9 +102,31 @@ class SafetensorsFiles:
                             wanted.insert(0, name)
                             break
                         read += tensor.nbytes
+                        ahead.advance(tensor.nbytes)
                         yield name, tensor
                         del tensor
                 release_free_memory()
+
+
+class _ReadAhead:
+    """Has the system fetch what is read next, where it can be told to: not on macOS or Windows."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._read = self._asked = 0
+        self.advance(0)
+
+    def advance(self, nbytes: int) -> None:
+        """Note that ``nbytes`` more are being read."""
+        self._read += nbytes
+        if not hasattr(os, "posix_fadvise") or self._asked > self._read + READ_AHEAD_BYTES // 2:
+            return
+        stop = self._read + READ_AHEAD_BYTES
+        with self._file.open("rb") as opened:
+            os.posix_fadvise(
+                opened.fileno(), self._asked, stop - self._asked, os.POSIX_FADV_WILLNEED
+            )
+        self._asked = stop
 
 
 def release_free_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import nn
 import omniq_compile
 from omniq_compile.foreign import OWN
 from omniq_compile.lowering.errors import CheckpointError
+from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.option_checks import METHODS_OF
 from omniq_compile.state import VERSION, flatten_state
 
 
@@ -59,17 +61,41 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         pass
 
 
+# The options that shape a quantized model, and not only one compile of it.
+_STORED_OPTIONS = (
+    "method",
+    "ignored_layers",
+    "min_features",
+    "mxfp4_scale_alg",
+    "weight_block_size",
+    "num_bf16_fallback_layers",
+)
+
+
 def quantization_config(config: QuantConfig) -> dict[str, Any]:
     """Return what config.json says of a quantized model: the options that shaped its weights."""
+    options = {name: getattr(config, name) for name in _STORED_OPTIONS}
     return {
         "quant_method": OWN,
         "version": VERSION,
         "omniq_version": omniq_compile.__version__,
-        "method": config.method,
         "format": config.scheme.weight,
-        "ignored_layers": list(config.ignored_layers),
-        "min_features": config.min_features,
-        "num_bf16_fallback_layers": config.num_bf16_fallback_layers,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
+    }
+
+
+def stored_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return the options to compile a model with that omniq quantized, or None for another."""
+    about = getattr(model, "omniq_quantization", None)
+    if about is None and isinstance(model, ModelMixin):
+        about = model.config.get("quantization_config")
+    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
+        return None
+    options = {name: about[name] for name in _STORED_OPTIONS if name in about}
+    return {
+        name: value
+        for name, value in options.items()
+        if options["method"] in METHODS_OF.get(name, METHODS) and value is not None
     }
 
 

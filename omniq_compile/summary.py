@@ -6,7 +6,9 @@ import math
 from collections import Counter
 
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
+from omniq_compile.passes.sites import Kind, Site
 
 
 def weight_bytes(binding: Binding) -> tuple[int, int]:
@@ -15,6 +17,21 @@ def weight_bytes(binding: Binding) -> tuple[int, int]:
     rows = elements // binding.shape[-1]
     after = get_format(binding.format).nbytes(rows, binding.shape[-1])
     return elements * binding.dtype.itemsize, after
+
+
+def site_bytes(site: Site) -> tuple[int, int] | None:
+    """Return the bytes of a site's weight before and after, or None where there is no weight."""
+    if site.kind is Kind.ACTIVATION or site.problem is None:
+        return None
+    weight = dynamo.value(site.product.b.node)
+    elements, K = weight.numel(), site.problem.K
+    scheme = site.decision.scheme
+    # A weight that is stored quantized shows the dtype of what it stands for.
+    before = elements * weight.dtype.itemsize
+    if scheme is None and site.stored is None:
+        return before, before
+    format = scheme.weight if scheme else str(site.stored and site.stored.format)
+    return before, get_format(format).nbytes(elements // K, K)
 
 
 def summary_line(context: Context, seconds: float) -> str:

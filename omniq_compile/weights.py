@@ -2,15 +2,7 @@
 
 One compiled graph serves many blocks, so it gets its weights by the identity of the parameters it
 is called with. A quantized form lives as long as both the parameters and a compiled graph that
-uses it, and is made anew when a parameter has changed.
-
-How a change is noticed, in each call:
-
-- another parameter object, or another storage (``load_state_dict(assign=True)``, ``.to()``);
-- the parameter's version counter (``load_state_dict``, in-place operations);
-- a sample of its values, for writes through ``param.data``, which no counter sees: adapters are
-  fused that way. The sample is spread over all rows and columns, so a low-rank update shows; a
-  write through ``.data`` to a handful of elements can be missed.
+uses it, and is made anew when a parameter has changed, as `weight_changes` notices it.
 """
 
 from __future__ import annotations
@@ -23,55 +15,20 @@ from typing import Any
 
 import torch
 
+from omniq_compile import weight_changes
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.rows import quantize_rows
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
+from omniq_compile.weight_changes import Comparison, Stamp, comparisons_of
 
 Parts = tuple[torch.Tensor, ...]
-
-# Values compared in each call: a read from memory each, about 20 us a weight.
-SAMPLES = 256
 
 _lock = threading.RLock()
 _shared: weakref.WeakValueDictionary[Any, QuantizedWeight] = weakref.WeakValueDictionary()
 _statistics = {"lookups": 0, "lookup_seconds": 0.0, "quantized": 0, "quantize_seconds": 0.0}
-
-
-class _Stamp:
-    """What a parameter looked like when it was quantized."""
-
-    __slots__ = ("pointer", "sample", "values", "version")
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self.version = _version(parameter)
-        self.pointer = parameter.data_ptr()
-        with torch.inference_mode(False), torch.no_grad():
-            self.sample = _sample(parameter)
-            self.values = self.sample.clone()
-
-    def is_current(self, parameter: torch.Tensor) -> bool:
-        return (
-            self.pointer == parameter.data_ptr()
-            and self.version == _version(parameter)
-            and torch.equal(self.sample, self.values)
-        )
-
-
-def _version(parameter: torch.Tensor) -> int | None:
-    # Tensors made under inference_mode have no counter; the sample has to do for them.
-    return None if parameter.is_inference() else parameter._version
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a view of some elements, wandering over the rows and the columns."""
-    parameter = parameter.detach()
-    if not parameter.is_contiguous():
-        return parameter.diagonal(0, -2, -1) if parameter.dim() > 1 else parameter
-    # An odd stride does not fall into step with the even number of columns that most weights have.
-    return parameter.view(-1)[:: parameter.numel() // SAMPLES | 1]
 
 
 class QuantizedWeight:
@@ -80,12 +37,21 @@ class QuantizedWeight:
     __slots__ = ("__weakref__", "parts", "stamps")
 
     def __init__(self, binding: Binding, parameters: Sequence[torch.Tensor]) -> None:
-        self.stamps = [_Stamp(s) for s in _sources(parameters)]
+        self.stamps = [Stamp(s) for s in _sources(parameters)]
         self.parts = _quantize(binding, parameters)
 
-    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
-        """Say whether the parameters still are what was quantized."""
-        return all(stamp.is_current(s) for stamp, s in zip(self.stamps, sources, strict=True))
+    def is_current(self, sources: Sequence[torch.Tensor], wait: bool) -> bool:
+        """Say whether the parameters still are what was quantized.
+
+        With ``wait`` the values of all are compared here and now, else those on the CPU.
+        """
+        return all(
+            stamp.has_same_memory(source)
+            and (
+                not (wait or not weight_changes.is_asynchronous(source)) or stamp.has_same_values()
+            )
+            for stamp, source in zip(self.stamps, sources, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +78,7 @@ class BoundWeights:
             for binding in bindings
         ]
         self._held: dict[Any, tuple[QuantizedWeight, list[weakref.ref[torch.Tensor]]]] = {}
+        self._comparisons: dict[tuple[int, ...], list[Comparison]] = {}
 
     def look_up(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """Return the parts of every binding for the parameters among a call's arguments.
@@ -121,28 +88,51 @@ class BoundWeights:
         """
         start = time.perf_counter()
         quantizing = _statistics["quantize_seconds"]
+        weight_changes.entered()
+        parts, bound = self._collect(arguments, wait=False)
+        if self._values_changed(bound):
+            parts, _ = self._collect(arguments, wait=True)
+        _statistics["lookups"] += len(self._rows)
+        spent = time.perf_counter() - start
+        _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
+        return parts
+
+    def _collect(
+        self, arguments: Sequence[Any], wait: bool
+    ) -> tuple[list[torch.Tensor], list[QuantizedWeight]]:
+        """Return the parts of every binding, and the weights among them that were quantized."""
         parts: list[torch.Tensor] = []
+        bound: list[QuantizedWeight] = []
         for binding, key, leaves in self._rows:
             parameters = [arguments[x] if isinstance(x, int) else x for x in leaves]
             if binding.stored:
                 stored: Any = parameters[0]
                 parts += stored.parts
             else:
-                parts += self._get(binding, key, parameters).parts
-        _statistics["lookups"] += len(self._rows)
-        spent = time.perf_counter() - start
-        _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
-        return parts
+                bound.append(self._get(binding, key, parameters, wait))
+                parts += bound[-1].parts
+        return parts, bound
 
-    def _get(self, binding: Binding, key: Any, parameters: list[torch.Tensor]) -> QuantizedWeight:
+    def _values_changed(self, bound: list[QuantizedWeight]) -> bool:
+        key = tuple(map(id, bound))
+        comparisons = self._comparisons.get(key)
+        if comparisons is None:
+            comparisons = comparisons_of([stamp for weight in bound for stamp in weight.stamps])
+            self._comparisons[key] = comparisons
+        # All are asked, also after one has said yes.
+        return any([comparison.has_changed() for comparison in comparisons])
+
+    def _get(
+        self, binding: Binding, key: Any, parameters: list[torch.Tensor], wait: bool
+    ) -> QuantizedWeight:
         sources = _sources(parameters)
         identity = (key, *map(id, sources))
         held = self._held.get(identity)
-        if held is not None and held[0].is_current(sources):
+        if held is not None and held[0].is_current(sources, wait):
             return held[0]
         with _lock:
             weight = _shared.get(identity)
-            if weight is None or not weight.is_current(sources):
+            if weight is None or not weight.is_current(sources, wait=True):
                 weight = QuantizedWeight(binding, parameters)
                 _shared[identity] = weight
             self._hold(identity, weight, sources)
@@ -152,10 +142,14 @@ class BoundWeights:
         self, identity: Any, weight: QuantizedWeight, sources: Sequence[torch.Tensor]
     ) -> None:
         """Keep a weight until one of its sources dies: its ``id`` may then mean another."""
-        held = self._held
+        held, comparisons = self._held, self._comparisons
+        if identity in held:
+            _drop(comparisons, id(held[identity][0]))
+        number = id(weight)
 
         def forget(_: Any) -> None:
             held.pop(identity, None)
+            _drop(comparisons, number)
             _shared.pop(identity, None)
 
         held[identity] = (weight, [weakref.ref(s, forget) for s in sources])
@@ -164,6 +158,12 @@ class BoundWeights:
     def nbytes(self) -> int:
         """Bytes of all quantized weights held."""
         return sum(weight.nbytes for weight, _ in list(self._held.values()))
+
+
+def _drop(comparisons: dict[tuple[int, ...], list[Comparison]], weight: int) -> None:
+    """Forget the comparisons of a weight by its id: they hold on to its parameters' memory."""
+    for key in [key for key in list(comparisons) if weight in key]:
+        comparisons.pop(key, None)
 
 
 def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:

@@ -34,6 +34,7 @@ class QuantConfig:
         matmul: also quantize activation-times-activation products, per row of both operands.
         compiler: what compiles the rewritten graph.
         inductor: settings passed on to Inductor.
+        mode: one of ``torch.compile``'s modes, which it does not take beside options itself.
         target: the device to lower for; None means the model's own device.
         mxfp4_scale_alg: how an mxfp4 block chooses its scale: 0 (OCP) or 2 (UOS).
         weight_block_size: fp8: ``(rows, columns)`` of a weight that share a scale; None is a scale
@@ -51,6 +52,7 @@ class QuantConfig:
     matmul: bool = False
     compiler: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    mode: str = "default"
     target: Target | None = None
     mxfp4_scale_alg: int = 0
     weight_block_size: tuple[int, int] | None = None

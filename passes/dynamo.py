@@ -1,18 +1,24 @@
 """What omniq reads from a graph that Dynamo traced: the one place that knows its metadata.
 
-Checked on torch 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in ``node.meta``,
-``node._dynamo_source`` on placeholders, and ``dynamo_compile_id`` in ``gm.meta``.
+Checked on torch 2.11 and 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in
+``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in ``gm.meta``, and
+``gm._param_name_to_source``.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
 import torch
 from torch import fx
 
-_NAME_PART = re.compile(r"([^.\[\]]+)|\[['\"]?([^'\"\]]*)['\"]?\]")
+# A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
+# for a name that is no identifier.
+_NAME_PART = re.compile(
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?:getattr\()|([^.\[\]'"(),\s]+)"""
+)
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
 
 
@@ -80,9 +86,9 @@ def is_resumed() -> bool:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph; tensors and submodules are shared, metadata dicts are not.
 
-    Dynamo reads the original's placeholders again after the backend returns. The copy drops
-    ``dynamo_compile_id``, by which AOTAutograd would insist on a Dynamo source for every
-    placeholder, also for those that a pass adds.
+    Dynamo reads the original's placeholders again after the backend returns. The copy still passes
+    for a graph of Dynamo's, so that AOTAutograd learns which inputs stay where they are.
+    Placeholders that a pass adds need `mark_weight_input` for that.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -94,8 +100,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if source is not None:
             copy._dynamo_source = source  # type: ignore[attr-defined]
     result = fx.GraphModule(gm, graph)
-    result.meta = {k: v for k, v in gm.meta.items() if k != "dynamo_compile_id"}
+    result.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source
     return result
+
+
+def mark_weight_input(node: fx.Node) -> None:
+    """Mark a placeholder that a pass adds as a tensor that stays at its address from call to call.
+
+    A CUDA graph then reads it where it is, as it does parameters, instead of from a copy that is
+    filled in each replay; at another address the graph is recorded anew. There is no source in the
+    user's program, which AOTAutograd takes as None.
+    """
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def _source_name(node: fx.Node) -> str:
@@ -106,5 +125,9 @@ def _source_name(node: fx.Node) -> str:
 
 def _dotted(path: str) -> str:
     """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks.0`` to blocks.0"""
-    parts = [word or index for word, index in _NAME_PART.findall(path)]
-    return ".".join(p for p in parts[2:] if p not in _NOT_LAYERS)
+    parts = [
+        ast.literal_eval(literal) if literal else word
+        for literal, word in _NAME_PART.findall(path)
+        if literal or word
+    ]
+    return ".".join(part for part in parts[2:] if part not in _NOT_LAYERS)

@@ -137,6 +137,7 @@ class _Inliner:
             result = function(*fx.map_arg(args, proxy_of))
         node = before.next
         while node is not at:
+            node.meta["omniq_added"] = True
             for name in ("nn_module_stack", "stack_trace"):
                 if name in at.meta:
                     node.meta[name] = at.meta[name]

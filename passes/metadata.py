@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from omniq_compile.lowering import ops
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -23,7 +24,9 @@ _LIKE: dict[Any, Callable[..., Any]] = {
 def fill_values(node: fx.Node) -> None:
     """Set ``example_value`` of a new node by running it on the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), dynamo.value)
-    with fake_mode(args), torch.no_grad():
+    # Some operators' fakes read symbolic sizes as numbers unless their Python decompositions serve:
+    # `torch.nn.functional.pad` would fix a dynamic size to what it is in this call.
+    with fake_mode(args), enable_python_dispatcher(), torch.no_grad():
         if node.op == "call_method":
             owner, *rest = args
             node.meta["example_value"] = getattr(owner, str(node.target))(*rest, **kwargs)

@@ -15,6 +15,8 @@ from omniq_compile.lowering.target import Target
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 ACTIVATION_SCHEMES = ("dynamic",)
+# As torch.compile documents them.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # Options that only some methods have.
 METHODS_OF: dict[str, tuple[str, ...]] = {
@@ -93,6 +95,12 @@ def _inductor(value: Any) -> Mapping[str, Any]:
     return dict(value)
 
 
+def _mode(value: Any) -> str:
+    if value not in MODES:
+        raise OptionError(unknown("mode", value, MODES))
+    return str(value)
+
+
 def _target(value: Any) -> Target | None:
     if value is None or isinstance(value, Target):
         return value
@@ -138,6 +146,7 @@ CHECKS: dict[Any, Callable[[Any], Any]] = {
     "matmul": _boolean("matmul"),
     "compiler": _one_of("compiler", COMPILERS),
     "inductor": _inductor,
+    "mode": _mode,
     "mxfp4_scale_alg": _scale_alg,
     "weight_block_size": _block_size,
     "num_bf16_fallback_layers": _integer("num_bf16_fallback_layers", 0),

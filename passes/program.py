@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,29 @@ _DTYPES = {
 # How FX ends a line: it frees each variable after its last use.
 _FREE = re.compile(r";  (\w+ = )+None$")
 
+# Under this key a node's metadata may hold a function from the names of all nodes to the lines
+# that stand for the node, for what FX has no words for, such as a loop.
+LINES = "omniq_lines"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A graph as one Python function.
+
+    Attributes:
+        text: its lines, from ``def`` to ``return``.
+        imports: the import statements it needs beside ``import torch``.
+        lines: the line that makes each node, by the node of the graph that was printed.
+        gm: that graph.
+        names: of its nodes in the text.
+    """
+
+    text: list[str]
+    imports: list[str]
+    lines: dict[fx.Node, str]
+    gm: fx.GraphModule
+    names: dict[fx.Node, str]
+
 
 def program(gm: fx.GraphModule, title: str = "") -> str:
     """Print the graph as Python source.
@@ -35,28 +60,66 @@ def program(gm: fx.GraphModule, title: str = "") -> str:
     needs nothing but ``import torch``, this package's operators, and, for graphs with attributes,
     ``self``.
     """
-    graph, nodes = _readable_copy(gm.graph)
+    return module_text([function(gm)], title)
+
+
+def module_text(functions: list[Function], title: str = "") -> str:
+    """Print functions as one Python file."""
+    imports = sorted({line for function in functions for line in function.imports})
+    lines = [f"# {title}"] if title else []
+    lines += ["import torch", *imports]
+    for function in functions:
+        lines += ["", "", *function.text]
+    return "\n".join(lines) + "\n"
+
+
+def function(
+    gm: fx.GraphModule,
+    name: str = "forward",
+    *,
+    names: Mapping[fx.Node, str] | None = None,
+    inside: str = "",
+) -> Function:
+    """Print the graph as one function.
+
+    Args:
+        gm: its placeholders become arguments, in order.
+        name: of the function.
+        names: of the nodes; by default each has its own, readable in the whole graph.
+        inside: a block; layers in it are named as it sees them, and its weights are arguments
+            that are passed by name.
+    """
+    graph, nodes = _readable_copy(gm.graph, names)
     code = graph.python_code("self")
     body = _body(code.src)
-    lines = [f"# {title}"] if title else []
-    lines += ["import torch", *_imports(code.globals, "\n".join(body)), "", "", "def forward("]
-    if any(n.op in ("get_attr", "call_module") for n in graph.nodes):
-        lines.append("    self,")
-    for name, node in nodes.items():
-        if node.op == "placeholder":
-            lines.append(f"    {name},{_comment(describe(dynamo.value(node)))}")
-    lines.append("):")
+    made_in = {name: _made(node, nodes) for name, node in nodes.items()}
+    text = [f"def {name}(", *_arguments(gm, nodes, inside), "):"]
+    lines: dict[fx.Node, str] = {}
     layer = None
     for line in body:
         made = nodes.get(line.partition(" = ")[0].strip())
         if made is None or made.op == "placeholder":
-            lines.append(f"    {line}")
+            text.append(f"    {line}")
             continue
-        if dynamo.layer_name(made) != layer:
+        written = made_in[line.partition(" = ")[0].strip()]
+        if written == []:
+            continue
+        if not written and dynamo.layer_name(made) != layer:
             layer = dynamo.layer_name(made)
-            lines.append(f"    # {layer or '(the model itself)'}")
-        lines.append(f"    {line}{_comment(_about(made))}")
-    return "\n".join(lines) + "\n"
+            text.append(f"  {_comment(relative(layer, inside) or _owner(inside))}")
+        elif written:
+            layer = None
+        lines[made] = f"{line}{_comment(about(made))}"
+        text += [f"    {part}" for part in written or [lines[made]]]
+    imports = _imports(code.globals, "\n".join(text))
+    return Function(text, imports, lines, gm, {node: name for name, node in nodes.items()})
+
+
+def relative(name: str, inside: str) -> str:
+    """Name a layer or weight as the block that it is in sees it."""
+    if inside and (name == inside or name.startswith(f"{inside}.")):
+        return name[len(inside) + 1 :]
+    return name
 
 
 def describe(value: Any) -> str:
@@ -69,50 +132,94 @@ def describe(value: Any) -> str:
     return type(value).__name__ if value is not None else ""
 
 
-def _about(node: fx.Node) -> str:
+def is_result(node: fx.Node) -> bool:
+    """Say whether the node gives the result of a GEMM site."""
+    return "omniq_site" in node.meta and (
+        "omniq_added" not in node.meta or "omniq_name" in node.meta
+    )
+
+
+def about(node: fx.Node) -> str:
+    """Word what a node gives: dtype and shape, and for a site its decision."""
     text = describe(dynamo.value(node))
-    site: Site | None = node.meta.get("omniq_site")
-    if site is None or not ("omniq_added" not in node.meta or "omniq_name" in node.meta):
+    if not is_result(node):
         return text
+    site: Site = node.meta["omniq_site"]
     decision = site.decision
     if decision.kernel is None:
         return f"{text}  kept: {decision.reason}"
     return f"{text}  {decision.method}: {decision.kernel.name}"
 
 
+def weight_of(node: fx.Node) -> str | None:
+    """Return the dotted name of the parameter, buffer or quantized part that an input is."""
+    if "omniq_weight" in node.meta:
+        return str(node.meta["omniq_weight"])
+    return dynamo.weight_name(node) if dynamo.is_weight(node) else None
+
+
+def readable_name(node: fx.Node) -> str:
+    """Return the node's name as the model wrote it; FX makes it unique in the graph."""
+    if "omniq_name" in node.meta:
+        return str(node.meta["omniq_name"])
+    weight = weight_of(node)
+    if weight is not None:
+        return identifier(weight)
+    if node.op == "placeholder":
+        return node.name.removeprefix("l_").removeprefix("kwargs_").removesuffix("_") or node.name
+    return re.sub(r"_default(_\d+)?$", r"\1", node.name)
+
+
+def identifier(text: str) -> str:
+    """Spell a name so that Python takes it for a variable."""
+    return re.sub(r"\W", "_", text)
+
+
+def _made(node: fx.Node, nodes: Mapping[str, fx.Node]) -> list[str] | None:
+    write: Callable[[Mapping[fx.Node, str]], list[str]] | None = node.meta.get(LINES)
+    return write({n: name for name, n in nodes.items()}) if write else None
+
+
+def _arguments(gm: fx.GraphModule, nodes: Mapping[str, fx.Node], inside: str) -> list[str]:
+    lines = []
+    if any(n.op in ("get_attr", "call_module") for n in gm.graph.nodes):
+        lines.append("    self,")
+    by_name = False
+    for name, node in nodes.items():
+        if node.op == "placeholder":
+            if inside and weight_of(node) is not None and not by_name:
+                lines.append("    *,")
+                by_name = True
+            about_it = node.meta.get("omniq_about") or describe(dynamo.value(node))
+            lines.append(f"    {name},{_comment(about_it)}")
+    return lines
+
+
+def _owner(inside: str) -> str:
+    return "(the block itself)" if inside else "(the model itself)"
+
+
 def _comment(text: str) -> str:
-    return f"  # {text}" if text else ""
+    # Layers may be called anything, and a comment ends with its line.
+    return f"  # {' '.join(text.splitlines())}" if text else ""
 
 
-def _readable_copy(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
+def _readable_copy(
+    graph: fx.Graph, names: Mapping[fx.Node, str] | None
+) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """Copy a graph with readable names; returns the originals by those names."""
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     originals: dict[str, fx.Node] = {}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-        new = copy.create_node(node.op, node.target, args, kwargs, _name(node))
+        name = readable_name(node) if names is None else names.get(node, node.name)
+        new = copy.create_node(node.op, node.target, args, kwargs, name)
         if node.op == "placeholder":
             new.target = new.name
         copies[node] = new
         originals[new.name] = node
     return copy, originals
-
-
-def _name(node: fx.Node) -> str:
-    if "omniq_name" in node.meta:
-        return str(node.meta["omniq_name"])
-    if "omniq_weight" in node.meta:
-        return _identifier(node.meta["omniq_weight"])
-    if dynamo.is_weight(node):
-        return _identifier(dynamo.weight_name(node))
-    if node.op == "placeholder":
-        return node.name.removeprefix("l_").removeprefix("kwargs_").removesuffix("_") or node.name
-    return re.sub(r"_default(_\d+)?$", r"\1", node.name)
-
-
-def _identifier(text: str) -> str:
-    return re.sub(r"\W", "_", text)
 
 
 def _body(source: str) -> list[str]:

@@ -167,6 +167,7 @@ def _add_placeholders(graph: fx.Graph, site: Site, format: str, parts: Any) -> l
         anchor.target = anchor.name  # the name is made unique, the argument is named by the target
         anchor.meta["example_value"] = part
         anchor.meta["omniq_weight"] = f"{owner}.{name}"
+        dynamo.mark_weight_input(anchor)
         added.append(anchor)
     return added
 

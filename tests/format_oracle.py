@@ -73,3 +73,22 @@ def mx(
 
 def pack(codes: np.ndarray) -> np.ndarray:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def decode_e4m3(codes: torch.Tensor) -> np.ndarray:
+    """``torch.float8_e4m3fn`` or ``float8_e4m3fnuz`` -> float64 of the same shape."""
+    fnuz = codes.dtype is torch.float8_e4m3fnuz
+    dtype = ml_dtypes.float8_e4m3fnuz if fnuz else ml_dtypes.float8_e4m3fn
+    return codes.view(torch.uint8).numpy().view(dtype).astype(np.float64)
+
+
+def decode_e2m1(packed: torch.Tensor) -> np.ndarray:
+    """Bytes ``[..., n]`` of any 8-bit dtype -> float64 ``[..., 2n]``, the low nibble first."""
+    byte = packed.view(torch.uint8).numpy()
+    codes = np.stack([byte & 15, byte >> 4], axis=-1).reshape(*byte.shape[:-1], -1)
+    return codes.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+
+
+def decode_e8m0(scale: torch.Tensor) -> np.ndarray:
+    """uint8 or ``torch.float8_e8m0fnu`` -> float64 of the same shape."""
+    return np.exp2(scale.view(torch.uint8).numpy().astype(np.float64) - 127)

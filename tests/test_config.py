@@ -21,7 +21,7 @@ def check(**options: Any) -> QuantConfig:
 def test_defaults_are_those_of_the_docs() -> None:
     assert check() == QuantConfig(
         method="int8", ignored_layers=(), activation_scheme="dynamic", min_features=256,
-        matmul=False, compiler="inductor", inductor={}, target=None,
+        matmul=False, compiler="inductor", inductor={}, mode="default", target=None,
     )  # fmt: skip
 
 
@@ -56,6 +56,8 @@ def test_missing_options_say_how_to_give_them(options: Any) -> None:
         ({"compiler": "indutcor"}, ["unknown compiler 'indutcor'", "Did you mean 'inductor'",
                                     "Valid: inductor, aot_eager, eager."]),
         ({"activation_scheme": "static"}, ["unknown activation_scheme 'static'", "dynamic"]),
+        ({"mode": "reduce_overhead"}, ["unknown mode 'reduce_overhead'",
+                                       "Did you mean 'reduce-overhead'?", "Valid: default,"]),
         ({"min_features": 0}, ["'min_features'", "at least 1", "not 0"]),
         ({"min_features": True}, ["'min_features'", "not True"]),
         ({"min_features": 3.0}, ["'min_features'", "not 3.0"]),

@@ -136,9 +136,16 @@ def test_a_class_with_a_preset_is_dumped(capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = dump(capsys, name, *options)
     assert code == 0
     assert out.startswith(f"# {name}: int8 on cpu:")
-    linears = sum(isinstance(m, nn.Linear) for m in resolve(name).model.modules())
-    assert out.count("torch.ops.omniq.gemm.default(") == linears
-    assert "# transformer_blocks.1.attn.to_q\n" in out
+    modules = resolve(name).model.named_modules()
+    linears = [n for n, m in modules if isinstance(m, nn.Linear)]
+    # The second of two equal blocks is not printed again.
+    shown = [n for n in linears if not n.startswith("transformer_blocks.1.")]
+    assert len(linears) > len(shown) > 20
+    assert out.count("torch.ops.omniq.gemm.default(") == len(shown)
+    title = "# transformer_blocks.0 to transformer_blocks.1 (FluxTransformerBlock), x 2\n"
+    assert out.count(title) == 2  # over the table's rows and over the function
+    assert "    for weights in transformer_blocks:  # x 2\n" in out
+    assert "    # attn.to_q\n" in out
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,6 @@ def test_the_original_graph_is_untouched() -> None:
     before = state()
     rewritten, _ = run(gm)
     assert state() == before
-    assert "dynamo_compile_id" in gm.meta
-    assert "dynamo_compile_id" not in rewritten.meta
     assert count(rewritten, torch._C._nn.linear) == 1  # so the copy did change
 
 

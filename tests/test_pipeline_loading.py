@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
 from omniq_compile.cli import main
 from omniq_compile.cli.models import random_model
+from omniq_compile.saving import stored_options
 
 transformers = pytest.importorskip("transformers")
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
@@ -96,12 +98,25 @@ def test_cpu_offload_hooks_leave_the_numbers(wan: Path) -> None:
 def test_a_folder_of_our_own_loads_as_it_is_stored(wan: Path, tmp_path: Path) -> None:
     """With no quantization named: what is quantized stays so, and what is not stays BF16."""
     out = tmp_path / "out"
-    one = '{"transformer": {"method": "int8", "min_features": 64}}'
+    one = json.dumps(
+        {
+            "transformer": {"method": "int8", "min_features": 64},
+            "text_encoder": {"method": "mxfp4", "min_features": 32, "mxfp4_scale_alg": 2},
+        }
+    )
     assert main(["quantize", str(wan), "--quantization", one, "--out", str(out)]) == 0
     pipe = omniq.from_pretrained(out, tokenizer=None)
     found = methods(pipe)
-    assert found["transformer"] == {"int8"}
-    assert not any(found[name] for name in found if name != "transformer")
+    assert found.pop("transformer") == {"int8"}
+    assert found.pop("text_encoder") == {"mxfp4"}
+    assert not any(found.values())
+    assert stored_options(pipe.transformer_2) is None
+    assert stored_options(pipe.transformer) == {
+        "method": "int8", "ignored_layers": [], "min_features": 64
+    }  # fmt: skip
+    assert stored_options(pipe.text_encoder) == {
+        "method": "mxfp4", "ignored_layers": [], "min_features": 32, "mxfp4_scale_alg": 2
+    }  # fmt: skip
     online = load(wan, {"transformer": {"method": "int8", "min_features": 64}})
     expected = online.transformer.state_dict()
     for name, value in pipe.transformer.state_dict().items():
@@ -149,8 +164,9 @@ def test_quantize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     def draw(folder: Path, quantization: str, name: str) -> np.ndarray:
         out = tmp_path / f"{name}.png"
-        command = ["generate", str(folder), "--quantization", quantization, "--out", str(out)]
-        assert main([*command, *common]) == 0
+        command = ["generate", str(folder), "--out", str(out)]
+        how = ["--quantization", quantization] if quantization else []
+        assert main([*command, *how, *common]) == 0
         pictures = [np.asarray(Image.open(tmp_path / f"{name}_{i}.png")) for i in range(2)]
         return np.stack(pictures).astype(float)
 
@@ -160,6 +176,7 @@ def test_quantize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (made / weights).stat().st_size < 0.56 * (DIGITS / weights).stat().st_size
     online, stored = draw(DIGITS, INT8, "online"), draw(made, INT8, "stored")
     assert np.array_equal(online, stored)
+    assert np.array_equal(online, draw(made, "", "as_stored"))
     assert np.abs(online - draw(DIGITS, '{"transformer": null}', "bf16")).mean() < 2
     assert online.std() > 20
     capsys.readouterr()

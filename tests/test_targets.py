@@ -12,7 +12,8 @@ from conftest import Holder
 import omniq_compile as omniq
 from omniq_compile.lowering import registry, target
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.lowering.schemes import METHODS
+from omniq_compile.lowering.registry import Problem
+from omniq_compile.lowering.schemes import METHODS, get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target, detect, present
 
 TARGETS = [Target(device, arch) for device, archs in ARCHITECTURES.items() for arch in archs]
@@ -105,6 +106,31 @@ def test_every_cell_has_a_kernel_and_says_what_it_is(place: Target, method: str)
     assert len({row.kernel for row in rows}) == len(rows)
 
 
+# Which cells multiply in the method's own precision, at the size of a real layer.
+NATIVE = {
+    "rocm:gfx950": {"int8", "fp8", "mxfp8", "mxfp4"},
+    "rocm:gfx942": {"int8", "fp8"},
+    "xpu:xe": {"int8", "fp8"},
+    "npu:ascend950": {"int8", "mxfp8", "mxfp4", "mxfp4_dualscale"},
+    "npu:ascend910b": {"int8"},
+}
+# Left to kernels that no vendor's library has.
+OTHERS = {("rocm:gfx950", "mxfp4_dualscale")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", NATIVE)
+def test_a_cell_is_native_or_says_why_not(place: str, method: str) -> None:
+    problem = Problem("s0", 3072, 12288, 3, 2, torch.bfloat16)
+    kernel, _ = registry.choose(get_scheme(method), Target.parse(place), problem)
+    assert kernel is not None
+    if (place, method) not in OTHERS:
+        assert kernel.native == (method in NATIVE[place])
+    for row in registry.candidates(method, Target.parse(place)):
+        assert row.native or ": " in row.about
+        assert "this path" not in row.about
+
+
 def test_kernel_names_are_unique_on_their_target() -> None:
     for place in TARGETS:
         names = [k.name for method in METHODS for k in registry.candidates(method, place)]
@@ -126,6 +152,33 @@ def test_a_model_is_lowered_for_a_device_that_is_absent(place: Target, method: s
     assert [site.decision.method for site in report.sites] == [method]
     assert report.target == str(place)
     assert report.sites[0].decision.kernel in report.graphs[0].programs["lowered"]
+
+
+_NATIVE, _EMULATED = True, False
+_MX = ("mxfp8", "mxfp4", "mxfp4_dualscale")
+CELLS = {
+    "cuda:sm_120": {"int8": _NATIVE, "fp8": _NATIVE, "fp8 blocks": _NATIVE}
+    | dict.fromkeys(_MX, _NATIVE),
+    "cuda:sm_89": {"int8": _NATIVE, "fp8": _NATIVE, "fp8 blocks": _NATIVE}
+    | dict.fromkeys(_MX, _EMULATED),
+    "cuda:sm_80": {"int8": _NATIVE, "fp8": _EMULATED, "fp8 blocks": _EMULATED}
+    | dict.fromkeys(_MX, _EMULATED),
+}
+CELLS["cuda:sm_100"] = CELLS["rocm:gfx950"] = CELLS["cuda:sm_120"]
+CELLS["cuda:sm_90"] = CELLS["rocm:gfx942"] = CELLS["cuda:sm_89"]
+
+
+@pytest.mark.parametrize(
+    ("place", "method"), [(place, method) for place, row in CELLS.items() for method in row]
+)
+@pytest.mark.parametrize("M", [1, 4096])
+def test_a_gpu_multiplies_in_the_precision_that_it_has(place: str, method: str, M: int) -> None:
+    block = (128, 128) if method == "fp8 blocks" else None
+    scheme = get_scheme(method.split()[0], weight_block_size=block)
+    problem = Problem(M, 3072, 9216, 3, 2, torch.bfloat16)
+    kernel, why = registry.choose(scheme, Target.parse(place), problem)
+    assert kernel is not None, why
+    assert kernel.native is CELLS[place][method], kernel.name
 
 
 def test_explaining_for_an_absent_device_leaves_running_on_it_an_error() -> None:

@@ -17,7 +17,7 @@ def refuse_int_mm(problem: Problem, scheme: Scheme) -> str | None:
     """Return why ``torch._int_mm`` on a GPU cannot take a problem, or None."""
     if problem.b_rank > 2:
         return "torch._int_mm takes no batch of matrices"
-    if problem.a_rank != 2 or not isinstance(problem.M, int):
+    if not isinstance(problem.M, int):
         return f"M = {problem.M} is not known to be over {MIN_M - 1}, as torch._int_mm needs"
     if problem.M < MIN_M:
         return f"M = {problem.M}, and torch._int_mm needs more than {MIN_M - 1}"

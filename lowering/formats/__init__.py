@@ -40,3 +40,12 @@ def get_format(name: str) -> Format:
     if match := _GROUP.fullmatch(name):
         return fp8.group_format(int(match[1]))
     raise OptionError(unknown("format", name, (*FORMATS, "fp8_block_RxC", "fp8_group_C")))
+
+
+def block_size(name: str) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale in ``fp8_block_RxC`` and ``fp8_group_C``."""
+    if match := _BLOCK.fullmatch(name):
+        return int(match[1]), int(match[2])
+    if match := _GROUP.fullmatch(name):
+        return 1, int(match[1])
+    return None

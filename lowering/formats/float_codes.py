@@ -60,9 +60,12 @@ def encode_e4m3(x: torch.Tensor) -> torch.Tensor:
 def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Round as `round_to_e2m1` does; float32 -> uint8 codes 0 to 15 (e2m1 has no NaN: 0)."""
     magnitude = x.abs().clamp_max(E2M1_MAX)
-    above = torch.where(magnitude < 4, torch.round(magnitude) + 2, torch.round(magnitude * 0.5) + 4)
-    code = torch.where(magnitude < 2, torch.round(magnitude * 2), above)
-    code = torch.where(x.isnan(), 0.0, code).to(torch.int32)
+    binade = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(1.0)
+    # Beside 1.5 * 2**(e + 22) a float32 has a step of 2**(e - 1), which is that of e2m1 at 2**e:
+    # the addition rounds half to even, and leaves the number of steps in the lowest bits.
+    steps = (magnitude + binade * (1.5 * 2.0**22)).view(torch.int32) & 7
+    code = steps + ((binade.view(torch.int32) >> 22) - (127 << 1))
+    code = torch.where(x.isnan(), 0, code)
     return (code | ((x.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 

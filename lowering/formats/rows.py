@@ -6,8 +6,8 @@ import torch
 
 from omniq_compile.lowering.formats.format import Format, Parts
 
-# Elements worked on at a time, so that float32 temporaries stay in cache: 4 MiB each.
-CHUNK_ELEMENTS = 1 << 20
+# Elements worked on at a time, so that float32 temporaries stay in cache: 2 MiB each.
+CHUNK_ELEMENTS = 1 << 19
 
 
 def _step(form: Format, K: int) -> int:

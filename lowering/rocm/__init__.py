@@ -1,11 +1,27 @@
 """Kernels of AMD GPUs, in order of preference."""
 
 from omniq_compile.lowering import emulated
+from omniq_compile.lowering.rocm import aiter, fp8, int8, mx, triton
 from omniq_compile.lowering.target import ARCHITECTURES
 
 _ALL = ARCHITECTURES["rocm"]
 
 KERNELS = (
-    emulated.int8("rocm", _ALL, "no integer GEMM takes it"),
-    *emulated.kernels("rocm", _ALL, "this path", bfloat16_archs=_ALL),
+    triton.INT8,
+    int8.INT_MM,
+    fp8.SCALED_MM,
+    fp8.SCALED_MM_FNUZ,
+    *triton.FP8,
+    aiter.GEMM_A4W4,
+    mx.MXFP8,
+    mx.MXFP4,
+    *triton.MX,
+    *triton.DECODED,
+    emulated.int8("rocm", _ALL, "where no integer GEMM can take it"),
+    *emulated.kernels(
+        "rocm",
+        _ALL,
+        {method: f"where no kernel for {method} can take it" for method in emulated.ELEMENTS},
+        bfloat16_archs=_ALL,
+    ),
 )

@@ -2,10 +2,24 @@
 
 from omniq_compile.lowering import emulated
 from omniq_compile.lowering.target import ARCHITECTURES
+from omniq_compile.lowering.xpu import fp8, int8
 
 _ALL = ARCHITECTURES["xpu"]
 
 KERNELS = (
-    emulated.int8("xpu", _ALL, "no integer GEMM takes it"),
-    *emulated.kernels("xpu", _ALL, "this path", bfloat16_archs=_ALL),
+    int8.INT_MM,
+    fp8.SCALED_MM,
+    emulated.int8("xpu", _ALL, "where torch._int_mm cannot take it"),
+    *emulated.kernels(
+        "xpu",
+        _ALL,
+        {
+            "fp8": "where torch._scaled_mm cannot take it",
+            # Up to torch 2.13, whose fake asks for NVIDIA's swizzle and whose kernel for none.
+            "mxfp8": "torch._scaled_mm takes no e8m0 scales on XPU",
+            "mxfp4": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
+            "mxfp4_dualscale": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
+        },
+        bfloat16_archs=_ALL,
+    ),
 )

@@ -1,18 +1,23 @@
-"""``omniq dump MODEL --method int8``: what the backend does to a model, as text."""
+"""``omniq dump MODEL --method int8``: what the backend does to a model."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-from omniq_compile.cli.models import resolve
+from omniq_compile.cli.configs import resolve_shapes
 from omniq_compile.cli.options import add_option_arguments, options_of
-from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.inspector.document import render_json
+from omniq_compile.inspector.drawing import render_svg
+from omniq_compile.inspector.inspection import Inspection, inspect
+from omniq_compile.inspector.page import render_page
+from omniq_compile.inspector.text import KERNELS, render, render_diff
+from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.passes.legal import STAGES
-from omniq_compile.report import Report, Site, explain
+
+FORMATS = ("text", "html", "svg", "json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,30 +25,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a diffusers folder, a class with a size (QwenImageTransformer2DModel:tiny), or "
-        "module:function that returns a model and its inputs",
+        help="a diffusers folder, a transformer's config.json, a class with a size "
+        "(QwenImageTransformer2DModel:tiny), or module:function that returns a model and its "
+        "inputs",
     )
     add_option_arguments(parser)
     parser.add_argument("--target", help="lower for this target, present or not (cpu:avx512_vnni)")
     parser.add_argument(
         "--stage",
         nargs="+",
-        choices=STAGES,
-        default=["traced", "quantized"],
-        help="which graphs to print (default: traced quantized)",
+        choices=(*STAGES, KERNELS),
+        help="what to show (default: traced quantized); kernels is the generated code",
     )
+    parser.add_argument(
+        "--layer", metavar="PATTERN", help="only these layers and what feeds them, such as img_mlp"
+    )
+    parser.add_argument(
+        "--diff", action="store_true", help="show what changes between two stages, for each block"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there, not to the terminal")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trace the model, and print its sites and the graph at each stage."""
-    loaded = resolve(arguments.model)
-    report = explain(
-        loaded.model, loaded.args or loaded.inputs, options_of(arguments), target=arguments.target
+    """Trace the model, and show it."""
+    stages = _stages(arguments)
+    _check_out(arguments.out)
+    loaded = resolve_shapes(arguments.model)
+    inspection = inspect(
+        loaded.name,
+        loaded.model,
+        loaded.args or loaded.inputs,
+        options_of(arguments),
+        target=arguments.target,
+        layer=arguments.layer,
+        kernels=KERNELS in stages or arguments.format == "html",
     )
-    text = render(loaded.name, report, arguments.stage)
+    text = _rendered(inspection, stages, arguments)
     if arguments.out is None:
-        sys.stdout.write(text)
+        sys.stdout.write(_coloured(text, arguments))
         return 0
     try:
         arguments.out.write_text(text, encoding="utf-8")
@@ -52,41 +72,63 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def render(name: str, report: Report, stages: list[str]) -> str:
-    """Return the whole dump: a summary, the sites, then the programs of each graph."""
-    lines = [f"# {name}: {report.options['method']} on {report.target}", *_summary(report), ""]
-    lines += list(_table(report.sites))
-    for graph in report.graphs:
-        for stage in stages:
-            lines += ["", graph.programs[stage].rstrip()]
-    return "\n".join(lines) + "\n"
+def _rendered(inspection: Inspection, stages: list[str], arguments: argparse.Namespace) -> str:
+    if arguments.format == "html":
+        return render_page(inspection)
+    if arguments.format == "svg":
+        return render_svg(inspection, *stages)
+    if arguments.format == "json":
+        return render_json(inspection)
+    if arguments.diff:
+        return render_diff(inspection, *stages)
+    return render(inspection, stages)
 
 
-def _summary(report: Report) -> Iterator[str]:
-    before, after = report.weight_bytes_before, report.weight_bytes_after
-    yield (
-        f"# {len(report.sites)} sites: {len(report.rewritten)} rewritten, {len(report.kept)} kept; "
-        f"their weights {before:,} -> {after:,} bytes"
-    )
-    for reason, count in Counter(s.decision.reason for s in report.kept).most_common():
-        yield f"# kept {count}: {reason}"
-    for pattern, near in report.unmatched.items():
-        yield f"# ignored_layers {pattern!r} matches nothing; nearest: {', '.join(near) or '-'}"
-
-
-def _table(sites: list[Site]) -> Iterator[str]:
-    header = ("layer", "spelling", "M x K x N", "decision", "kernel or reason")
-    rows = [
-        (
-            site.layer or "(root)",
-            site.spelling,
-            f"{site.M} x {site.K} x {site.N}",
-            site.decision.method or "kept",
-            site.decision.kernel or site.decision.reason,
+def _stages(arguments: argparse.Namespace) -> list[str]:
+    """Return the stages to show, two of them for a difference."""
+    given, format = arguments.stage, arguments.format
+    if format != "text" and arguments.diff:
+        raise OptionError(f"--diff is for --format text; --format {format} does not take it.")
+    if format == "svg" and given not in (None, ["traced"], ["quantized"]):
+        raise OptionError(
+            f"--format svg draws one stage, traced or quantized, and not {' and '.join(given)}. "
+            "Take --format text or html for the others."
         )
-        for site in sites
-    ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield f"# {line}".rstrip()
+    if not arguments.diff:
+        if format == "svg":
+            return given or ["quantized"]
+        return given or ["traced", "quantized"]
+    stages = given or ["quantized"]
+    stages = ["traced", *stages] if len(stages) == 1 else stages
+    if KERNELS in stages or len(stages) != 2 or stages[0] == stages[1]:
+        raise OptionError(
+            f"--diff compares two stages of {', '.join(STAGES)}: traced with one that --stage "
+            f"names, or two that it names; it cannot compare {' with '.join(stages)}."
+        )
+    return stages
+
+
+def _check_out(out: Path | None) -> None:
+    """Find out before the work, not after it, that the result cannot be written."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise OmniqError(f"cannot write {str(out)!r}: Is a directory.")
+    if not out.parent.is_dir():
+        raise OmniqError(f"cannot write {str(out)!r}: No such file or directory.")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise OmniqError(f"cannot write {str(out)!r}: Permission denied.")
+
+
+def _coloured(text: str, arguments: argparse.Namespace) -> str:
+    """Colour text for a terminal, and only there."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    from pygments import highlight
+    from pygments.formatters import TerminalFormatter
+    from pygments.lexers import get_lexer_by_name
+
+    name = "diff" if arguments.diff else {"text": "python", "svg": "xml"}.get(arguments.format)
+    lexer = get_lexer_by_name(name or arguments.format, stripnl=False)
+    coloured: str = highlight(text, lexer, TerminalFormatter())
+    return coloured

@@ -16,6 +16,7 @@ from rich.console import Console
 from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.saving import stored_options
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
@@ -23,7 +24,7 @@ VIDEO_SUFFIXES = (".mp4", ".gif")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", help="a diffusers pipeline, or a hub id")
-    add_quantization_argument(parser)
+    add_quantization_argument(parser, required=False)
     parser.add_argument("--prompt", help="for pipelines that take one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
@@ -54,8 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = omniq.from_pretrained(arguments.folder, config, **remote)
     console = Console(stderr=True)
     for name, component in pipe.components.items():
-        options = config.options_for(name)
-        if options is not None and isinstance(component, torch.nn.Module) and not arguments.eager:
+        if not isinstance(component, torch.nn.Module) or arguments.eager:
+            continue
+        options = config.options_for(name) or stored_options(component)
+        if options is not None:
             _compile(name, component, options, console)
     given = _call_arguments(pipe, arguments)
     with omniq.denoise_step(0) as step:

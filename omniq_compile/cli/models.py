@@ -98,6 +98,22 @@ def random_model(
     Raises:
         OmniqError: an unknown class or preset, or a width that is not a multiple of 32.
     """
+    config = preset_config(class_name, preset, width, num_blocks)
+    # The constructor draws from the global generator, whose state belongs to the caller.
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = _diffusers_class(class_name)(**config)
+    _redraw(model, dtype, seed)
+    return _frozen(model)
+
+
+def preset_config(
+    class_name: str, preset: str, width: int | None = None, num_blocks: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a class of FAMILIES that make the model of `random_model`.
+
+    Raises:
+        OmniqError: an unknown class or preset, or a width that is not a multiple of 32.
+    """
     family = _family(class_name)
     if preset not in PRESETS:
         raise OmniqError(unknown("preset", preset, PRESETS))
@@ -109,12 +125,15 @@ def random_model(
         raise OmniqError(f"width {width}: {class_name} needs a multiple of 32, at least 64")
     if num_blocks < 1:
         raise OmniqError(f"num_blocks {num_blocks}: {class_name} needs at least 1")
-    config = family.config(width, 128 if width % 128 == 0 else 32, num_blocks)
-    # The constructor draws from the global generator, whose state belongs to the caller.
-    with torch.random.fork_rng(devices=[]):
-        model: nn.Module = _diffusers_class(class_name)(**config)
-    _redraw(model, dtype, seed)
-    return _frozen(model)
+    return family.config(width, 128 if width % 128 == 0 else 32, num_blocks)
+
+
+def preset_of(text: str) -> tuple[str, str] | None:
+    """Read ``Class[:preset]`` of a class of FAMILIES; None where the text is no such thing."""
+    class_name, colon, preset = text.rpartition(":")
+    if text in FAMILIES:
+        return text, "tiny"
+    return (class_name, preset) if colon and class_name in FAMILIES else None
 
 
 def resolve(
@@ -137,8 +156,8 @@ def resolve(
     left, colon, right = text.rpartition(":")
     if Path(text).is_dir():
         model, preset = _load_folder(Path(text), dtype), "tiny"
-    elif text in FAMILIES or left in FAMILIES:
-        class_name, preset = (left, right) if colon else (text, "tiny")
+    elif (named := preset_of(text)) is not None:
+        class_name, preset = named
         model = random_model(class_name, preset, dtype=dtype, seed=seed)
     elif not colon or _is_class_name(left):
         raise OmniqError(_not_found(left or text))

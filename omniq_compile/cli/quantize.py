@@ -25,13 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
     from omniq_compile.loading import load_model, local_folder
+    from omniq_compile.pipeline import check_components, component_class
     from omniq_compile.saving import save_model, write_aside
+    from omniq_compile.text_encoders import load_quantized, save_quantized
 
     source = local_folder(arguments.folder)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)
     if (source / "model_index.json").is_file():
-        todo = _components(source, quantization)
+        config = build_quant_config(quantization)
+        components = check_components(source, config)
+        chosen = {name: config.options_for(name) for name in components}
+        todo = {name: options for name, options in chosen.items() if options is not None}
 
         def write(folder: Path) -> None:
             for entry in source.iterdir():
@@ -40,8 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
                     copy(entry, folder / entry.name)
             for name, options in todo.items():
                 console.print(f"{name}: {options['method']}")
-                model: Any = load_model(source / name, options=options)
-                model.save_pretrained(folder / name)
+                if components[name][0] == "diffusers":
+                    model: Any = load_model(source / name, options=options)
+                    model.save_pretrained(folder / name)
+                else:
+                    cls = component_class(*components[name], source / name)
+                    save_quantized(load_quantized(cls, source / name, options), folder / name)
+                    _copy_rest(source / name, folder / name)
 
         write_aside(arguments.out, write, overwrite=arguments.overwrite)
     else:
@@ -56,19 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _components(source: Path, quantization: Any) -> dict[str, dict[str, Any]]:
-    from omniq_compile.pipeline import check_components
-
-    config = build_quant_config(quantization)
-    components = check_components(source, config)
-    todo = {}
-    for name, (library, _) in components.items():
-        options = config.options_for(name)
-        if options is not None and library != "diffusers":
-            raise OptionError(
-                f"{name!r} is a model of {library!r}, which omniq quantizes while loading but does "
-                f"not save. Leave it out here, and load with quantization={{{name!r}: ...}}."
-            )
-        if options is not None:
-            todo[name] = options
-    return todo
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Copy what a component has beside its weights, such as a generation config."""
+    for entry in source.iterdir():
+        is_weights = entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json")
+        if entry.is_file() and not is_weights and not (folder / entry.name).exists():
+            shutil.copy2(entry, folder / entry.name)

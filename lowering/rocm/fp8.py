@@ -1,0 +1,69 @@
+"""fp8 on AMD GPUs through hipBLASLt.
+
+gfx950 multiplies the OCP e4m3 that omniq stores. gfx942 multiplies e4m3 ``fnuz``, whose exponent
+bias is 8 and not 7: the same byte is half the value, so that twice the scale makes the same number.
+Two codes differ: 0x80, which is NaN there, becomes 0x00; and e4m3fn's NaN reads as 240, beside a
+scale that is NaN or Inf itself. All others stay as they are, and so do the products.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from omniq_compile.lowering import scaled_mm
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
+
+# hipBLASLt has no faster way to accumulate.
+_gemm_rows = partial(scaled_mm.gemm_rows, fast_accum=False)
+
+
+def to_fnuz(parts: Parts) -> Parts:
+    """Reinterpret e4m3fn codes ``[..., K]`` with scales ``[...]`` as e4m3 fnuz, exactly."""
+    codes, scale = parts
+    byte = codes.view(torch.uint8)
+    return torch.where(byte == 0x80, 0, byte).view(torch.float8_e4m3fnuz), scale * 2
+
+
+def quantize_fnuz(x: torch.Tensor, format: str) -> Parts:
+    """Return e4m3 fnuz codes ``[..., K]`` and scale ``[...]``, the values of omniq's fp8."""
+    return to_fnuz(get_format(format).quantize(x))
+
+
+def gemm_fnuz(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    """Multiply fnuz codes with a scale per row of both; see `Kernel.gemm`."""
+    if problem.b_is_weight:
+        b = to_fnuz(b)
+    return _gemm_rows(a, b, bias, problem, scheme)
+
+
+SCALED_MM = Kernel(
+    name="rocm_fp8_scaled_mm",
+    method="fp8",
+    device="rocm",
+    archs=("gfx950",),
+    native=True,
+    about="torch._scaled_mm (hipBLASLt), a scale per row of both, scales and bias in its epilogue",
+    quantize=lambda x, format: get_format(format).quantize(x),
+    gemm=_gemm_rows,
+    refuse=scaled_mm.refuse_rows,
+)
+
+SCALED_MM_FNUZ = Kernel(
+    name="rocm_fp8_fnuz_scaled_mm",
+    method="fp8",
+    device="rocm",
+    archs=("gfx942",),
+    native=True,
+    about="torch._scaled_mm (hipBLASLt), scales and bias in its epilogue; the weight's codes are "
+    "copied as fnuz in each call",
+    quantize=quantize_fnuz,
+    gemm=gemm_fnuz,
+    refuse=scaled_mm.refuse_rows,
+)

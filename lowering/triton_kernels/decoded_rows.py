@@ -1,0 +1,162 @@
+"""Rows for GPUs without a method's arithmetic: BF16 GEMMs of weights that are stored as codes.
+
+A weight is decoded in registers where that happens once, for results of one tile of rows. With more
+rows each tile would decode it again, and by instruction counts that takes about as long as it takes
+to multiply 128 rows. There the graph decodes it once, to BF16 that a cache may hold for the GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from omniq_compile.lowering import decoded, decoded_bfloat16
+from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.lowering.triton_kernels import ops  # noqa: F401  (defines the operators)
+from omniq_compile.lowering.triton_kernels.rows import SHORTEST_STEP, refuse_any
+
+# The most rows that one tile holds, see `tiles`.
+TILE_ROWS = 128
+
+
+def decoded_once(problem: Problem) -> bool:
+    """Say whether all rows of a result are known to be in one tile."""
+    return isinstance(problem.M, int) and problem.M <= TILE_ROWS
+
+
+def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+    if not problem.b_is_weight:
+        return "it decodes a weight, and both operands are activations"
+    return refuse_any(problem) or decoded.refuse(problem, scheme)
+
+
+def _multiply(
+    a: Parts,
+    b: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    problem: Problem,
+    b_rows: int = 1,
+    columns: int = 0,
+) -> torch.Tensor:
+    """Call the operator; b are codes, e8m0 scales and float32 scales, or None for either."""
+    result: torch.Tensor = torch.ops.omniq.triton_decoded_gemm(
+        list(a), *b, bias, problem.dtype, b_rows, columns
+    )
+    return result
+
+
+def _refuse_mx(problem: Problem, scheme: Scheme) -> str | None:
+    refusal = _refuse(problem, scheme)
+    torch_takes_it = decoded_bfloat16.refuse(problem, scheme) is None
+    if refusal is None and torch_takes_it and not decoded_once(problem):
+        return (
+            f"M = {problem.M} is not known to be one tile of {TILE_ROWS} rows, and each tile "
+            "decodes the weight again"
+        )
+    return refusal
+
+
+def _gemm_mx(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    if decoded_once(problem):
+        return _multiply(a, (b[0], b[1], None), bias, problem)
+    dequantize = mxfp8 if scheme.weight == "mxfp8" else mxfp4
+    return _multiply(a, (dequantize.dequantize_bfloat16(b), None, None), bias, problem)
+
+
+def mx_row(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
+    """Make the row of ``mxfp8`` or ``mxfp4``, before that of torch's BF16 GEMM.
+
+    Args:
+        device, archs: where it is offered.
+        method: of the two.
+        why: it is not native.
+    """
+    return Kernel(
+        name=f"{device}_{method}_decoded_triton",
+        method=method,
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"{why}: Triton decodes weights exactly to BF16 in registers, for few rows",
+        quantize=decoded_bfloat16.quantize,
+        gemm=_gemm_mx,
+        refuse=_refuse_mx,
+    )
+
+
+def _quantize_dualscale(x: torch.Tensor, format: str) -> Parts:
+    """Return the MX values ``[..., K']`` in BF16, exactly, and the coarse scales beside them."""
+    scale_alg = mx.UOS if format.endswith(mxfp4.SUFFIXES[mx.UOS]) else mx.OCP
+    values, coarse = mxfp4_dualscale.fake_quantize(x, scale_alg)
+    return values.to(torch.bfloat16), coarse
+
+
+def _gemm_dualscale(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    codes, block, coarse = b
+    if decoded_once(problem):
+        return _multiply(a, (codes, block, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
+    values = mxfp4.dequantize_bfloat16((codes, block))
+    return _multiply(a, (values, None, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
+
+
+def dualscale_row(device: str, archs: Sequence[str], why: str) -> Kernel:
+    """Make the row of ``mxfp4_dualscale``; the arguments are those of `mx_row`."""
+    return Kernel(
+        name=f"{device}_mxfp4_dualscale_decoded_triton",
+        method="mxfp4_dualscale",
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"{why}: decoded exactly to BF16, a Triton GEMM applies coarse scales to float32 "
+        "sums of 512",
+        quantize=_quantize_dualscale,
+        gemm=_gemm_dualscale,
+        refuse=_refuse,
+    )
+
+
+def _quantize_nothing(x: torch.Tensor, format: str) -> Parts:
+    return (x,)
+
+
+def _refuse_weight_only(problem: Problem, scheme: Scheme) -> str | None:
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        result = str(problem.dtype).removeprefix("torch.")
+        return f"its activations stay as they are, and {result} has no fast GEMM"
+    block = block_size(scheme.weight)
+    if block and block[1] % SHORTEST_STEP:
+        return f"a scale per {block[1]} columns is not one per {SHORTEST_STEP} or a multiple"
+    return _refuse(problem, scheme)
+
+
+def _gemm_weight_only(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    codes, scale = b
+    if not decoded_once(problem):
+        codes = fp8.codes_bfloat16(codes).to(problem.dtype)
+    x = a[0].to(problem.dtype)
+    return _multiply((x,), (codes, None, scale), bias, problem, *(block_size(scheme.weight) or ()))
+
+
+def fp8_weight_only_row(device: str, archs: Sequence[str], why: str) -> Kernel:
+    """Make the row of fp8 weights, per row or per block, by activations that stay as they are."""
+    return Kernel(
+        name=f"{device}_fp8_weight_only_triton",
+        method="fp8",
+        device=device,
+        archs=tuple(archs),
+        native=False,
+        about=f"{why}: weights only (W8A16), decoded exactly to 16 bits, scales in Triton's GEMM",
+        quantize=_quantize_nothing,
+        gemm=_gemm_weight_only,
+        refuse=_refuse_weight_only,
+    )

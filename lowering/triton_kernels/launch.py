@@ -1,0 +1,171 @@
+"""From operands to a launch: a printable record of what runs, and the call that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.formats import mx as mx_blocks
+from omniq_compile.lowering.formats.mxfp4_dualscale import RUN
+from omniq_compile.lowering.target import detect
+from omniq_compile.lowering.triton_kernels.tiles import Tile, choose
+
+# Rows of tiles that are computed side by side, see `tile.tile_origin`.
+GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a kernel runs: its architecture, and how many SMs or compute units it has."""
+
+    arch: str
+    processors: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: the file and the function of its device code.
+        tile: of the result.
+        arguments: tensors, sizes or None, by the function's parameters.
+        constants: its compile-time parameters.
+    """
+
+    kernel: str
+    tile: Tile
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+
+
+def function(kernel: str) -> Any:
+    """Return a kernel's device code, a function of ``triton.jit``.
+
+    Raises:
+        OmniqError: Triton is not installed.
+    """
+    try:
+        module = importlib.import_module(f"omniq_compile.lowering.triton_kernels.{kernel}")
+    except ImportError as error:
+        raise OmniqError(
+            f"kernel {kernel!r} needs Triton, and this Python has none ({error}). Install the "
+            "version that torch asks for: pip install 'omniq-compile[triton]'."
+        ) from error
+    return getattr(module, kernel)
+
+
+def run(launch: Launch) -> None:
+    """Launch on the current stream of the current device."""
+    tile = launch.tile
+    programs = tile.count(launch.arguments["M"], launch.arguments["N"])
+    function(launch.kernel)[(programs,)](
+        **launch.arguments, **launch.constants, num_warps=tile.warps, num_stages=tile.stages
+    )
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Return what a GPU of this machine is.
+
+    Raises:
+        OmniqError: it is not a GPU.
+    """
+    if device.type != "cuda":
+        raise OmniqError(f"Triton kernels run on GPUs, and these operands are on {str(device)!r}.")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    with torch.cuda.device(device):
+        return Device(detect(device.type).arch, processors)
+
+
+def row_scaled(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,
+    fnuz: bool, device: Device,
+) -> Launch:  # fmt: skip
+    """Multiply int8 or e4m3 codes, a scale per row of both; see the operator of the name."""
+    operands = {"a_ptr": a, "a_scale_ptr": a_scale, "b_ptr": b, "b_scale_ptr": b_scale}
+    constants = {"INTEGER": a.dtype is torch.int8, "FNUZ": fnuz}
+    return _launch("row_scaled", "row_scaled", operands, bias, out, a.shape[1], constants, device)
+
+
+def block_scaled(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,
+    a_columns: int, b_rows: int, b_columns: int, fnuz: bool, device: Device,
+) -> Launch:  # fmt: skip
+    """Multiply e4m3 codes with a scale per group and per block."""
+    operands = {"a_ptr": a, "a_scale_ptr": a_scale, "b_ptr": b, "b_scale_ptr": b_scale}
+    constants = {"A_COLUMNS": a_columns, "B_ROWS": b_rows, "B_COLUMNS": b_columns, "FNUZ": fnuz}
+    step = gcd(a_columns, b_columns)
+    K = a.shape[1]
+    return _launch("block_scaled", "block_scaled", operands, bias, out, K, constants, device, step)
+
+
+def mx(
+    a: list[Tensor], b: list[Tensor], bias: Tensor | None, out: Tensor, device: Device
+) -> Launch:
+    """Multiply MX operands: codes, e8m0 scales and, for both or none, coarse scales."""
+    a_coarse, b_coarse = (parts[2] if len(parts) > 2 else None for parts in (a, b))
+    operands = {
+        "a_ptr": a[0], "a_scale_ptr": a[1], "a_coarse_ptr": a_coarse,
+        "b_ptr": b[0], "b_scale_ptr": b[1], "b_coarse_ptr": b_coarse,
+    }  # fmt: skip
+    constants = {"A_ELEMENT": element(a[0]), "B_ELEMENT": element(b[0]), "RUN": RUN}
+    tiles = "coarse" if b_coarse is not None else "e2m1"
+    if "e4m3" in (constants["A_ELEMENT"], constants["B_ELEMENT"]):
+        tiles = "e4m3"
+    K = a[1].shape[1] * mx_blocks.BLOCK
+    return _launch("mx", f"mx_{tiles}", operands, bias, out, K, constants, device)
+
+
+def decoded(
+    a: list[Tensor], b: Tensor, b_block: Tensor | None, b_scale: Tensor | None, bias: Tensor | None,
+    out: Tensor, b_rows: int, columns: int, device: Device,
+) -> Launch:  # fmt: skip
+    """Multiply real activations, with scales or without, by codes that are decoded on the way."""
+    operands = {
+        "a_ptr": a[0], "a_scale_ptr": a[1] if len(a) > 1 else None,
+        "b_ptr": b.view(torch.uint8) if b.dtype is torch.float8_e4m3fn else b,
+        "b_block_ptr": b_block, "b_scale_ptr": b_scale,
+    }  # fmt: skip
+    constants = {"B_ELEMENT": element(b), "B_ROWS": b_rows, "COLUMNS": columns}
+    K, tiles = a[0].shape[1], "decoded_scaled" if columns else "decoded"
+    return _launch("decoded", tiles, operands, bias, out, K, constants, device, columns)
+
+
+def element(codes: Tensor) -> str:
+    """Name what a tensor holds: "e4m3", "e2m1" (two a byte), or "real"."""
+    return {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}.get(codes.dtype, "real")
+
+
+def _launch(
+    kernel: str,
+    tiles: str,
+    operands: dict[str, Any],
+    bias: Tensor | None,
+    out: Tensor,
+    K: int,
+    constants: dict[str, Any],
+    device: Device,
+    step: int = 0,
+) -> Launch:
+    """Choose a tile from a row of `TILES`; ``step``, if any, is what its block of K divides."""
+    M, N = out.shape
+    tile = choose(tiles, device.arch, M, N, device.processors)
+    tile = dataclasses.replace(tile, block_k=gcd(tile.block_k, step))
+    constants |= {
+        "EVEN_K": K % tile.block_k == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": GROUP_M,
+    }
+    arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}
+    return Launch(f"{kernel}_gemm", tile, arguments, constants)

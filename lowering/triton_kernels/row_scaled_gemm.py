@@ -1,0 +1,64 @@
+"""int8 and e4m3 codes with a float32 scale per row of both operands, applied in the epilogue."""
+
+import triton
+import triton.language as tl
+
+from omniq_compile.lowering.triton_kernels.tile import clamped, store_tile, tile_origin
+
+
+@triton.jit
+def as_fnuz(codes):
+    """Read e4m3 as e4m3fnuz: the same bits are half the value, but negative zero, fnuz's NaN."""
+    byte = codes.to(tl.uint8, bitcast=True)
+    return tl.where(byte == 0x80, 0, byte).to(tl.float8e4b8, bitcast=True)
+
+
+@triton.jit
+def row_scaled_gemm(
+    a_ptr,
+    a_scale_ptr,
+    b_ptr,
+    b_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    INTEGER: tl.constexpr,
+    FNUZ: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Multiply a ``[M, K]`` by b ``[N, K]``, scales ``[M]`` and ``[N]``, bias ``[N]`` or None.
+
+    INTEGER: int8 codes, summed exactly in int32. FNUZ: e4m3 codes, multiplied as fnuz ones.
+    """
+    m0, n0 = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = clamped(m0, M, BLOCK_M)
+    columns = clamped(n0, N, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_at = a_ptr + m0.to(tl.int64) * K + rows[:, None] * K + k[None, :]
+    b_at = b_ptr + n0.to(tl.int64) * K + columns[None, :] * K + k[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
+        if FNUZ:
+            a = as_fnuz(a)
+            b = as_fnuz(b)
+        sums = tl.dot(a, b, sums, out_dtype=sums.dtype)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    a_scale = tl.load(a_scale_ptr + m0 + rows)
+    if FNUZ:
+        a_scale *= 4
+    real = sums.to(tl.float32) * a_scale[:, None]
+    real *= tl.load(b_scale_ptr + n0 + columns)[None, :]
+    store_tile(out_ptr, bias_ptr, real, m0, n0, M, N, BLOCK_M, BLOCK_N)

@@ -1,0 +1,95 @@
+"""Which tile a GEMM is cut into: a few rows an architecture, in place of a long autotuning.
+
+A tile is bounded by shared memory (its stages of a and b), by registers (its sums) and, at the low
+end, by the smallest tile that the architecture's instruction takes: ``wgmma`` and ``tcgen05.mma``
+want 64 rows for fp8, block-scaled ``tcgen05.mma`` 128, or Triton falls back to a wider type without
+a word. What each compiles to is tested; none of them has been timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the result, ``block_m x block_n``, summed over ``block_k`` at a time.
+
+    ``stages`` is how many steps of K are loaded ahead, one included that is being multiplied.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def count(self, M: int, N: int) -> int:
+        """Return how many tiles cover ``[M, N]``."""
+        return -(-M // self.block_m) * -(-N // self.block_n)
+
+
+# Architectures that share rows. AMD's "warps" are wavefronts of 64.
+_AMPERE, _ADA, _HOPPER = ("sm_80",), ("sm_89",), ("sm_90",)
+_BLACKWELL, _RTX = ("sm_100",), ("sm_120",)
+_CDNA3, _CDNA4 = ("gfx942",), ("gfx950",)
+
+# (kernel, architectures) -> tiles, the largest first.
+_ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
+    # 8-bit codes.
+    ("row_scaled", _AMPERE): (Tile(128, 128, 128, 8, 3), Tile(16, 64, 128, 4, 4)),
+    ("row_scaled", _ADA + _RTX): (Tile(128, 128, 64, 8, 4), Tile(16, 64, 128, 4, 4)),
+    ("row_scaled", _HOPPER): (
+        Tile(128, 256, 128, 8, 3),
+        Tile(128, 128, 128, 8, 4),
+        Tile(64, 64, 128, 4, 4),
+    ),
+    ("row_scaled", _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    ("row_scaled", _CDNA3): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
+    ("row_scaled", _CDNA4): (Tile(256, 128, 128, 8, 2), Tile(16, 64, 128, 4, 2)),
+    # The same with two sets of sums.
+    ("block_scaled", _ADA + _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 128, 4, 3)),
+    ("block_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    ("block_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 128, 4, 2)),
+    ("block_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
+    # MX codes: e4m3 or e4m3 by e2m1, e2m1, and e2m1 with coarse scales, which needs two sets again.
+    ("mx_e4m3", _BLACKWELL): (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 4, 4)),
+    ("mx_e4m3", _RTX): (Tile(128, 128, 128, 8, 2), Tile(16, 64, 128, 4, 3)),
+    ("mx_e4m3", _CDNA4): (Tile(256, 128, 128, 8, 2), Tile(16, 64, 256, 4, 2)),
+    ("mx_e2m1", _BLACKWELL): (Tile(128, 256, 256, 8, 3), Tile(128, 128, 256, 4, 4)),
+    ("mx_e2m1", _RTX): (Tile(128, 128, 128, 8, 3), Tile(16, 64, 256, 4, 3)),
+    ("mx_e2m1", _CDNA4): (Tile(256, 128, 256, 8, 2), Tile(16, 64, 256, 4, 2)),
+    ("mx_coarse", _BLACKWELL): (Tile(128, 64, 256, 8, 3),),
+    ("mx_coarse", _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 256, 4, 3)),
+    ("mx_coarse", _CDNA4): (Tile(128, 128, 256, 8, 2), Tile(16, 64, 256, 4, 2)),
+    # BF16 activations by codes that become BF16, and the same with scales that change along K.
+    ("decoded", _AMPERE): (Tile(128, 128, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
+    ("decoded", _ADA + _RTX): (Tile(128, 128, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
+    ("decoded", _HOPPER + _BLACKWELL): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded_scaled", _AMPERE): (Tile(128, 64, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
+    ("decoded_scaled", _ADA + _RTX): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
+    ("decoded_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded_scaled", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+}  # fmt: skip
+
+TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    (kernel, arch): tiles for (kernel, archs), tiles in _ROWS.items() for arch in archs
+}
+
+
+def choose(kernel: str, arch: str, M: int, N: int, processors: int) -> Tile:
+    """Return the largest tile that has no more rows than M needs and keeps every SM busy.
+
+    Args:
+        kernel: a key of `TILES`, with ``arch``.
+        M, N: of the result.
+        processors: how many SMs or compute units the device has.
+    """
+    *larger, smallest = TILES[kernel, arch]
+    for tile in larger:
+        if tile.block_m // 2 < M and tile.count(M, N) >= processors:
+            return tile
+    # A tall matrix with few tiles is better cut by the middle rows than by the smallest.
+    fitting = [tile for tile in larger if tile.block_m // 2 < M]
+    return fitting[-1] if fitting else smallest

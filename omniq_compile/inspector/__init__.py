@@ -1,0 +1,1 @@
+"""What ``omniq dump`` shows: a model at every stage of compiling, as data and in four formats."""

@@ -1,0 +1,224 @@
+"""Everything that ``omniq dump`` shows of a model, as plain data, whatever it is shown as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from omniq_compile.inspector.dataflow import Flow, flow_of
+from omniq_compile.inspector.generated import GeneratedCode, generate, why_not
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.folding import Block, FoldedGraph, fold
+from omniq_compile.passes.legal import STAGES
+from omniq_compile.passes.patterns import matches, unmatched
+from omniq_compile.passes.program import is_result, relative
+from omniq_compile.passes.sections import added_for, layer_names, restrict
+from omniq_compile.report import Report, Site, report_of, trace
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """One GEMM of a part.
+
+    Attributes:
+        site: as in the report; for a repeated block, the first block's.
+        layer: its name as the block sees it.
+        code: by stage, the lines that stand for it.
+    """
+
+    site: Site
+    layer: str
+    code: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The blocks that run the same program, or what is in no block of one graph.
+
+    Attributes:
+        graph: the index of the traced graph it was first found in.
+        label: in few words, such as ``blocks.0 to blocks.59``; "" for what is in no block.
+        kind: the class of the blocks.
+        members: the names of the blocks.
+        functions: its program by stage, as one Python function.
+        sites: in order.
+        flow: as few nodes, traced and quantized.
+        kernels: what Inductor generated for it; None unless asked for.
+    """
+
+    graph: int
+    label: str
+    kind: str
+    members: list[str]
+    functions: dict[str, str]
+    sites: list[SiteView]
+    flow: dict[str, Flow]
+    kernels: list[GeneratedCode] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many times the model holds it."""
+        return max(1, len(self.members))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model as omniq compiles it.
+
+    Attributes:
+        model: its name.
+        layer: the pattern that the parts are restricted to.
+        report: what `explain` returns.
+        parts: in the order in which they run.
+        imports: by stage, the import statements that the functions need.
+        no_kernels: why there is no generated code, where it was asked for.
+    """
+
+    model: str
+    layer: str | None
+    report: Report
+    parts: list[Part]
+    imports: dict[str, list[str]]
+    no_kernels: str | None = None
+
+    def program(self, stage: str, graph: int = 0) -> str:
+        """Return one graph at one stage as a Python file: each distinct block, then the rest."""
+        lines = [f"# graph {graph}, {stage}, {self.report.target}", "import torch"]
+        lines += self.imports[stage]
+        for part in sorted((p for p in self.parts if p.graph == graph), key=lambda p: not p.label):
+            lines += ["", ""]
+            if part.label:
+                lines.append(f"# {part.label} ({part.kind}), x {part.count}")
+            lines.append(part.functions[stage])
+        return "\n".join(lines) + "\n"
+
+
+def inspect(
+    name: str,
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    options: Mapping[str, Any] | QuantConfig,
+    *,
+    target: str | None = None,
+    layer: str | None = None,
+    kernels: bool = False,
+) -> Inspection:
+    """Trace a model and gather what there is to show.
+
+    Args:
+        name: of the model, for titles.
+        model, inputs, options, target: as for `explain`.
+        layer: show only the layers that this pattern names, and what feeds them.
+        kernels: also let Inductor generate the code of every part.
+
+    Raises:
+        OptionError: unknown options or target, or ``layer`` names no layer.
+    """
+    config, contexts = trace(model, inputs, options, target)
+    graphs = [dict(context.stages or {}) for context in contexts]
+    if layer is not None:
+        graphs = _restricted(graphs, layer)
+    report = report_of(config, contexts)
+    found = {
+        id(site): view
+        for context, views in zip(contexts, _by_graph(report, len(contexts)), strict=True)
+        for site, view in zip(context.sites, views, strict=True)
+    }
+    folded = fold(graphs)
+    no_kernels = None
+    if kernels:
+        lowered = [graph.stages["lowered"] for graph in folded]
+        reasons = (why_not(config, contexts[0].target, gm) for gm in lowered)
+        no_kernels = next((reason for reason in reasons if reason), None)
+    settings = config.inductor if kernels and no_kernels is None else None
+    parts: list[Part] = []
+    imports: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    shown: set[int] = set()
+    for index, graph in enumerate(folded):
+        things: list[FoldedGraph | Block] = [graph, *graph.blocks()]
+        for thing in things:
+            if id(thing) not in shown:
+                shown.add(id(thing))
+                parts.append(_part(index, thing, found, imports, settings))
+    return Inspection(
+        model=name,
+        layer=layer,
+        report=report,
+        parts=parts,
+        imports={stage: sorted(lines) for stage, lines in imports.items()},
+        no_kernels=no_kernels,
+    )
+
+
+def _restricted(
+    graphs: list[dict[str, fx.GraphModule]], pattern: str
+) -> list[dict[str, fx.GraphModule]]:
+    """Restrict every graph to a pattern's layers; a graph that has none of them is left out."""
+    named = [layer_names([stages["traced"]]) for stages in graphs]
+    everywhere = [name for names in named for name in names]
+    for wrong, near in unmatched([pattern], everywhere).items():
+        raise OptionError(
+            f"--layer {wrong!r} names no layer of this model; nearest: "
+            f"{', '.join(near) or ', '.join(everywhere[:3])}."
+        )
+    return [
+        {stage: restrict(gm, pattern) for stage, gm in stages.items()}
+        for stages, names in zip(graphs, named, strict=True)
+        if any(matches(pattern, name) for name in names)
+    ]
+
+
+def _by_graph(report: Report, count: int) -> list[list[Site]]:
+    return [[site for site in report.sites if site.graph == index] for index in range(count)]
+
+
+def _part(
+    index: int,
+    thing: FoldedGraph | Block,
+    found: Mapping[int, Site],
+    imports: dict[str, set[str]],
+    settings: Mapping[str, Any] | None,
+) -> Part:
+    """Print one part at every stage, and find its sites in the text."""
+    functions: dict[str, str] = {}
+    code: dict[int, dict[str, str]] = {}
+    flow: dict[str, Flow] = {}
+    inside = thing.sections["traced"].block if isinstance(thing, Block) else ""
+    for stage in STAGES:
+        printed, copies = thing.print(stage)
+        functions[stage] = "\n".join(printed.text)
+        imports[stage].update(printed.imports)
+        if stage != "lowered":
+            flow[stage] = flow_of(printed.gm, printed.names, inside)
+        nodes = thing.sections[stage].nodes if isinstance(thing, Block) else copies
+        for node in nodes:
+            if is_result(node) and node in copies:
+                site = id(node.meta["omniq_site"])
+                lines = (printed.lines.get(copies[n]) for n in added_for(node) if n in copies)
+                code.setdefault(site, {})[stage] = "\n".join(line for line in lines if line)
+    return Part(
+        graph=index,
+        label=thing.label if isinstance(thing, Block) else "",
+        kind=thing.kind if isinstance(thing, Block) else "",
+        members=list(thing.members) if isinstance(thing, Block) else [],
+        functions=functions,
+        sites=[
+            SiteView(found[site], relative(found[site].layer, inside), by_stage)
+            for site, by_stage in code.items()
+        ],
+        flow=flow,
+        kernels=None if settings is None else _kernels(thing, settings),
+    )
+
+
+def _kernels(thing: FoldedGraph | Block, settings: Mapping[str, Any]) -> list[GeneratedCode]:
+    """Generate the code of a block, or of each run of operations between blocks."""
+    if isinstance(thing, Block):
+        return generate(thing.graph("lowered")[0], settings)
+    sections = thing.sections["lowered"]
+    outside = [s for s in sections if s.block not in thing.block_of and s.outputs]
+    return [piece for s in outside for piece in generate(s.graph()[0], settings)]

@@ -1,0 +1,184 @@
+"""Notices that a parameter is no longer what was quantized.
+
+Compared in each call, without a look at memory:
+
+- the storage (``load_state_dict(assign=True)``, ``.to()``, ``parameter.data = other``);
+- the version counter (``load_state_dict``, in-place operations).
+
+Adapters are fused through ``parameter.data``, which moves neither. So a sample of the values is
+compared too, spread over all rows and columns so that a low-rank update shows; a write through
+``.data`` to a handful of elements can be missed.
+
+On the CPU the sample is compared in each call. On an accelerator the host would have to wait until
+the device has run everything before it, in each call, and could not run ahead any more. There
+`Comparison` compares all weights of a call on the device, leaves the answer in pinned memory and
+lets the host go on. What holds for a write through ``.data`` to a parameter on an accelerator:
+
+- A call that begins more than `PAUSE_SECONDS` after the last compiled call returned waits once, for
+  the answers about all weights of the process, so that neither it nor any later call uses a weight
+  that changed before. Loading and fusing adapters, or encoding a prompt, takes the host longer than
+  that; a denoising loop takes less from call to call.
+- Any other call reads the answer that an earlier one asked for, if the device has given it by then,
+  and does not wait. A change made between two calls in quick succession is so noticed one call
+  later where the device keeps up, and at the latest by the first call after a pause.
+- While the caller captures a CUDA graph nothing is compared: a replay would not look either.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+# Values of each parameter that are compared: on the CPU a read from memory each.
+SAMPLES = 256
+
+# Longer than a scheduler's step on the host (1 to 3 ms), shorter than what fuses an adapter.
+PAUSE_SECONDS = 0.01
+
+_BIT_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_lock = threading.RLock()
+_comparisons: weakref.WeakSet[Comparison] = weakref.WeakSet()
+_last_return = float("-inf")
+_pauses = 0
+NEVER = -1
+
+
+class Stamp:
+    """What a parameter looked like when it was quantized."""
+
+    __slots__ = ("pointer", "sample", "values", "version")
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.version = _version(parameter)
+        self.pointer = parameter.data_ptr()
+        with torch.inference_mode(False), torch.no_grad():
+            self.sample = _sample(parameter)
+            self.values = self.sample.clone()
+
+    def has_same_memory(self, parameter: torch.Tensor) -> bool:
+        """Compare the storage and the version counter alone."""
+        return self.pointer == parameter.data_ptr() and self.version == _version(parameter)
+
+    def has_same_values(self) -> bool:
+        """Compare the sample, which on an accelerator waits for the device."""
+        return torch.equal(self.sample, self.values)
+
+
+def _version(parameter: torch.Tensor) -> int | None:
+    # Tensors made under inference_mode have no counter; the sample has to do for them.
+    return None if parameter.is_inference() else parameter._version
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a view of some elements as integers, wandering over the rows and the columns."""
+    sample = parameter.detach()
+    if sample.is_contiguous():
+        # An odd stride does not fall into step with the even number of columns of most weights.
+        sample = sample.view(-1)[:: sample.numel() // SAMPLES | 1]
+    elif sample.dim() > 1:
+        sample = sample.diagonal(0, -2, -1)
+    return sample.view(_BIT_PATTERNS[sample.element_size()])
+
+
+def is_asynchronous(tensor: torch.Tensor) -> bool:
+    """Say whether the host runs ahead of the device that holds a tensor."""
+    return tensor.device.type != "cpu"
+
+
+class Comparison:
+    """The samples of some parameters on one accelerator against what they were, without waiting.
+
+    One gather, one comparison and one copy of a byte to the host for each dtype, queued behind the
+    work that is on the current stream.
+    """
+
+    def __init__(self, stamps: Iterable[Stamp]) -> None:
+        by_type: dict[torch.dtype, list[Stamp]] = {}
+        for stamp in stamps:
+            by_type.setdefault(stamp.sample.dtype, []).append(stamp)
+        with torch.inference_mode(False), torch.no_grad():
+            self._samples = [[s.sample for s in same] for same in by_type.values()]
+            self._values = [_join([s.values for s in same]) for same in by_type.values()]
+        self._device = self._values[0].device
+        self._answers = torch.zeros(
+            len(self._values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
+        )
+        self._event = new_event(self._device)
+        self._pause = NEVER
+        with _lock:
+            _comparisons.add(self)
+
+    def has_changed(self) -> bool:
+        """Say whether the values are known to differ, and ask again for a later call.
+
+        The first call after a pause asks every comparison of the process that was not asked since,
+        and waits for their answers.
+        """
+        if is_capturing(self._device):
+            return False
+        if self._pause < _pauses:
+            _ask_all(self._device)
+        elif not self._event.query():
+            return False
+        changed = bool(self._answers.any())
+        self.ask()
+        return changed
+
+    def ask(self) -> None:
+        """Queue the comparison on the current stream."""
+        for n, (samples, values) in enumerate(zip(self._samples, self._values, strict=True)):
+            different = (_join(samples) != values).any()
+            self._answers[n].copy_(different, non_blocking=True)
+        self._event.record()
+        self._pause = _pauses
+
+
+def _join(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([sample.flatten() for sample in samples])
+
+
+def _ask_all(device: torch.device) -> None:
+    """Ask every comparison that was not asked since the last pause, and wait for the answers."""
+    with _lock:
+        behind = [c for c in _comparisons if c._device == device and c._pause < _pauses]
+    for comparison in behind:
+        comparison.ask()
+    behind[-1]._event.synchronize()  # the last in the stream's order
+
+
+def new_event(device: torch.device) -> Any:
+    """Return an event of the device's streams, which tells when the work before it is done."""
+    return torch.Event(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Say whether the caller is capturing a CUDA graph, in which the host may not ask anything."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def comparisons_of(stamps: Sequence[Stamp]) -> list[Comparison]:
+    """Return one comparison for each accelerator that holds some of the stamped parameters."""
+    devices: dict[torch.device, list[Stamp]] = {}
+    for stamp in stamps:
+        if is_asynchronous(stamp.sample):
+            devices.setdefault(stamp.sample.device, []).append(stamp)
+    return [Comparison(same) for same in devices.values()]
+
+
+def entered() -> None:
+    """Note that a compiled call begins, and whether the host was away for long before it."""
+    global _pauses
+    if time.perf_counter() - _last_return > PAUSE_SECONDS:
+        _pauses += 1
+
+
+def returned() -> None:
+    """Note that a compiled call has returned to its caller."""
+    global _last_return
+    _last_return = time.perf_counter()

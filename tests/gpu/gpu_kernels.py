@@ -1,0 +1,94 @@
+"""Each kernel that a machine offers against the reference GEMM, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from omniq_compile.lowering import reference, registry
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme, w4a8
+from omniq_compile.lowering.target import Target
+
+# M, K and N all different: aligned, ragged, with one block of K left over, few rows, long K.
+SHAPES = [
+    (64, 256, 384), (130, 257, 131), (33, 264, 136), (1, 320, 192), (16, 512, 48), (17, 1040, 80),
+    (129, 3072, 272),
+]  # fmt: skip
+
+# Operands are the same codes, so what is left is the rounding of the result and the order of the
+# sums. fp8 GEMMs of Hopper keep partial sums to about 14 bits.
+LIMITS = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def kernels_on(target: Target) -> list[Kernel]:
+    return [k for method in METHODS for k in registry.candidates(method, target)]
+
+
+def schemes_of(method: str) -> list[Scheme]:
+    """Return every pair of formats that a method may multiply in."""
+    if method == "fp8":
+        return [get_scheme("fp8"), *(get_scheme("fp8", 0, b) for b in ((128, 128), (64, 32)))]
+    if method == "mxfp4":
+        ocp, uos = get_scheme("mxfp4"), get_scheme("mxfp4", 2)
+        return [ocp, uos, w4a8(ocp)]
+    if method == "mxfp4_dualscale":
+        return [get_scheme(method), get_scheme(method, 2)]
+    return [get_scheme(method)]
+
+
+def problems(kernel: Kernel, shapes: Any) -> Iterator[tuple[Scheme, Problem, tuple[int, ...]]]:
+    """Yield what the kernel takes among all schemes, shapes, result dtypes and ranks."""
+    for scheme in schemes_of(kernel.method):
+        for M, K, N in shapes:
+            for dtype in LIMITS:
+                for leading in ((), (2,)):
+                    rank = 2 + len(leading)
+                    problem = Problem(M, K, N, rank, 2, dtype)
+                    if kernel.refuse(problem, scheme) is None:
+                        yield scheme, problem, leading
+
+
+def check_kernel(kernel: Kernel, device: str, compiler: str, shapes: Any = SHAPES) -> int:
+    """Compare a kernel with the reference wherever it does not refuse; returns how often."""
+    count = 0
+    for scheme, problem, leading in problems(kernel, shapes):
+        generator = torch.Generator().manual_seed(problem.K + count)
+        x = torch.randn(*leading, problem.M, problem.K, generator=generator)
+        w = torch.randn(problem.N, problem.K, generator=generator)
+        x[..., 0, :] = 0  # a row without any scale
+        bias = torch.randn(problem.N, generator=generator) if count % 2 else None
+        x, w = (t.to(device, problem.dtype) for t in (x, w))
+        bias = None if bias is None else bias.to(device, problem.dtype)
+        _compare(kernel, scheme, problem, x, w, bias, compiler)
+        count += 1
+    return count
+
+
+def _compare(
+    kernel: Kernel,
+    scheme: Scheme,
+    problem: Problem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    compiler: str,
+) -> None:
+    def run(x: torch.Tensor, parts: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        return kernel.gemm(kernel.quantize(x, scheme.activation), parts, bias, problem, scheme)
+
+    torch._dynamo.reset()
+    parts = list(get_format(scheme.weight).quantize(w))
+    out = torch.compile(run, backend=compiler, fullgraph=True)(x, parts, bias)
+    codes = get_format(scheme.activation).quantize(x)
+    expected = reference.gemm(codes, parts, bias, scheme.activation, scheme.weight, torch.float64)
+    where = f"{kernel.name}, {scheme}, {problem}"
+    assert out.shape == (*x.shape[:-1], problem.N), where
+    assert out.dtype is problem.dtype, where
+    found = float((out.double() - expected).norm() / expected.norm())
+    assert found < LIMITS[problem.dtype], f"{where}: error {found:.2e}"
+    zero = torch.zeros_like(out[..., 0, :]) if bias is None else bias.expand_as(out[..., 0, :])
+    assert torch.equal(out[..., 0, :], zero), f"{where}: a row of zeros is not the bias"

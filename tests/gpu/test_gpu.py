@@ -1,0 +1,113 @@
+"""The CUDA path on real hardware: every method, model family, GEMM kernel and way of compiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpu_checks as checks
+import gpu_kernels
+import pytest
+import torch
+
+from omniq_compile.lowering.target import detect
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="this machine has no CUDA or ROCm device"
+)
+
+PLACE = checks.Place("cuda")
+GRAPHS = {"mode": "reduce-overhead"}
+HERE = detect("cuda") if torch.cuda.is_available() else None
+KERNELS = gpu_kernels.kernels_on(HERE) if HERE else []
+
+by_method = pytest.mark.parametrize("method", checks.METHODS)
+by_family = pytest.mark.parametrize("family", checks.FAMILY_NAMES)
+with_graphs = pytest.mark.parametrize("more", [{}, GRAPHS], ids=["eager launch", "CUDA graphs"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_kernel_multiplies_as_the_reference_does(kernel: gpu_kernels.Kernel) -> None:
+    assert gpu_kernels.check_kernel(kernel, "cuda", "inductor") > 0
+
+
+@by_family
+@by_method
+@with_graphs
+def test_a_whole_model_stays_near_bf16(family: str, method: str, more: dict[str, str]) -> None:
+    checks.whole(family, method, PLACE, **more)
+
+
+@by_family
+@by_method
+@with_graphs
+def test_repeated_blocks_stay_near_bf16(family: str, method: str, more: dict[str, str]) -> None:
+    checks.regional(family, method, PLACE, **more)
+
+
+@by_family
+@by_method
+def test_a_new_resolution_gets_its_own_answer(family: str, method: str) -> None:
+    checks.resolutions(family, method, PLACE)
+
+
+@by_method
+@pytest.mark.parametrize(("K", "N"), checks.LAYERS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_any_number_of_rows(method: str, K: int, N: int, dynamic: bool | None) -> None:
+    checks.rows(method, K, N, dynamic, PLACE)
+
+
+@by_family
+@by_method
+def test_stored_weights(family: str, method: str, tmp_path: Path) -> None:
+    checks.stored(family, method, PLACE, tmp_path)
+
+
+@with_graphs
+def test_changed_weights_are_quantized_anew(more: dict[str, str]) -> None:
+    checks.changed_weights(PLACE, **more)
+
+
+def test_steady_calls_do_not_wait_for_the_device() -> None:
+    """PyTorch raises for every call that makes the host wait."""
+    _, call = checks.steady_calls(PLACE)
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        call()  # the first after a pause, which may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(10):
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_caller_may_capture_a_call() -> None:
+    _, call = checks.steady_calls(PLACE)
+    with torch.no_grad():
+        expected = call().clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_cuda_graphs_do_not_copy_weights() -> None:
+    """A replay of blocks with 32 MB of weights may need no second 32 MB."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(2)))
+    model = model.requires_grad_(False).to("cuda", torch.bfloat16)
+    fast = torch.compile(model, backend="omniq", options=PLACE.options("int8", **GRAPHS))
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        fast(x)
+        held = torch.cuda.memory_allocated()
+        for _ in range(3):
+            fast(x)
+    assert torch.cuda.memory_allocated() - held < 16 << 20

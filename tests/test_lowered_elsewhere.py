@@ -1,0 +1,103 @@
+"""Whole graphs that were lowered for absent devices, run on recorded operators."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_gemms
+import fake_torch_npu
+import pytest
+import torch
+from conftest import Holder, error, traced
+
+from omniq_compile import QuantConfig
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.target import Target
+from omniq_compile.passes import pipeline
+from omniq_compile.passes.context import Context
+
+BF16 = torch.bfloat16
+
+
+def forward(x: torch.Tensor, **weights: torch.Tensor) -> torch.Tensor:
+    """An attention's first half and an MLP, of sizes that differ."""
+    linear = torch.nn.functional.linear
+    q, k = linear(x, weights["q"], weights["q_bias"]), linear(x, weights["k"])
+    hidden = torch.nn.functional.gelu(linear(q * k.sigmoid(), weights["up"], weights["up_bias"]))
+    return x + linear(hidden, weights["down"])
+
+
+def model() -> Holder:
+    shapes = {
+        "q": (320, 256), "q_bias": (320,), "k": (320, 256), "up": (512, 320), "up_bias": (512,),
+        "down": (256, 512),
+    }  # fmt: skip
+    tensors = {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    holder = Holder(forward, **{name: tensor.to(BF16) for name, tensor in tensors.items()})
+    holder.function = lambda x, *given: forward(x, **dict(zip(shapes, given, strict=True)))
+    return holder
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "expected"),
+    [
+        ("npu:ascend910b", {"method": "int8"}, {"npu_dynamic_quant": 3, "npu_quant_matmul": 4}),
+        ("npu:ascend950", {"method": "mxfp8"}, {"npu_dynamic_mx_quant": 3, "npu_quant_matmul": 4}),
+        ("npu:ascend950", {"method": "mxfp4"}, {"npu_dynamic_mx_quant": 3, "npu_quant_matmul": 4}),
+        ("npu:ascend950", {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+         {"npu_dynamic_dual_level_mx_quant": 3, "npu_format_cast": 4,
+          "npu_dual_level_quant_matmul": 4}),
+        ("xpu:xe", {"method": "int8"}, {"_int_mm": 4}),
+        ("xpu:xe", {"method": "fp8"}, {"_scaled_mm": 4}),
+        ("rocm:gfx942", {"method": "int8"}, {"_int_mm": 4}),
+        ("rocm:gfx942", {"method": "fp8"}, {"_scaled_mm": 4}),
+        ("rocm:gfx950", {"method": "fp8"}, {"_scaled_mm": 4}),
+        # K = 320 is no multiple of 128 nor of 256: decoded to BF16.
+        ("rocm:gfx950", {"method": "mxfp8"}, {"_scaled_mm": 3}),
+        ("rocm:gfx950", {"method": "mxfp4"},
+         {"shuffle_weight": 3, "e8m0_shuffle": 6, "gemm_a4w4": 3}),
+    ],
+)  # fmt: skip
+def test_a_lowered_graph_does_what_the_quantized_one_says(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    target: str,
+    options: dict[str, Any],
+    expected: dict[str, int],
+) -> None:
+    ((graph, inputs),) = traced(model(), torch.randn(2, 11, 256, dtype=BF16))
+    fake_gemms.without_own_kernels(monkeypatch)
+    place, config = Target.parse(target), QuantConfig.from_options(options)
+    recorders = []
+    if config.method == "mxfp4" and place.device == "rocm":
+        recorders.append(fake_gemms.install_aiter(monkeypatch, tmp_path, place.arch))
+    context = Context(config, place, stages={})
+    lowered = pipeline.run(graph, pipeline.build(config), context)
+    # AITER has to be found to be chosen; the others are there when the graph runs.
+    if place.device == "npu":
+        module, recorder = fake_torch_npu.install(place.arch)
+        monkeypatch.setitem(sys.modules, "torch_npu", module)
+        recorders.append(recorder)
+    else:
+        recorders.append(fake_gemms.install_torch(monkeypatch, place.arch))
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    for binding in context.bindings:
+        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
+        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
+
+    def run(gm: torch.fx.GraphModule) -> torch.Tensor:
+        with torch.no_grad():
+            (out,) = gm(*(values[n.name] for n in gm.graph.nodes if n.op == "placeholder"))
+        return out
+
+    assert context.stages is not None
+    quantized = run(context.stages["quantized"])
+    out = run(lowered)
+    assert (out.shape, out.dtype) == (quantized.shape, BF16)
+    # The last layer's rounding, and codes that an earlier rounding moved.
+    assert error(out, quantized) < (0.04 if "mxfp4" in config.method else 0.015)
+    calls = [call.operator for recorder in recorders for call in recorder.calls]
+    assert {name: calls.count(name) for name in calls} == expected

@@ -1,0 +1,114 @@
+"""Each Triton GEMM compiled for each architecture: its instructions, spills and shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_offline import Case, cases
+
+pytest.importorskip("triton")
+
+PARTS = 2
+by_case = pytest.mark.parametrize("case", list(cases()), ids=str)
+
+# Bytes of shared memory that a block may use: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability" ("Maximum amount of shared memory per thread block"); LDS of a workgroup:
+# AMD CDNA 3 and CDNA 4 ISA reference guides, "Local Data Share".
+KIB = 1024
+SHARED = {
+    "sm_80": 163 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+    "gfx950": 160 * KIB,
+}
+
+# The one matrix instruction that makes a product native: another beside it would be a fallback.
+INT8 = {
+    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+    # Triton before 3.8 has no tcgen05.mma kind::i8.
+    "sm_100": r"mma\.sync\.\S*\.s32\.s8\.s8\.s32",
+    "gfx942": r"v_mfma_i32_\d+x\d+x\d+_i8",
+}
+INT8 |= {arch: INT8["sm_100"] for arch in ("sm_80", "sm_89", "sm_120")}
+INT8["gfx950"] = INT8["gfx942"]
+FP8 = {
+    "sm_89": r"mma\.sync\.\S*\.f32\.e4m3\.e4m3\.f32",
+    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3",
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
+    "gfx942": r"v_mfma_f32_\d+x\d+x\d+_fp8_fp8",
+    "gfx950": r"v_mfma_f32_\d+x\d+x\d+_f8f6f4",
+}
+FP8["sm_120"] = FP8["sm_89"]
+BFLOAT16 = {
+    "sm_80": r"mma\.sync\.\S*\.f32\.bf16\.bf16\.f32",
+    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
+    "gfx942": r"v_mfma_f32_\d+x\d+x\d+_bf16",
+}
+BFLOAT16 |= {arch: BFLOAT16["sm_80"] for arch in ("sm_89", "sm_120")}
+E4M3_SCALED = {
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.scale_vec::1X",
+    "sm_120": r"mma\.sync\.\S*kind::mxf8f6f4\.block_scale\.scale_vec::1X\.f32\.e4m3\.e4m3\S*ue8m0",
+    "gfx950": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
+}
+E2M1_SCALED = {
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.scale_vec::2X",
+    "sm_120": r"mma\.sync\.\S*kind::mxf4\w*\.block_scale\.scale_vec::2X\.f32\.e2m1\.e2m1\S*ue8m0",
+    "gfx950": E4M3_SCALED["gfx950"],
+}
+
+
+def native(case: Case) -> str:
+    if case.a == "real":
+        return BFLOAT16[case.arch]
+    if case.b == "int8":
+        return INT8[case.arch]
+    if case.b.startswith("fp8"):
+        return FP8[case.arch]
+    return (E4M3_SCALED if case.a == "mxfp8" else E2M1_SCALED)[case.arch]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cache = tmp_path_factory.mktemp("triton_cache")
+    script = Path(__file__).with_name("triton_offline.py")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(part), str(PARTS)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for part in range(PARTS)
+    ]  # fmt: skip
+    lines: list[str] = []
+    for process in processes:
+        try:
+            lines += process.communicate(timeout=600)[0].splitlines()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            lines += process.communicate()[0].splitlines()
+    return dict(json.loads(line) for line in lines if line.startswith("["))
+
+
+@by_case
+def test_it_compiles_to_native_instructions_without_spills(
+    reports: dict[str, Any], case: Case
+) -> None:
+    report = reports[str(case)]
+    assert "error" not in report
+    assert report["instructions"]
+    assert [i for i in report["instructions"] if not re.fullmatch(native(case), i)] == []
+    assert report["spilled"] == 0
+    assert 0 < report["shared"] <= SHARED[case.arch]
+    # Subnormal elements are float32 denormals while they are decoded.
+    assert not report["flushes_denormals"]

@@ -1,0 +1,198 @@
+"""Which problems the Triton GEMMs take, in which order, and what a graph that calls them holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import Holder
+
+import omniq_compile as omniq
+from omniq_compile.lowering import registry
+from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.registry import Problem
+from omniq_compile.lowering.schemes import Scheme, get_scheme, w4a8
+from omniq_compile.lowering.target import ARCHITECTURES, Target
+from omniq_compile.lowering.triton_kernels import launch, tiles
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+INT8, FP8, MXFP4 = get_scheme("int8"), get_scheme("fp8"), get_scheme("mxfp4")
+DUALSCALE = get_scheme("mxfp4_dualscale")
+
+
+def blocks(rows: int, columns: int) -> Scheme:
+    return get_scheme("fp8", weight_block_size=(rows, columns))
+
+
+def chosen(place: str, scheme: Scheme, problem: Problem) -> tuple[str, str]:
+    kernel, why = registry.choose(scheme, Target.parse(place), problem)
+    assert kernel is not None
+    return kernel.name, why
+
+
+def layer(
+    M: Any = 4096, K: int = 3072, N: int = 9216, dtype: torch.dtype = BF16, b_rank: int = 2
+) -> Problem:
+    return Problem(M, K, N, 3, b_rank, dtype)
+
+
+@pytest.mark.parametrize(
+    ("place", "scheme", "problem", "name", "said"),
+    [
+        ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", ""),
+        ("cuda:sm_80", INT8, layer("s0", 70, 45), "cuda_s8_triton", ""),
+        ("cuda:sm_100", INT8, layer(), "cuda_s8_int_mm", ""),
+        ("cuda:sm_100", INT8, layer("s0"), "cuda_s8_triton", "not known to be over 16"),
+        ("cuda:sm_100", INT8, layer(1), "cuda_s8_triton", "needs more than 16"),
+        ("cuda:sm_100", INT8, layer(64, 70), "cuda_s8_triton", "K = 70"),
+        ("cuda:sm_90", INT8, layer(b_rank=3), "cuda_s8_float32", "no batch of matrices"),
+        ("cuda:sm_90", FP8, layer(), "cuda_fp8_scaled_mm", ""),
+        ("cuda:sm_90", FP8, layer(K=3000), "cuda_fp8_triton", "not a multiple of 16"),
+        ("cuda:sm_90", FP8, layer(dtype=FP16), "cuda_fp8_triton", "result is float16"),
+        ("cuda:sm_90", blocks(128, 128), layer(), "cuda_fp8_block_triton", "one per block"),
+        ("cuda:sm_90", blocks(7, 96), layer(), "cuda_fp8_block_triton", "one per block"),
+        ("cuda:sm_90", blocks(64, 48), layer(), "cuda_fp8_float32", "16 columns share both"),
+        ("cuda:sm_80", FP8, layer(), "cuda_fp8_weight_only_triton", ""),
+        ("cuda:sm_80", blocks(9, 96), layer(), "cuda_fp8_weight_only_triton", ""),
+        ("cuda:sm_80", blocks(9, 48), layer(), "cuda_fp8_float32", "scale per 48 columns"),
+        ("cuda:sm_80", FP8, layer(dtype=FP32), "cuda_fp8_float32", "float32 has no fast GEMM"),
+        ("cuda:sm_100", MXFP4, layer("s0"), "cuda_mxfp4_triton", ""),
+        ("cuda:sm_100", w4a8(MXFP4), layer(), "cuda_mxfp4_triton", ""),
+        ("cuda:sm_120", w4a8(MXFP4), layer(1), "cuda_mxfp4_decoded_triton", "mxfp8 by mxfp4 in"),
+        ("cuda:sm_120", w4a8(MXFP4), layer(), "cuda_mxfp4_bfloat16", "one tile of 128 rows"),
+        ("cuda:sm_90", MXFP4, layer(128), "cuda_mxfp4_decoded_triton", ""),
+        ("cuda:sm_90", MXFP4, layer(129), "cuda_mxfp4_bfloat16", "decodes the weight again"),
+        ("cuda:sm_90", MXFP4, layer("s0"), "cuda_mxfp4_bfloat16", "M = s0"),
+        ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", ""),
+        ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", ""),
+        ("rocm:gfx942", DUALSCALE, layer(), "rocm_mxfp4_dualscale_decoded_triton", ""),
+        ("rocm:gfx942", MXFP4, layer(7), "rocm_mxfp4_decoded_triton", ""),
+        ("rocm:gfx942", INT8, layer("s0", 70, 45), "rocm_s8_triton", ""),
+    ],
+)
+def test_a_problem_goes_to_the_first_kernel_that_takes_it(
+    place: str, scheme: Scheme, problem: Problem, name: str, said: str
+) -> None:
+    found, why = chosen(place, scheme, problem)
+    assert found == name
+    assert said in why
+    assert bool(said) == bool(why)
+
+
+def test_two_activations_are_not_decoded_as_a_weight() -> None:
+    problem = Problem(9, 64, 64, 2, 2, BF16, b_is_weight=False)
+    assert chosen("cuda:sm_90", MXFP4, problem)[0] == "cuda_mxfp4_bfloat16"
+    assert chosen("cuda:sm_120", w4a8(MXFP4), problem)[0] == "cuda_mxfp4_triton"
+
+
+def test_no_row_calls_dot_scaled_where_triton_has_it_not() -> None:
+    """Before sm_100 and gfx950 there is no instruction, and for gfx942 Triton fails to compile."""
+    for place in ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90", "rocm:gfx942"):
+        target = Target.parse(place)
+        for method in ("mxfp8", "mxfp4", "mxfp4_dualscale"):
+            assert not any(kernel.native for kernel in registry.candidates(method, target))
+
+
+def lowered(place: str, method: str, M: int) -> str:
+    def forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, w, b)
+
+    w, b = torch.randn(384, 320, dtype=BF16), torch.randn(384, dtype=BF16)
+    options: dict[str, Any] = {"method": method}
+    if method == "mxfp4_dualscale":
+        options["num_bf16_fallback_layers"] = 0
+    x = torch.randn(2, M, 320, dtype=BF16)
+    report = omniq.explain(Holder(forward, w=w, b=b), [x], options, target=place)
+    return report.graphs[0].programs["lowered"]
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "M", "operator"),
+    [
+        ("cuda:sm_90", "int8", 33, "triton_row_scaled_gemm"),
+        ("rocm:gfx942", "int8", 33, "triton_row_scaled_gemm"),
+        ("cuda:sm_80", "fp8", 33, "triton_decoded_gemm"),
+        ("cuda:sm_100", "mxfp4", 33, "triton_mx_gemm"),
+        ("rocm:gfx950", "mxfp4_dualscale", 33, "triton_mx_gemm"),
+        ("cuda:sm_89", "mxfp8", 33, "triton_decoded_gemm"),
+        ("cuda:sm_90", "mxfp4_dualscale", 300, "triton_decoded_gemm"),
+    ],
+)
+def test_one_operator_multiplies_scales_and_adds_the_bias(
+    place: str, method: str, M: int, operator: str
+) -> None:
+    program = lowered(place, method, M)
+    assert program.count("omniq.triton_") == 1
+    assert f"omniq.{operator}" in program
+    assert "_mm(" not in program
+    tail = program[program.index(f"omniq.{operator}") :]
+    # Nothing is left to do to its result but to return it.
+    assert " + " not in tail
+    assert ".to(" not in tail
+
+
+def test_more_rows_than_a_tile_have_their_weight_decoded_once_by_the_graph() -> None:
+    few, many = (lowered("cuda:sm_80", "mxfp4_dualscale", M) for M in (33, 300))
+    assert "torch.bfloat16" in many.split("triton_decoded_gemm")[0]
+    assert many.count(" = ") > few.count(" = ")
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 18432), (77, 3072), (4096, 3072), (16384, 12288)])
+def test_a_tile_is_no_taller_than_its_rows_want(M: int, N: int) -> None:
+    for (kernel, arch), row in tiles.TILES.items():
+        tile = tiles.choose(kernel, arch, M, N, processors=132)
+        assert tile in row
+        assert tile == row[-1] or tile.block_m < 2 * M
+        if M >= 4096:
+            assert tile.block_m >= 128
+    small = tiles.choose("row_scaled", "sm_90", 1024, 3072, processors=132)
+    assert small.block_n == 128  # 256 columns would leave a third of the SMs without a tile
+
+
+def test_every_architecture_that_a_row_names_has_tiles() -> None:
+    needs = {"s8": "row_scaled", "fp8": "row_scaled", "fp8_block": "block_scaled"}
+    for device in ("cuda", "rocm"):
+        for arch in ARCHITECTURES[device]:
+            for method in ("int8", "fp8"):
+                for kernel in registry.candidates(method, Target(device, arch)):
+                    middle = kernel.name.removeprefix(f"{device}_").removesuffix("_triton")
+                    if kernel.name.endswith("triton") and middle in needs:
+                        assert (needs[middle], arch) in tiles.TILES
+
+
+def test_a_machine_without_triton_lowers_and_says_so_where_it_would_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "import omniq_compile, sys; omniq_compile.kernels(); print('triton' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(
+        sys.modules, "omniq_compile.lowering.triton_kernels.row_scaled_gemm", raising=False
+    )
+    with pytest.raises(OmniqError, match=r"needs Triton.*omniq-compile\[triton\]"):
+        launch.function("row_scaled_gemm")
+
+
+def test_a_gpu_machine_without_triton_falls_to_torchs_own_gemm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
+    )
+    assert chosen("cuda:sm_90", INT8, layer()) == (
+        "cuda_s8_int_mm",
+        "cuda_s8_triton: Triton is not installed",
+    )
+
+
+def test_operands_on_a_cpu_are_an_error() -> None:
+    codes, scale = torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)
+    with pytest.raises(OmniqError, match="operands are on 'cpu'"):
+        torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, None, BF16, False)

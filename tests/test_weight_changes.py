@@ -1,0 +1,213 @@
+"""How a changed parameter is noticed on an accelerator, on a device made up of CPU tensors.
+
+The made-up device finishes work only when the test says so, or when the host waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_weights import (
+    OPTIONS,
+    Block,
+    assert_near,
+    compiled,
+    load_state,
+    load_state_assigned,
+    replace_data,
+    replace_parameter,
+    residual,
+    write_in_place,
+    write_low_rank_through_data,
+)
+from torch import nn
+
+from omniq_compile import weight_changes
+from omniq_compile.weights import statistics
+
+
+class Device:
+    """Counts how often the host waits, and says which of its events have happened."""
+
+    def __init__(self) -> None:
+        self.recorded = itertools.count(1)
+        self.finished = 0
+        self.last = 0
+        self.waits = 0
+
+    def finish(self) -> None:
+        self.finished = self.last
+
+    def event(self, _: torch.device) -> Event:
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.number = 0
+
+    def record(self) -> None:
+        self.number = self.device.last = next(self.device.recorded)
+
+    def query(self) -> bool:
+        return self.number <= self.device.finished
+
+    def synchronize(self) -> None:
+        self.device.waits += 1
+        self.device.finished = max(self.device.finished, self.number)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made_up = Device()
+    monkeypatch.setattr(weight_changes, "is_asynchronous", lambda tensor: True)
+    monkeypatch.setattr(weight_changes, "new_event", made_up.event)
+    monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", float("inf"))
+    return made_up
+
+
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the next call find that the host was away for long."""
+
+    def now() -> None:
+        monkeypatch.setattr(weight_changes, "_last_return", float("-inf"))
+        monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", 3600)
+
+    return now
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def warm(block: nn.Module, x: torch.Tensor) -> Any:
+    fast = compiled(block)
+    for _ in range(2):
+        residual(fast, x)
+    return fast
+
+
+def test_calls_in_quick_succession_never_wait(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+
+    def wait(stamp: Any) -> bool:
+        raise AssertionError("read from the device")
+
+    monkeypatch.setattr(weight_changes.Stamp, "has_same_values", wait)
+    waits, quantized = device.waits, statistics()["quantized"]
+    for finish in (False, True, False, True):
+        if finish:
+            device.finish()
+        fast(x)
+    assert (device.waits, statistics()["quantized"]) == (waits, quantized)
+
+
+def test_a_write_through_data_is_noticed_once_the_device_has_told(device: Device) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    device.finish()
+    before = residual(fast, x)
+    write_low_rank_through_data(block)
+    for _ in range(3):  # it is compared behind the first of these, and the device is still at it
+        assert torch.equal(residual(fast, x), before)
+    device.finish()
+    assert torch.equal(residual(fast, x), before)  # the answer to a question before the write
+    device.finish()
+    assert_near(residual(fast, x), residual(block, x))
+    device.finish()
+    quantized = statistics()["quantized"]
+    fast(x)
+    assert statistics()["quantized"] == quantized
+
+
+def test_after_a_pause_one_wait_serves_every_block(device: Device, pause: Any) -> None:
+    model, x = nn.Sequential(Block(), Block(), Block()), torch.randn(2, 7, 96)
+    for block in model:
+        block.compile(backend="omniq", options=OPTIONS)
+    for _ in range(2):
+        model(x)
+    for block in model:
+        write_low_rank_through_data(block)
+    quantized = statistics()["quantized"]
+    pause()
+    waits = device.waits
+    for block in model:
+        expected = block._call_impl(x) - x
+        assert_near(residual(block, x), expected)
+    assert device.waits - waits == 1
+    assert statistics()["quantized"] - quantized == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_in_place, replace_data, load_state, load_state_assigned, replace_parameter],
+)
+def test_what_the_host_can_see_is_noticed_at_once(device: Device, change: Any) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    change(block)
+    assert_near(residual(fast, x), residual(block, x))
+
+
+def test_two_graphs_that_share_a_weight_both_notice(device: Device, pause: Any) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    first = warm(block, x)
+    second = torch.compile(lambda y: block(y) * 1, backend="omniq", options=OPTIONS)
+    second(x)
+    write_low_rank_through_data(block)
+    quantized = statistics()["quantized"]
+    pause()
+    for fast in (first, second):
+        assert_near(residual(fast, x), residual(block, x))
+    assert statistics()["quantized"] - quantized == 1
+
+
+def test_nothing_is_asked_while_a_graph_is_captured(
+    device: Device, pause: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    monkeypatch.setattr(weight_changes, "is_capturing", lambda device: True)
+    pause()
+    waits, asked = device.waits, device.last
+    fast(x)
+    assert (device.waits, device.last) == (waits, asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(7, 5), (3000, 130), (130, 3000), (4, 70, 50)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_comparison_sees_a_change_of_any_layout_and_dtype(
+    device: Device, dtype: torch.dtype, shape: tuple[int, ...], transpose: bool
+) -> None:
+    tensors = [torch.randn(shape).to(dtype), torch.full((9,), float("nan"))]
+    if transpose:
+        tensors[0] = tensors[0].mT
+    (comparison,) = weight_changes.comparisons_of([weight_changes.Stamp(t) for t in tensors])
+    assert not comparison.has_changed()  # NaN is what it was
+    tensors[0].copy_((tensors[0].float() * -2 + 1).to(dtype))
+    device.finish()
+    comparison.ask()
+    device.finish()
+    assert comparison.has_changed()
+
+
+def test_tensors_of_two_widths_are_all_compared(device: Device, pause: Any) -> None:
+    tensors = [torch.ones(40, 30), torch.ones(40, 30, dtype=torch.bfloat16)]
+    for changed in tensors:
+        (comparison,) = weight_changes.comparisons_of([weight_changes.Stamp(t) for t in tensors])
+        assert not comparison.has_changed()
+        changed.data += 1
+        pause()
+        weight_changes.entered()
+        assert comparison.has_changed()

@@ -1,0 +1,201 @@
+"""Compiles launches of the Triton GEMMs for GPUs that are not there, in a process of its own.
+
+What is compiled is what `launch` makes of operands on the meta device. The report says what the
+tests ask: which matrix instructions there are, what was spilled, and the shared memory it takes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniq_compile.lowering.formats import block_size, get_format
+from omniq_compile.lowering.triton_kernels import launch
+from omniq_compile.lowering.triton_kernels.launch import Device, Launch
+
+N, K = 3072, 3072
+# M for the largest tile, for the most rows that are decoded in registers, for the smallest tile.
+LARGE, ONE_TILE, SMALL = 4096, 128, 9
+PROCESSORS = 132
+
+CUDA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+SCALED = ("sm_100", "sm_120", "gfx950")
+UNSCALED = ("sm_80", "sm_89", "sm_90", "gfx942")
+
+# (formats of a and b, architectures): an activation "real" is BF16, a weight "real" was decoded by
+# the graph.
+LARGE_AND_SMALL = (
+    ("int8", "int8", (*CUDA, "gfx942", "gfx950")),
+    ("fp8", "fp8", FP8),
+    ("fp8_group_128", "fp8_block_128x128", FP8),
+    ("mxfp8", "mxfp8", SCALED),
+    ("mxfp4", "mxfp4", SCALED),
+    ("mxfp8", "mxfp4", ("sm_100", "gfx950")),
+    ("mxfp4_dualscale", "mxfp4_dualscale", SCALED),
+)
+DECODED = (
+    ("real", "mxfp8", UNSCALED),
+    ("real", "mxfp4", (*UNSCALED, "sm_120")),
+    ("real", "mxfp4_dualscale", UNSCALED),
+    ("real", "fp8", ("sm_80",)),
+    ("real", "fp8_block_128x128", ("sm_80",)),
+)
+
+POINTERS = {
+    torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+}  # fmt: skip
+MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]+|v_mfma_\w+")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product for one architecture.
+
+    Attributes:
+        a, b: formats.
+        ragged: K is no multiple of the tile's.
+        by_graph: b was decoded before.
+    """
+
+    a: str
+    b: str
+    arch: str
+    M: int
+    ragged: bool = False
+    by_graph: bool = False
+
+    def __str__(self) -> str:
+        marks = ("-ragged" if self.ragged else "") + ("-by_graph" if self.by_graph else "")
+        return f"{self.a}-{self.b}-{self.arch}-M{self.M}{marks}"
+
+
+def cases() -> Iterator[Case]:
+    """Name what the rows of each architecture launch."""
+    for a, b, archs in LARGE_AND_SMALL:
+        yield from (Case(a, b, arch, M) for arch in archs for M in (LARGE, SMALL))
+    for a, b, archs in DECODED:
+        yield from (Case(a, b, arch, M) for arch in archs for M in (ONE_TILE, SMALL))
+    for arch in UNSCALED:
+        yield Case("real", "mxfp4_dualscale", arch, LARGE, by_graph=True)
+    yield Case("real", "fp8", "sm_80", LARGE, by_graph=True)
+    yield Case("int8", "int8", "sm_90", LARGE, ragged=True)
+    yield Case("fp8_group_128", "fp8_block_128x128", "gfx942", LARGE, ragged=True)
+    yield Case("mxfp8", "mxfp8", "sm_100", LARGE, ragged=True)
+
+
+def make(case: Case) -> Launch:
+    """Launch as the operators do, on operands without values."""
+    k = K + 32 if case.ragged else K
+    with torch.device("meta"):
+        out = torch.empty(case.M, N, dtype=torch.bfloat16)
+        b = list(get_format(case.b).allocate(torch.empty(N, k)))
+        real = case.a == "real"
+        x = torch.empty(case.M, k, dtype=torch.bfloat16)
+        a = [x] if real else list(get_format(case.a).allocate(x))
+        if real and case.b == "mxfp4_dualscale":
+            a.append(torch.empty(case.M, k // 512))
+    where: dict[str, Any] = {"bias": out[0], "out": out, "device": Device(case.arch, PROCESSORS)}
+    if real:
+        return _decoded(case, a, b, where)
+    if case.b.startswith("mx"):
+        return launch.mx(a=a, b=b, **where)
+    parts: dict[str, Any] = {"a": a[0], "a_scale": a[1], "b": b[0], "b_scale": b[1]} | where
+    parts["fnuz"] = case.arch == "gfx942" and case.b != "int8"
+    block = block_size(case.b)
+    if block is None:
+        return launch.row_scaled(**parts)
+    return launch.block_scaled(**parts, a_columns=128, b_rows=block[0], b_columns=block[1])
+
+
+def _decoded(case: Case, a: list[Any], b: list[Any], where: dict[str, Any]) -> Launch:
+    codes, *scales = b
+    if case.by_graph:
+        codes = torch.empty(N, K, dtype=torch.bfloat16, device="meta")
+    b_rows, columns = block_size(case.b) or (1, 512 if "dualscale" in case.b else 0)
+    mx = case.b.startswith("mx")
+    block = scales[0] if mx and not case.by_graph else None
+    scale = scales[-1] if not mx or columns else None
+    operands = {"a": a, "b": codes, "b_block": block, "b_scale": scale}
+    return launch.decoded(**operands, b_rows=b_rows, columns=columns, **where)
+
+
+def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
+    """Compile for ``arch`` what a launch would compile there; returns the report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = launch.function(record.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(function.arg_names):
+        value = record.constants.get(name, record.arguments.get(name))
+        if name in record.constants or value is None:
+            signature[name], constants[(position,)] = "constexpr", value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[name] = POINTERS[value.dtype] if tensor else "i32"
+        if tensor or value % 16 == 0:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    if arch.startswith("sm_"):
+        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", arch, 64)
+    options = {"num_warps": record.tile.warps, "num_stages": record.tile.stages}
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options)
+    code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    return {
+        "tile": str(record.tile),
+        "instructions": sorted(set(MATRIX.findall(code))),
+        "shared": compiled.metadata.shared,
+        "spilled": _spilled(compiled),
+        "flushes_denormals": bool(re.search(r"(mul|fma)\S*\.ftz|denorm_mode_32 [012]\b", code)),
+    }
+
+
+def _spilled(compiled: Any) -> int:
+    """Return bytes of the stack and of local memory, which registers are spilled to.
+
+    Of a cubin these are read by NVIDIA's ``cuobjdump``, which Triton brings. An AMD kernel states
+    its own, in the metadata that the loader reads.
+    """
+    if "amdgcn" in compiled.asm:
+        names = r"\.(?:private_segment_fixed_size|sgpr_spill_count|vgpr_spill_count): +(\d+)"
+        found = re.findall(names, compiled.asm["amdgcn"])
+    else:
+        import triton
+
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [str(tools / "cuobjdump"), "-res-usage", file.name]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"(?:STACK|LOCAL):(\d+)", said)
+    assert found, "no word of spills"
+    return sum(map(int, found))
+
+
+def main(part: int, parts: int) -> None:
+    """Print a report, a line of JSON, of every ``parts``-th case."""
+    for case in list(cases())[part::parts]:
+        try:
+            report = compile_launch(make(case), case.arch)
+        except Exception as error:  # reported, and fails the case's test
+            report = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps([str(case), report]), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
