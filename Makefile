@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test lint types docs bench clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ types: $(READY)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Without a network; tests/test_docs.py builds it too, and runs what it shows.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/omniq bench
