@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test lint types docs bench clean
+.PHONY: setup demo test zoo lint types docs bench clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ test: lint types
 # Without a network; tests/test_docs.py builds it too, and runs what it shows.
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# Every transformer class of diffusers, and the long runs that `make test` leaves out.
+zoo: $(READY)
+	$(BIN)/python -m pytest -m zoo
 
 bench: $(READY)
 	$(BIN)/omniq bench

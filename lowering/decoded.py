@@ -88,12 +88,17 @@ def quantize(x: torch.Tensor, format: str) -> Values:
     return _decoder(format).activation(x)
 
 
+def decode_weight(parts: Parts, format: str) -> Values:
+    """Return what `gemm` decodes a weight to: float32 ``[N, K]``, and its scale per row if any."""
+    return _decoder(format).weight(parts)
+
+
 def gemm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Decode a weight, and multiply in float32; see `Kernel.gemm`."""
     if problem.b_is_weight:
-        b = _decoder(scheme.weight).weight(b)
+        b = decode_weight(b, scheme.weight)
     return gemm_values(a, b, bias, problem.dtype)
 
 

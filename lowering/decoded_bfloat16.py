@@ -30,11 +30,16 @@ def quantize(x: torch.Tensor, format: str) -> Parts:
     return (decoded.quantize(x, format)[0].to(torch.bfloat16),)
 
 
+def decode_weight(parts: Parts, format: str) -> Parts:
+    """Return what `gemm` decodes a weight to: bfloat16 ``[N, K]``."""
+    return (_WEIGHTS[format](parts),)
+
+
 def gemm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Decode a weight, and multiply in BF16; see `Kernel.gemm`."""
-    weight = _WEIGHTS[scheme.weight](b) if problem.b_is_weight else b[0]
+    weight = decode_weight(b, scheme.weight)[0] if problem.b_is_weight else b[0]
     if problem.b_rank == 2:
         fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
         if (fused is None) == (bias is None):

@@ -49,6 +49,26 @@ class PipelineQuantConfig:
         ignored = [*given.get("ignored_layers", ()), *(_subtree(path) for path in below)]
         return {**given, "ignored_layers": ignored}
 
+    def with_options(
+        self, more: Mapping[str, Any], ignored_layers: Iterable[str] = ()
+    ) -> PipelineQuantConfig:
+        """Return the config with further options and ignored layers in every quantized component.
+
+        Raises:
+            OptionError: unknown options.
+        """
+
+        def changed(options: Options, component: str) -> Options:
+            if options is None:
+                return None
+            ignored = [*options.get("ignored_layers", ()), *ignored_layers]
+            kept = {"ignored_layers": ignored} if ignored else {}
+            return _checked({**options, **more, **kept}, component)
+
+        return PipelineQuantConfig(
+            changed(self.everywhere, ""), {k: changed(v, k) for k, v in self.components.items()}
+        )
+
     def check(self, components: Iterable[str], stages: Iterable[str] = ()) -> None:
         """Check the keys against a pipeline.
 

@@ -160,7 +160,8 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         ignored_layers=inside(config.ignored_layers),
         w4a8_fallback_layers=inside(config.w4a8_fallback_layers),
         num_bf16_fallback_layers=0,
-        keep_all=leading_reason(config) if place < config.num_bf16_fallback_layers else "",
+        keep_all=config.keep_all
+        or (leading_reason(config) if place < config.num_bf16_fallback_layers else ""),
     )
 
 

@@ -121,6 +121,10 @@ def leading_reason(config: QuantConfig) -> str:
 
 def too_small(K: Any, N: Any, min_features: int) -> str | None:
     """Return why ``[N, K]`` is not worth quantizing, or None; symbolic sizes are not judged."""
+    if isinstance(K, int) and K == 1:
+        # Fourier features of a timestep are such a product: angles of many turns, which have to
+        # be exact, and there is no arithmetic to save.
+        return "K = 1: an outer product, which sums nothing"
     for name, size in (("K", K), ("N", N)):
         if not isinstance(size, int):
             # A symbolic size occurs only between activations; it is not compared, because that

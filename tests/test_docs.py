@@ -61,7 +61,8 @@ def make_folder(folder: Path) -> None:
     )
     transformers.T5EncoderModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     (folder / "vae").mkdir()
-    (folder / "vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    for file in ("config.json", "model.safetensors"):
+        (folder / "vae" / file).touch()
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"text_encoder": ["transformers", "T5EncoderModel"]}
     index |= {"vae": ["diffusers", "AutoencoderKL"]}

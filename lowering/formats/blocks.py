@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 
 def pad_last(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Append zeros until the last dimension is a multiple."""
     missing = -x.shape[-1] % multiple
-    return F.pad(x, (0, missing)) if missing else x
+    if not missing:
+        return x
+    # Not F.pad, whose trace wants the value of sizes that only a run tells, such as how many tokens
+    # an expert gets.
+    return torch.cat([x, x.new_zeros((*x.shape[:-1], missing))], -1)
 
 
 def repeat(scale: torch.Tensor, dim: int, times: int, size: int) -> torch.Tensor:

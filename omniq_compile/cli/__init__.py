@@ -14,6 +14,8 @@ COMMANDS = {
     "plan": "show what becomes of a model of any size, from its configuration alone",
     "bench": "measure a model beside Inductor BF16 and torchao",
     "generate": "run a diffusers pipeline with quantized components",
+    "compare": "measure a pipeline's pictures beside those of BF16, and pass or fail",
+    "tune": "find the layers to keep in BF16 for a quality or a size",
     "quantize": "write a quantized checkpoint",
     "kernels": "list the kernels of every target, and what this machine has",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from omniq_compile.cli.pipeline_call import (
+    add_call_arguments,
+    check_call,
+    compile_component,
+    given_arguments,
+    remote_code,
+)
 from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
 from omniq_compile.components import build_quant_config
-from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.saving import stored_options
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
@@ -25,22 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", help="a diffusers pipeline, or a hub id")
     add_quantization_argument(parser, required=False)
-    parser.add_argument("--prompt", help="for pipelines that take one")
+    add_call_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
-    parser.add_argument(
-        "--argument",
-        nargs="+",
-        default=[],
-        metavar="NAME=JSON",
-        help="any other argument of the pipeline's call: height=512, digits=[0,1,2]",
-    )
     parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
     parser.add_argument(
         "--eager", action="store_true", help="do not compile: slower, starts at once"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the folder brings along"
     )
 
 
@@ -51,16 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.out.resolve().parent.is_dir():
         raise OptionError(f"--out {arguments.out}: its folder does not exist.")
     config = build_quant_config(read_quantization(arguments.quantization))
-    remote: dict[str, Any] = {"trust_remote_code": True} if arguments.trust_remote_code else {}
-    pipe = omniq.from_pretrained(arguments.folder, config, **remote)
+    pipe = omniq.from_pretrained(arguments.folder, config, **remote_code(arguments))
     console = Console(stderr=True)
     for name, component in pipe.components.items():
         if not isinstance(component, torch.nn.Module) or arguments.eager:
             continue
         options = config.options_for(name) or stored_options(component)
         if options is not None:
-            _compile(name, component, options, console)
-    given = _call_arguments(pipe, arguments)
+            console.print(f"{name}: {compile_component(component, options)}")
+    given = given_arguments(arguments)
+    given["generator"] = torch.Generator().manual_seed(arguments.seed)
+    check_call(pipe, given)
     with omniq.denoise_step(0) as step:
         if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
             given.setdefault("callback_on_step_end", step)
@@ -68,51 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     for path in save_result(result, arguments.out):
         console.print(f"wrote {path}")
     return 0
-
-
-def _compile(name: str, component: torch.nn.Module, options: dict[str, Any], console: Any) -> None:
-    import omniq_compile as omniq
-    from omniq_compile.regional import module_blocks
-
-    if module_blocks(component):
-        omniq.compile(component, options)
-        console.print(f"{name}: {options['method']}, its blocks compile when they first run")
-    else:
-        component.compile(backend="omniq", options=options)
-        console.print(f"{name}: {options['method']}, compiles when it first runs")
-
-
-def _call_arguments(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call, checked against its signature."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    given: dict[str, Any] = {}
-    if arguments.prompt is not None:
-        given["prompt"] = arguments.prompt
-    if arguments.steps is not None:
-        given["num_inference_steps"] = arguments.steps
-    for text in arguments.argument:
-        name, _, value = text.partition("=")
-        try:
-            given[name] = json.loads(value)
-        except ValueError as error:
-            raise OptionError(f"--argument {text!r} is not NAME=JSON: {error}.") from error
-    given["generator"] = torch.Generator().manual_seed(arguments.seed)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    for name in given:
-        if name not in accepted and not open_ended:
-            raise OptionError(unknown(f"argument of {type(pipe).__name__}", name, accepted))
-    needed = [
-        name
-        for name, parameter in accepted.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in given
-    ]
-    if needed:
-        raise OptionError(
-            f"{type(pipe).__name__} needs {' and '.join(needed)}: give --argument {needed[0]}=JSON."
-        )
-    return given
 
 
 def save_result(result: Any, out: Path) -> list[Path]:

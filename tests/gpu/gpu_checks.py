@@ -19,8 +19,8 @@ from omniq_compile import weight_changes
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.cli.models import make_inputs, random_model
 
-# Options, and the worst error of a tiny model's output beside the same model in BF16: 1.5 times what
-# the four families had on a CPU. Outputs that have nothing to do with each other have 1.4.
+# Options, and the worst error of a tiny model's output beside the same model in BF16: 1.5 times
+# what the four families had on a CPU. Outputs that have nothing to do with each other have 1.4.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "int8": ({"method": "int8"}, 0.06),
     "fp8": ({"method": "fp8"}, 0.16),

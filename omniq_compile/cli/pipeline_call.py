@@ -1,0 +1,150 @@
+"""What the commands that run a diffusers pipeline share: its arguments, their check, compiling."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from omniq_compile.backend import omniq
+from omniq_compile.components import build_quant_config
+from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.option_checks import COMPILERS
+from omniq_compile.regional import compile, module_blocks
+
+if TYPE_CHECKING:
+    from omniq_compile.quality.comparison import Setting
+
+
+def add_call_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what shapes a call of the pipeline, but for its seed."""
+    parser.add_argument("--prompt", help="for pipelines that take one")
+    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    parser.add_argument(
+        "--argument",
+        nargs="+",
+        default=[],
+        metavar="NAME=JSON",
+        help="any other argument of the pipeline's call: height=512, digits=[0,1,2]",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the folder brings along"
+    )
+
+
+def remote_code(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the argument of ``from_pretrained`` that lets a folder's own code run."""
+    return {"trust_remote_code": True} if arguments.trust_remote_code else {}
+
+
+def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call that the command line gives.
+
+    Raises:
+        OptionError: an ``--argument`` that is not NAME=JSON.
+    """
+    given: dict[str, Any] = {}
+    if arguments.prompt is not None:
+        given["prompt"] = arguments.prompt
+    if arguments.steps is not None:
+        given["num_inference_steps"] = arguments.steps
+    for text in arguments.argument:
+        name, _, value = text.partition("=")
+        try:
+            given[name] = json.loads(value)
+        except ValueError as error:
+            raise OptionError(f"--argument {text!r} is not NAME=JSON: {error}.") from error
+    return given
+
+
+def check_call(pipe: Any, given: Collection[str]) -> None:
+    """Check names of arguments against the signature of a pipeline's call.
+
+    Raises:
+        OptionError: it has no such argument, or needs one that is not given.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for name in given:
+        if name not in accepted and not open_ended:
+            raise OptionError(unknown(f"argument of {type(pipe).__name__}", name, accepted))
+    needed = [
+        name
+        for name, parameter in accepted.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in given
+    ]
+    if needed:
+        raise OptionError(
+            f"{type(pipe).__name__} needs {' and '.join(needed)}: give --argument {needed[0]}=JSON."
+        )
+
+
+def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:
+    """Compile a component in place, by its repeated blocks where it has some.
+
+    Returns:
+        What was done, to print.
+    """
+    config = QuantConfig.from_options(options)
+    if module_blocks(component):
+        compile(component, config)
+        return f"{config.method}, its blocks compile when they first run"
+    component.compile(backend=partial(omniq, options=config))
+    return f"{config.method}, compiles when it first runs"
+
+
+def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> None:
+    """Add what the commands that measure quality share."""
+    parser.add_argument(
+        "--seeds", default=seeds, help="such as 0-7 or 3,10-12; %(default)s by default"
+    )
+    parser.add_argument("--device", default="cpu", help="such as cuda; %(default)s by default")
+    parser.add_argument(
+        "--compiler",
+        choices=COMPILERS,
+        help="what compiles the graphs: aot_eager starts faster and runs slower than inductor",
+    )
+
+
+def quality_setting(
+    arguments: argparse.Namespace, quantization: Any, ignored_layers: Sequence[str] = ()
+) -> Setting:
+    """Return what is to be generated, with every argument checked that can be before loading.
+
+    Raises:
+        OptionError: unknown options, seeds or devices.
+    """
+    from omniq_compile.quality.comparison import Setting
+    from omniq_compile.quality.generation import parse_seeds
+
+    config = build_quant_config(quantization)
+    more: dict[str, Any] = {}
+    if arguments.compiler:
+        more["compiler"] = arguments.compiler
+    return Setting(
+        folder=arguments.folder,
+        config=config.with_options(more, ignored_layers),
+        arguments=given_arguments(arguments),
+        seeds=parse_seeds(arguments.seeds),
+        device=_device(arguments.device),
+        loading=remote_code(arguments),
+    )
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {text!r} cannot be used: {reason}") from error
+    return device

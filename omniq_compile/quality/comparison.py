@@ -1,0 +1,242 @@
+"""A pipeline in BF16 and quantized, one after the other, with the same seeds and arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from omniq_compile.cli.bench_machine import peak_of_call, state_bytes
+from omniq_compile.cli.pipeline_call import check_call, compile_component
+from omniq_compile.components import PipelineQuantConfig
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.quality.generation import Generation, Pictures, generate, release, warm_up
+from omniq_compile.quality.metrics import picture_metrics, relative_l2
+from omniq_compile.quality.perceptual import Distance, load_lpips
+
+# Called with "bf16" or "quantized", the seed's place, and the steps done of it; -1 when it ended.
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides of a comparison share.
+
+    Attributes:
+        folder: of a diffusers pipeline with weights that are not quantized.
+        config: which components are quantized, and how.
+        arguments: of the pipeline's call.
+        seeds: one call each.
+        device: to run on.
+        loading: further arguments of ``from_pretrained``.
+    """
+
+    folder: str
+    config: PipelineQuantConfig
+    arguments: Mapping[str, Any]
+    seeds: Sequence[int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Side:
+    """What one side cost.
+
+    Attributes:
+        first_call_seconds: of a short call that compiles everything, not counted below.
+        seconds: of each seed's call.
+        peak_bytes: the most memory that loading, compiling and generating added to what the
+            process held before; None where the system cannot tell.
+        weight_bytes: of all parameters and buffers of the pipeline.
+        quantized_layers: weights that are stored quantized.
+    """
+
+    first_call_seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    weight_bytes: int = 0
+    quantized_layers: int = 0
+
+    @property
+    def median_seconds(self) -> float:
+        """Of one call."""
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        bf16, quantized: what each side cost.
+        seeds: a row a seed: its metrics over all its pictures, ``trajectory`` (the relative L2
+            distance of the latents after each step) and ``pictures`` (metrics of each).
+        lpips_reason: why there is no LPIPS, or empty.
+        trajectory_reason: why there are no trajectories, or empty.
+    """
+
+    bf16: Side = field(default_factory=Side)
+    quantized: Side = field(default_factory=Side)
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+    lpips_reason: str = ""
+    trajectory_reason: str = ""
+
+
+def compare(setting: Setting, work: Path, on_step: OnStep) -> Comparison:
+    """Generate in BF16, free it, generate quantized, and compare.
+
+    Both sides are compiled the same way; in BF16 every layer is kept, so that the compiler
+    gets the graph as Dynamo traced it. Only one side is ever in memory: what BF16 made waits in
+    ``work``.
+
+    Args:
+        setting: see there.
+        work: an empty folder; ``pictures_in`` reads from it afterwards.
+        on_step: told about every denoising step.
+
+    Raises:
+        OptionError: the config or the arguments do not fit the pipeline.
+        CheckpointError: the folder cannot be loaded.
+    """
+    # Imported now, so that no side's memory counts what both import.
+
+    import omniq_compile.pipeline  # noqa: F401
+
+    result = Comparison()
+    _run(setting, None, result.bf16, work, on_step, lambda seed, made: None)
+    if result.bf16.quantized_layers:
+        raise OptionError(
+            f"{setting.folder} holds quantized weights, and the reference is the pipeline in BF16: "
+            "give the folder it was quantized from."
+        )
+    distance: list[tuple[Distance | None, str]] = []
+
+    def judge(seed: int, made: Generation) -> None:
+        if not distance:
+            distance.append(load_lpips(made.pictures.shape[1:3]))
+        result.seeds.append(_seed_row(work, seed, made, distance[0][0]))
+
+    _run(setting, setting.config, result.quantized, work, on_step, judge)
+    result.lpips_reason = distance[0][1]
+    if not any(row["trajectory"] for row in result.seeds):
+        result.trajectory_reason = (
+            "the pipeline's call takes no callback_on_step_end that is given latents"
+        )
+    return result
+
+
+def _run(
+    setting: Setting,
+    config: PipelineQuantConfig | None,
+    side: Side,
+    work: Path,
+    on_step: OnStep,
+    judge: Callable[[int, Generation], None],
+) -> None:
+    """Load one side, generate every seed, keep what it made in ``work``, and free it."""
+    name = "bf16" if config is None else "quantized"
+
+    def run() -> None:
+        pipe = load_pipeline(setting, config)
+        side.weight_bytes = sum(map(state_bytes, models_of(pipe).values()))
+        side.quantized_layers = sum(
+            isinstance(parameter, QuantizedTensor)
+            for model in models_of(pipe).values()
+            for parameter in model.parameters()
+        )
+        compile_pipeline(pipe, setting.config, reference=config is None)
+        side.first_call_seconds = warm_up(pipe, setting.arguments, setting.seeds[0])
+        for place, seed in enumerate(setting.seeds):
+            made = generate(pipe, setting.arguments, seed, lambda n, i=place: on_step(name, i, n))  # type: ignore[misc]
+            on_step(name, place, -1)
+            side.seconds.append(made.seconds)
+            _save(work / f"{name}_{seed}.safetensors", made)
+            judge(seed, made)
+
+    release(setting.device)
+    side.peak_bytes = peak_of_call(run, setting.device)
+    release(setting.device)
+
+
+def load_pipeline(setting: Setting, config: PipelineQuantConfig | None) -> Any:
+    """Load the pipeline, in BF16 where there is no config, and check its call's arguments."""
+    import omniq_compile as omniq
+
+    pipe = omniq.from_pretrained(setting.folder, config, device=setting.device, **setting.loading)
+    check_call(pipe, {*setting.arguments, "generator"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(setting.device)
+
+
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the components of a pipeline that have weights."""
+    return {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module)}
+
+
+def compile_pipeline(pipe: Any, config: PipelineQuantConfig, *, reference: bool) -> None:
+    """Compile the components that the config quantizes; for a reference, without quantizing."""
+    for name, model in models_of(pipe).items():
+        options = config.options_for(name)
+        if options is None:
+            continue
+        checked = QuantConfig.from_options(options)
+        if reference:
+            checked = dataclasses.replace(
+                checked,
+                ignored_layers=(),
+                w4a8_fallback_layers=(),
+                w4a8_fallback_steps=(),
+                num_bf16_fallback_layers=0,
+                keep_all="the BF16 reference",
+            )
+        compile_component(model, checked)
+
+
+def _save(file: Path, made: Generation) -> None:
+    tensors = {"pictures": torch.from_numpy(np.ascontiguousarray(made.pictures))}
+    tensors |= {f"latents.{i}": x.contiguous() for i, x in enumerate(made.latents)}
+    save_file(tensors, file)
+
+
+def pictures_in(work: Path, name: str, seed: int) -> Pictures:
+    """Return the pictures of a seed, of side ``bf16`` or ``quantized``."""
+    with safe_open(work / f"{name}_{seed}.safetensors", "np") as file:
+        pictures: Pictures = file.get_tensor("pictures")
+    return pictures
+
+
+def _seed_row(work: Path, seed: int, made: Generation, lpips: Distance | None) -> dict[str, Any]:
+    reference = pictures_in(work, "bf16", seed)
+    rows = []
+    for index, (expected, picture) in enumerate(zip(reference, made.pictures, strict=True)):
+        row = {"index": index, **picture_metrics(expected, picture)}
+        row["lpips"] = lpips(expected, picture) if lpips else None
+        rows.append(row)
+    distances = [row["lpips"] for row in rows if row["lpips"] is not None]
+    return {
+        "seed": seed,
+        **picture_metrics(reference, made.pictures),
+        "lpips": float(np.mean(distances)) if distances else None,
+        "trajectory": _trajectory(work, seed, made.latents),
+        "pictures": rows,
+    }
+
+
+def _trajectory(work: Path, seed: int, latents: Sequence[torch.Tensor]) -> list[float]:
+    with safe_open(work / f"bf16_{seed}.safetensors", "pt") as file:
+        return [
+            relative_l2(file.get_tensor(f"latents.{i}").float().numpy(), x.float().numpy())
+            for i, x in enumerate(latents)
+        ]

@@ -1,0 +1,332 @@
+"""`omniq tune`: its measurements, its search, its promise, and that a kill loses nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dequantized, error
+
+import omniq_compile as omniq
+from omniq_compile import OptionError, QuantConfig
+from omniq_compile.cli import main
+from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.passes.patterns import first_match
+from omniq_compile.quality.layer_units import (
+    Layer,
+    as_patterns,
+    count_policies,
+    path_of_keeping,
+    quantized_layers,
+)
+from omniq_compile.quality.recorded_calls import flat_output, recording
+from omniq_compile.quality.sensitivity import layer_errors
+from omniq_compile.quality.switches import Switches
+
+pytest.importorskip("skimage")
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "examples" / "digits" / "pipeline"
+ON_DIGITS = [
+    "--trust-remote-code", "--argument", "digits=[0,7]", "--steps", "2", "--seeds", "1",
+    "--method", "mxfp4", "--min-features", "64", "--compiler", "eager", "--calls", "1",
+]  # fmt: skip
+
+
+def measure_tune() -> Any:
+    spec = importlib.util.spec_from_file_location("measure_tune", ROOT / "docs/measure_tune.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    model = random_model("QwenImageTransformer2DModel", "tiny")
+    return model, make_inputs(model, image_tokens=16, text_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "int8"},
+        {"method": "fp8"},
+        {"method": "mxfp8"},
+        {"method": "mxfp4", "w4a8_fallback_layers": ["attn"]},
+        {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1},
+    ],
+    ids=lambda o: o["method"],
+)
+def test_switched_layers_compute_what_compiled_ones_do(tiny: Any, options: dict[str, Any]) -> None:
+    """Bit for bit with the eager compiler, on a model that was quantized as a user would."""
+    model, inputs = tiny
+    options = {**options, "compiler": "eager", "min_features": 32, "ignored_layers": ["img_mlp"]}
+    with torch.no_grad():
+        before = flat_output(model(**inputs))
+        switches = Switches(model, QuantConfig.from_options(options))
+        with switches.on(switches.names):
+            switched = flat_output(model(**inputs))
+        assert torch.equal(flat_output(model(**inputs)), before)
+        other = random_model("QwenImageTransformer2DModel", "tiny")
+        omniq.quantize_(other, options)
+        omniq.compile(other, options)
+        expected = flat_output(other(**inputs))
+    assert torch.equal(switched, expected)
+    assert error(switched, before) > 1e-3
+
+
+def test_recorded_calls_give_the_error_of_one_layer() -> None:
+    model = random_model("QwenImageTransformer2DModel", "tiny", dtype=torch.float32)
+    inputs = make_inputs(model, image_tokens=16, text_tokens=6, dtype=torch.float32)
+    with torch.no_grad(), recording([model], most=3) as calls:
+        for scale in range(1, 12):
+            model(**{**inputs, "hidden_states": inputs["hidden_states"] * scale})
+    # Of eleven, every fourth.
+    ratios = [float(c.kwargs["hidden_states"].abs().max()) for c in calls]
+    assert ratios == pytest.approx([ratios[0] * n for n in (1, 5, 9)])
+    assert all(call.error() == 0 for call in calls)
+    switches = Switches(model, QuantConfig.from_options({"method": "int8", "min_features": 32}))
+    name = "transformer_blocks.1.attn.to_v"
+    with switches.on([name]):
+        found = calls[1].error()
+
+    layer: Any = model.get_submodule(name)
+    with torch.no_grad():
+        expected = flat_output(model(**calls[1].kwargs)).double()
+        weight = dequantized(layer.weight).float()
+        # The published formula, for the weight and for each token.
+        layer.forward = lambda x: F.linear(dequantized(x).float(), weight, layer.bias)
+        out = flat_output(model(**calls[1].kwargs)).double()
+    by_hand = float((out - expected).square().sum() / expected.square().sum())
+    assert found == pytest.approx(by_hand, rel=0.01)
+
+
+def layers(blocks: int, kinds: str = "abc", size: int = 10) -> list[Layer]:
+    return [
+        Layer("transformer", f"blocks.{b}.{kind}", f"blocks.{b}", "Block", size)
+        for b in range(blocks)
+        for kind in kinds
+    ] + [Layer("transformer", "out", "", "", size)]
+
+
+def test_layers_come_from_repeated_classes(tiny: Any) -> None:
+    model, _ = tiny
+    config = QuantConfig.from_options({"method": "int8", "min_features": 32})
+    found = quantized_layers("transformer", model, config)
+    assert {x.block for x in found} == {"", "transformer_blocks.0", "transformer_blocks.1"}
+    kinds = {x.kind for x in found if x.block}
+    assert len(kinds) * 2 == len([x for x in found if x.block]) == 28
+    assert "transformer_blocks.*.attn.to_out.0" in kinds
+    rows = {r.layer: r for r in omniq.quantize_(random_model(
+        "QwenImageTransformer2DModel", "tiny"), config)}  # fmt: skip
+    for layer in found:
+        N, K = rows[layer.name].shape
+        assert layer.extra_bytes == 2 * N * K - (N * K + 4 * N)
+
+
+def test_a_single_bad_layer_of_a_large_model_is_found() -> None:
+    """Kinds and blocks are measured, and then the few layers where both stand out."""
+    many = layers(30, "abcdefgh")
+    true = {layer.key: 1.0 for layer in many}
+    true["transformer.blocks.17.e"] = 500.0
+    asked: list[str] = []
+
+    def measure(name: str, group: Any) -> float:
+        asked.append(name)
+        return sum(true[layer.key] for layer in group)
+
+    errors = layer_errors(many, measure, most=45)
+    assert len(asked) == 45
+    assert max(errors, key=lambda k: errors[k]) == "transformer.blocks.17.e"
+    assert errors["transformer.blocks.17.e"] == 500
+    asked.clear()
+    assert layer_errors(many, measure, most=1000) == true
+    assert len(asked) == len(many)
+
+
+def test_the_path_keeps_the_best_first_within_the_policies_that_pytorch_compiles() -> None:
+    many = layers(12)
+    numbers = torch.randperm(len(many)).tolist()
+    errors = {layer.key: 1.0 + n for layer, n in zip(many, numbers, strict=True)}
+    free = path_of_keeping(many, errors, most_policies=100)
+    assert [len(kept) for kept in free] == list(range(len(many) + 1))
+    order = [next(iter(b - a)) for a, b in pairwise(free)]
+    assert order == sorted(errors, key=lambda k: -errors[k])
+    tight = path_of_keeping(many, errors, most_policies=3)
+    assert tight[-1] == free[-1]
+    assert all(a < b for a, b in pairwise(tight))
+    assert max(count_policies(many, kept) for kept in tight) == 3
+    assert max(count_policies(many, kept) for kept in free) > 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "patterns"),
+    [
+        ([], []),
+        (["blocks.1.a"], ["blocks.1.a"]),
+        (["blocks.0.b", "blocks.1.b", "blocks.2.b"], ["blocks.*.b"]),
+        (["blocks.2.a", "blocks.2.b", "blocks.2.c", "out"], ["blocks.2", "out"]),
+    ],
+)
+def test_patterns_name_what_is_kept_and_nothing_else(kept: list[str], patterns: list[str]) -> None:
+    many = layers(3)
+    found = as_patterns(many, {f"transformer.{name}" for name in kept})
+    assert found == patterns
+    assert {x.name for x in many if first_match(found, x.name)} == set(kept)
+
+
+def test_a_name_inside_another_one_is_escaped() -> None:
+    many = [Layer("t", name, "", "", 1) for name in ("proj", "head.proj", "proj.0")]
+    found = as_patterns(many, {"t.proj"})
+    assert [x.name for x in many if first_match(found, x.name)] == ["proj"]
+
+
+def tune(out: Path, *arguments: str, folder: Path = DIGITS) -> int:
+    return main(["tune", str(folder), "--out", str(out), *ON_DIGITS, *arguments])
+
+
+def saved(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "tuned.json").read_text())
+    return content
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = ["tune", str(DIGITS), "--out", str(out), *ON_DIGITS, *arguments]
+    code = f"from omniq_compile.cli import main; raise SystemExit(main({command!r}))"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(tmp_path / "killed", "--target-psnr", "33")
+    state = tmp_path / "killed" / "state.json"
+    deadline = time.monotonic() + 240
+    while not state.exists() or len(json.loads(state.read_text())["measured"]) < 20:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "tuned.json").exists()
+    left = json.loads(state.read_text())["measured"]
+    assert 20 <= len(left) < 59
+    assert tune(tmp_path / "killed", "--target-psnr", "33") == 0
+    assert f"going on from {len(left)} measurements" in " ".join(capsys.readouterr().err.split())
+    assert json.loads(state.read_text())["measured"].items() >= left.items()
+    assert tune(tmp_path / "whole", "--target-psnr", "33") == 0
+    assert saved(tmp_path / "killed") == saved(tmp_path / "whole")
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = saved(tmp_path / "whole")
+    assert printed == found["quantization"]
+    assert (tmp_path / "whole" / "quality.png").stat().st_size > 10_000
+
+    # The list as a user takes it: what is loaded has the bytes, and keeps no other layer.
+    options = {"method": "mxfp4", "min_features": 64, "ignored_layers": found["ignored_layers"]}
+    pipe = omniq.from_pretrained(DIGITS, options, trust_remote_code=True)
+    assert sum(p.nbytes for p in pipe.transformer.state_dict().values()) == found["bytes"]
+    kept = {
+        f"transformer.{name.removesuffix('.weight')}"
+        for name, p in pipe.transformer.named_parameters()
+        if not isinstance(p, omniq.QuantizedTensor)
+    }
+    assert {row["layer"] for row in found["layers"] if row["kept"]} <= kept
+    assert not {row["layer"] for row in found["layers"] if not row["kept"]} & kept
+    # And `omniq compare` sees the promise kept.
+    quantization = json.dumps(options | {"compiler": "eager"})
+    common = ["--trust-remote-code", "--argument", "digits=[0,7]", "--steps", "2", "--seeds", "1"]
+    command = ["compare", str(DIGITS), "--quantization", quantization, "--min-psnr", "33"]
+    assert main([*command, "--out", str(tmp_path / "compare"), *common]) == 0
+    result = json.loads((tmp_path / "compare" / "result.json").read_text())
+    assert result["metrics"]["psnr"]["worst"] == pytest.approx(found["verified_psnr"]["1"], abs=1)
+
+    # The same measurements serve other goals; those that cannot be reached say so.
+    assert tune(tmp_path / "whole", "--max-bytes", str(found["bytes"])) == 0
+    assert saved(tmp_path / "whole")["bytes"] <= found["bytes"]
+    assert tune(tmp_path / "whole", "--max-bytes", "1000000") == 2
+    assert "with every layer quantized the weights take 1,334,812" in capsys.readouterr().err
+    assert tune(tmp_path / "whole", "--max-bytes", "1400000", "--seeds", "2") == 2
+    assert "it differs in seeds" in capsys.readouterr().err
+    (tmp_path / "whole" / "state.json").write_text("{")
+    assert tune(tmp_path / "whole", "--target-psnr", "33") == 2
+    assert "forget it with --restart" in capsys.readouterr().err
+
+
+def test_planted_outliers_are_found_and_fixed_rules_beaten(tmp_path: Path) -> None:
+    """Tuned beats keeping the MLPs, and as many bytes in model order, at no more bytes."""
+    script = measure_tune()
+    folder = script.plant_outliers(tmp_path / "pipeline", 64)
+    options = {"method": "int8", "min_features": 64, "compiler": "eager"}
+    arguments = {"digits": [0, 1, 2, 3, 4], "num_inference_steps": 2}
+    silent = script.Console(quiet=True)
+    rows = script.measure(
+        folder, options, arguments, [0], tmp_path / "work", 4, silent, most_calls=1, curve=2
+    )
+    every, mlps, first, tuned, reached, more, bf16 = rows
+    assert every[1] < mlps[1] < bf16[1]
+    assert first[1] <= mlps[1]
+    assert tuned[1] <= mlps[1]
+    assert tuned[2] > max(every[2], mlps[2], first[2]) + 3
+    assert reached[1] < mlps[1]
+    assert reached[2] >= max(every[2], mlps[2], first[2])
+    assert more[2] >= every[2] + 4
+    assert more[1] - every[1] < 0.1 * (bf16[1] - every[1])
+    state = json.loads((tmp_path / "work" / "state.json").read_text())["measured"]
+    errors = {k.removeprefix("layer transformer."): v[0] for k, v in state.items() if "layer" in k}
+    worst = sorted(errors, key=lambda k: -errors[k])[:4]
+    planted = {f"transformer_blocks.{block}.{layer}" for block, layer, _ in script.PLANTED}
+    assert len(planted & set(worst)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"--target-psnr": "nan"}, "must be a positive number"),
+        ({"--target-psnr": "-3"}, "must be a positive number"),
+        ({"--method": "mxfp5"}, "unknown method 'mxfp5'"),
+        ({"--min-features": "5000"}, "quantize no layer"),
+        ({"--calls": "0"}, "--calls must be at least 1"),
+        ({"--seeds": "x"}, "--seeds 'x'"),
+        ({"folder": "nowhere"}, "nowhere is not a folder"),
+        ({"--out": "file"}, "cannot be written to"),
+        ({"--argument": "digits=12"}, "digits must be a list of ints"),
+    ],
+)
+def test_errors_have_exit_code_2(
+    changed: dict[str, str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    given = dict(zip(ON_DIGITS[1::2], ON_DIGITS[2::2], strict=True))
+    given = {**given, "--target-psnr": "33", "--out": "out", **changed}
+    folder = given.pop("folder", str(DIGITS))
+    pairs = [f"{k}={v}" if k != "--argument" else v for k, v in given.items()]
+    command = [x for p in pairs for x in (["--argument", p] if not p.startswith("--") else [p])]
+    assert main(["tune", folder, "--trust-remote-code", *command]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_cannot_be_tuned_says_why(tiny: Any, tmp_path: Path) -> None:
+    model, _ = tiny
+    steps = QuantConfig.from_options({"method": "mxfp4", "w4a8_fallback_steps": [0]})
+    with pytest.raises(OptionError, match="w4a8_fallback_steps cannot be tuned"):
+        Switches(model, steps)
+    assert tune(tmp_path, "--target-psnr", "33", "--matmul") == 2

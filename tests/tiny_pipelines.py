@@ -1,0 +1,72 @@
+"""Whole diffusers pipelines, tiny and with random weights: text to image, and text to video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+
+from omniq_compile.cli.models import random_model
+
+WORDS = ["a", "red", "fox", "in", "the", "snow"]
+
+
+def _text(width: int) -> tuple[Any, Any]:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=16
+    )
+    config = transformers.UMT5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=32, d_ff=128, num_layers=1, num_heads=2
+    )
+    return fast, transformers.UMT5EncoderModel(config).to(torch.bfloat16)
+
+
+def save_text_to_image(folder: Path) -> Path:
+    """Save an AuraFlow pipeline that draws 32 x 32 pictures."""
+    torch.manual_seed(0)
+    tokenizer, encoder = _text(64)
+    AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKL(
+            latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, sample_size=32,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        ).to(torch.bfloat16),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=16, in_channels=4, out_channels=4, num_mmdit_layers=1,
+            num_single_dit_layers=2, attention_head_dim=32, num_attention_heads=2,
+            joint_attention_dim=64, caption_projection_dim=64, pos_embed_max_size=64,
+        ).to(torch.bfloat16),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_text_to_video(folder: Path) -> Path:
+    """Save a Wan pipeline with one expert, whose videos have a frame more than four times one."""
+    torch.manual_seed(0)
+    tokenizer, encoder = _text(256)
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=UniPCMultistepScheduler(),
+        transformer=random_model("WanTransformer3DModel", "tiny", width=128),
+    ).save_pretrained(folder)
+    return folder
