@@ -61,8 +61,8 @@ def make_folder(folder: Path) -> None:
     )
     transformers.T5EncoderModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     (folder / "vae").mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (folder / "vae" / file).touch()
+    (folder / "vae/config.json").write_text("{}")
+    (folder / "vae/model.safetensors").touch()
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"text_encoder": ["transformers", "T5EncoderModel"]}
     index |= {"vae": ["diffusers", "AutoencoderKL"]}
