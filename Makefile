@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test zoo lint types bench gpu clean
+.PHONY: setup demo test zoo lint types docs bench gpu clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ types: $(READY)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Without a network; tests/test_docs.py builds it too, and runs what it shows.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 # Every transformer class of diffusers, and the long runs that `make test` leaves out.
 zoo: $(READY)

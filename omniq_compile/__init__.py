@@ -3,43 +3,67 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from omniq_compile.components import PipelineQuantConfig, build_quant_config
-from omniq_compile.denoise import denoise_step
-from omniq_compile.kernels import KernelRow, kernels
-from omniq_compile.layer_plan import LayerPlan
-from omniq_compile.lowering.errors import (
-    CheckpointError,
-    GradientError,
-    OmniqError,
-    OptionError,
-    WeightError,
-)
-from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize import quantize, quantize_
-from omniq_compile.regional import compile
-from omniq_compile.report import Decision, Report, Site, explain
-from omniq_compile.state import flatten_state, unflatten_state
-
 if TYPE_CHECKING:
+    from omniq_compile.components import PipelineQuantConfig, build_quant_config
+    from omniq_compile.denoise import denoise_step
+    from omniq_compile.kernel_table import KernelRow, kernels
+    from omniq_compile.layer_plan import LayerPlan
     from omniq_compile.loading import load_model
+    from omniq_compile.lowering.errors import (
+        CheckpointError,
+        GradientError,
+        OmniqError,
+        OptionError,
+        WeightError,
+    )
+    from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+    from omniq_compile.passes.config import QuantConfig
     from omniq_compile.pipeline import from_pretrained
+    from omniq_compile.quantize_weights import quantize, quantize_
+    from omniq_compile.regional import compile
+    from omniq_compile.report import Decision, Report, Site, explain
     from omniq_compile.saving import save_model
+    from omniq_compile.state import flatten_state, unflatten_state
 
 __version__ = "0.1.0"
 
-# Importing diffusers takes seconds, and compiling a model needs none of it.
-_LAZY = {
-    "from_pretrained": "omniq_compile.pipeline",
-    "load_model": "omniq_compile.loading",
-    "save_model": "omniq_compile.saving",
+# Nothing is imported before it is used: pytest and torch import parts of this package in every
+# process of an environment that has it, and those have to cost nothing.
+_MODULES = {
+    "components": ("PipelineQuantConfig", "build_quant_config"),
+    "denoise": ("denoise_step",),
+    "kernel_table": ("KernelRow", "kernels"),
+    "layer_plan": ("LayerPlan",),
+    "loading": ("load_model",),
+    "lowering.errors": (
+        "CheckpointError",
+        "GradientError",
+        "OmniqError",
+        "OptionError",
+        "WeightError",
+    ),
+    "lowering.quantized_tensor": ("QuantizedTensor",),
+    "passes.config": ("QuantConfig",),
+    "pipeline": ("from_pretrained",),
+    "quantize_weights": ("quantize", "quantize_"),
+    "regional": ("compile",),
+    "report": ("Decision", "Report", "Site", "explain"),
+    "saving": ("save_model",),
+    "state": ("flatten_state", "unflatten_state"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _HOME:
+        value = getattr(import_module(f"omniq_compile.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from omniq_compile import weight_changes
+from omniq_compile import structured_trace, weight_changes
 from omniq_compile.denoise import current_step
 from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
@@ -23,8 +23,8 @@ from omniq_compile.passes.patterns import unmatched
 from omniq_compile.summary import summary_line
 from omniq_compile.weights import BoundWeights
 
-# Below `omniq_compile`, which PyTorch's TORCH_LOGS="omniq_compile" can name, because it takes
-# importable modules only.
+# Below `omniq_compile`, which TORCH_LOGS="omniq" and TORCH_LOGS="omniq_compile" set; see
+# `torch_logs`.
 logger = logging.getLogger("omniq")
 logger.parent = logging.getLogger("omniq_compile")
 
@@ -70,10 +70,13 @@ def _compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, mode: str | None
 ) -> Compiled:
     start = time.perf_counter()
-    context = Context(config, run_target(config, example_inputs))
+    traced = structured_trace.wanted()
+    context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
     _log(context, seconds)
+    if traced:
+        structured_trace.publish(context, summary_line(context, seconds))
     return bind(gm, rewritten, context, example_inputs, mode)
 
 

@@ -24,7 +24,7 @@ from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
 from omniq_compile.lowering.errors import CheckpointError, OptionError, nearest
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize import quantized_parameter
+from omniq_compile.quantize_weights import quantized_parameter
 from omniq_compile.regional import warn_unmatched
 from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving import make_savable, quantization_config

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from omniq_compile import report_display
 from omniq_compile.backend import run_target
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
@@ -96,6 +97,22 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame`: one row a site, with the decision's fields as columns.
+
+        Raises:
+            OmniqError: pandas is not installed.
+        """
+        return report_display.to_pandas(self)
+
+    def __rich__(self) -> Any:
+        """Print as a table with `rich.print`."""
+        return report_display.to_rich(self)
+
+    def _repr_html_(self) -> str:
+        """Show as a table in a notebook."""
+        return report_display.to_html(self)
 
 
 def explain(

@@ -25,7 +25,7 @@ from omniq_compile.loading import check_stored, fill_stored, read_config
 from omniq_compile.lowering.errors import CheckpointError, WeightError
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize import quantize_, quantized_parameter
+from omniq_compile.quantize_weights import quantize_, quantized_parameter
 from omniq_compile.safetensors_files import SafetensorsFiles, release_free_memory
 from omniq_compile.saving import quantization_config
 from omniq_compile.state import flatten_state

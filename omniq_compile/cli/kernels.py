@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from omniq_compile.kernels import kernels
+from omniq_compile.kernel_table import kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,17 @@
+"""Makes ``TORCH_LOGS="omniq"`` known to PyTorch.
+
+PyTorch 2.13 calls the entry points of the group ``torch.backends`` while it is imported, before it
+reads ``TORCH_LOGS``, so that a backend can register the names of its logs. Earlier ones read it
+first, and ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns the entry points off: there only the importable
+name works, ``TORCH_LOGS="omniq_compile"``.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register the alias; PyTorch calls this while it is being imported."""
+    from torch._logging._internal import register_log
+
+    # The parent of the logger `omniq`, as in `backend`: both spellings set the same one.
+    register_log("omniq", "omniq_compile")

@@ -1,0 +1,111 @@
+"""The pytest plugin, in projects of its own: changed graphs fail readably, and it is free."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+PROJECT = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 320), nn.Linear(320, 288)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+def test_graph(graph_snapshot):
+    options = {"method": "METHOD", "ignored_layers": IGNORED}
+    model, x = Model(), torch.randn(7, 48)
+    graph_snapshot(model, [x], options=options, target="cuda:sm_90", name="quantized")
+    graph_snapshot(model, {"x": x}, options=options, target="npu:ascend950", stage="lowered")
+"""
+
+
+def project(pytester: pytest.Pytester, method: str, *ignored: str) -> None:
+    source = PROJECT.replace("METHOD", method).replace("IGNORED", repr(list(ignored)))
+    pytester.makepyfile(test_model=source)
+
+
+def test_a_graph_is_stored_and_a_changed_one_fails_with_a_diff(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(pytester, "int8", "head")
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    stored = pytester.runpytest_subprocess("--snapshot-update")
+    stored.assert_outcomes(passed=1)
+    files = sorted(pytester.path.glob("__snapshots__/test_model/*.txt"))
+    assert len(files) == 2
+    text = next(f for f in files if "quantized" in f.name).read_text()
+    assert text.startswith("# int8 on cuda:sm_90: 2 products\n")
+    assert "#   1 x kept: K = 48 is under min_features = 256\n" in text
+    assert "torch.ops.omniq.gemm" in text
+    monkeypatch.setenv("PYTHONHASHSEED", "2")
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)
+    project(pytester, "int8", "down")
+    changed = pytester.runpytest_subprocess("--color=no")
+    changed.assert_outcomes(failed=1)
+    out = changed.stdout.str()
+    assert "the graph is not the stored one:\n--- stored\n+++ now\n" in out
+    assert re.search(r"^-#   1 x int8: cuda_\w+$", out, re.M)
+    assert "\n+#   1 x kept: ignored by 'down'\n" in out
+    assert "run pytest --snapshot-update and commit the file" in out
+    assert len(out.splitlines()) < 60
+    assert "Traceback" not in out
+
+
+def test_a_project_that_does_not_use_it_pays_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_other="""
+        import sys
+
+        def test_nothing_is_imported(request):
+            assert request.config.pluginmanager.hasplugin("omniq")
+            assert [name for name in ("torch", "rich", "diffusers") if name in sys.modules] == []
+
+        def test_syrupy_is_missing(graph_snapshot):
+            pass
+        """,
+        conftest="import sys; sys.modules['syrupy.extensions.single_file'] = None",
+    )
+    ran = pytester.runpytest_subprocess("-p", "no:syrupy")
+    ran.assert_outcomes(passed=1, errors=1)
+    message = "*graph_snapshot needs syrupy: pip install 'omniq-compile[[]snapshots[]]'*"
+    ran.stdout.fnmatch_lines([message])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target": "cuda"}, "target 'cuda' depends on the machine; name one of cuda:sm_120, "),
+        ({"target": "cpu"}, "name one of cpu:avx512_bf16"),
+        ({"target": "xpu", "stage": "quantised"}, "Did you mean 'quantized'?"),
+    ],
+)
+def test_a_target_that_is_no_target_is_an_error(arguments: dict[str, str], words: str) -> None:
+    from torch import nn
+
+    from omniq_compile import OptionError
+    from omniq_compile.testing import graph_text
+
+    with pytest.raises(OptionError, match=words.replace("?", r"\?")):
+        graph_text(nn.Linear(1, 1), [], {"method": "int8"}, **arguments)
+
+
+def test_every_public_name_is_found_and_only_when_used() -> None:
+    import omniq_compile
+
+    assert set(omniq_compile._HOME) | {"__version__"} == set(omniq_compile.__all__)
+    for name in omniq_compile.__all__:
+        assert getattr(omniq_compile, name) is not None
+    # A submodule of the same name would take a function's place once it is imported.
+    assert callable(omniq_compile.quantize)
+    assert callable(omniq_compile.kernels)
+    with pytest.raises(AttributeError, match="has no attribute 'explian'"):
+        _ = omniq_compile.explian
