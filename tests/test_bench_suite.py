@@ -22,7 +22,7 @@ from omniq_compile.cli.bench_variants import Variant, suite_variants
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize import quantize_
+from omniq_compile.quantize_weights import quantize_
 
 INT8 = {"method": "int8", "min_features": 32, "compiler": "eager"}
 

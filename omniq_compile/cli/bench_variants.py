@@ -13,7 +13,7 @@ from torch import nn
 
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig
 from omniq_compile.passes.option_checks import METHODS_OF
-from omniq_compile.quantize import quantize_
+from omniq_compile.quantize_weights import quantize_
 
 
 @dataclass(frozen=True)
