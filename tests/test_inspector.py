@@ -293,7 +293,7 @@ def test_without_dot_the_error_says_what_to_install(
         (CONFIG | {"attention_head_dim": "x"}, ["cannot be made with these settings"]),
         ([1, 2], ["holds list, and a configuration is an object"]),
         ("{", ["is not valid JSON"]),
-        (None, ["no file"]),
+        (None, ["no folder or configuration"]),
     ],
 )  # fmt: skip
 def test_a_wrong_configuration_is_named(
@@ -315,7 +315,7 @@ def test_a_pipeline_without_a_transformer_lists_what_it_has(
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     code, _, err = dump(capsys, str(tmp_path), *QUICK)
     assert code == 2
-    assert "has no transformer/ folder. Its components are: unet, vae." in err
+    assert "names no transformer that omniq knows, but unet (U), vae (V)" in err
 
 
 def test_a_function_that_fails_shows_its_own_traceback(

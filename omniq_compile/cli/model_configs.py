@@ -105,11 +105,36 @@ def _of_file(path: Path) -> ModelConfig:
     class_name = content.get("_class_name")
     if class_name is None:
         raise CheckpointError(
-            f"{path} has no _class_name, so it is not the configuration of a diffusers model"
+            f"{path} has no _class_name, so it is not the config.json of a diffusers model. A "
+            "transformer's own is in the transformer/ folder of its pipeline."
         )
     if class_name not in FAMILIES:
-        raise OptionError(f"{path}: {unknown('transformer class', class_name, FAMILIES)}")
+        raise OptionError(f"{path} {_wrong_class(str(class_name))}")
     return ModelConfig(str(path), class_name, dict(content))
+
+
+def _wrong_class(class_name: str) -> str:
+    """Word what a config.json is of instead of a transformer that is known."""
+    diffusers = importlib.import_module("diffusers")
+    kind = getattr(diffusers, class_name, None)
+    what = ""
+    if isinstance(kind, type):
+        bases = {base.__name__ for base in kind.__mro__}
+        if "SchedulerMixin" in bases:
+            what = "a scheduler"
+        elif "DiffusionPipeline" in bases:
+            what = "a whole pipeline"
+        elif "AutoencoderMixin" in bases or class_name.startswith("Autoencoder"):
+            what = "an autoencoder"
+    if what:
+        return (
+            f"is of {class_name}, {what}, and not of a transformer. Valid: {', '.join(FAMILIES)}."
+        )
+    return (
+        f"is of a class that inputs cannot be made up for: "
+        f"{unknown('transformer class', class_name, FAMILIES)} For another one write a function "
+        "that returns the model and its inputs, and name it as module:function."
+    )
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -118,9 +143,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds no configuration: {type(content).__name__}, not {{}}")
+        raise CheckpointError(
+            f"{path} holds {type(content).__name__}, and a configuration is an object"
+        )
     return content
 
 
