@@ -33,8 +33,10 @@ types: $(READY)
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/types .
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p omniq_compile
 
+# Whole files go to each worker: some share a costly set-up. One thread each, as there are others.
+WORKERS ?= 2
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Without a network; tests/test_docs.py builds it too, and runs what it shows.
 docs: $(READY)
@@ -42,7 +44,7 @@ docs: $(READY)
 
 # Every transformer class of diffusers, and the long runs that `make test` leaves out.
 zoo: $(READY)
-	$(BIN)/python -m pytest -m zoo
+	$(BIN)/python -m pytest -m zoo -n $(WORKERS)
 
 bench: $(READY)
 	$(BIN)/omniq bench

@@ -118,4 +118,4 @@ def test_gradients_are_refused_with_what_to_do() -> None:
     options = {"method": "int8", "min_features": 1, "compiler": "eager"}
     with pytest.raises(Exception, match="requires_grad_") as caught:
         torch.compile(model, backend="omniq", options=options)(**inputs())
-    assert isinstance(caught.value.__cause__ or caught.value, GradientError)
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), GradientError)
