@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 def pad_last(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Append zeros until the last dimension is a multiple."""
-    # Not a concatenation: Inductor's C++ backend does not fuse one with the quantize arithmetic, and
-    # got the last block of the fused loop wrong.
+    # Not a concatenation: Inductor's C++ backend does not fuse one with the quantize arithmetic,
+    # and got the last block of the fused loop wrong.
     missing = -x.shape[-1] % multiple
     return F.pad(x, (0, missing)) if missing else x
 
