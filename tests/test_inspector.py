@@ -105,7 +105,9 @@ def test_a_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = tmp_path / "pipe" / "transformer"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"transformer": ["d", "Q"]}))
+    (tmp_path / "pipe" / "model_index.json").write_text(
+        json.dumps({"transformer": ["diffusers", CONFIG["_class_name"]]})
+    )
     named = [folder / "config.json", folder, tmp_path / "pipe"]
     models = [resolve_shapes(str(path)).model for path in named]
     assert [type(model).__name__ for model in models] == [CONFIG["_class_name"]] * 3

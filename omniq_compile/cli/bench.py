@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag, value = f"--{name.replace('_', '-')}", getattr(default, name)
         parser.add_argument(flag, type=int, help=f"default: {value}")
     parser.add_argument("--warmup", type=int, default=default.warmup, help="untimed warm calls")
+    parser.add_argument(
+        "--settle",
+        type=int,
+        default=default.settle,
+        help="untimed calls before each timed one, as a denoising loop calls one model again and "
+        "again; default: %(default)s",
+    )
     parser.add_argument("--method", default=default.method, help="omniq's method")
     parser.add_argument("--dtype", default=default.dtype, help=", ".join(DTYPES))
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
@@ -97,10 +104,10 @@ def print_table(result: BenchResult, console: Console) -> None:
     )
     console.print(_speed_table(result))
     console.print(_quality_table(result))
-    if result.lookups_per_round:
+    if result.lookups_per_call:
         console.print(
-            f"omniq looks up {result.lookups_per_round:.0f} weights a call, in "
-            f"{result.lookup_seconds_per_round * 1e6:.0f} us"
+            f"omniq looks up {result.lookups_per_call:.0f} weights a call, in "
+            f"{result.lookup_seconds_per_call * 1e6:.0f} us"
         )
     if result.peak_rss_bytes:
         console.print(f"peak resident memory of the process: {_megabytes(result.peak_rss_bytes)}")

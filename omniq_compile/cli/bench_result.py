@@ -19,6 +19,8 @@ BASELINE = "Inductor"
 class BenchConfig:
     """What to measure; ``width`` None is the class's released width.
 
+    ``warmup`` counts untimed calls once before all rounds, ``settle`` those before each timed one.
+
     Raises:
         OptionError: an unknown dtype, too few rounds, or a device that is not there.
     """
@@ -31,6 +33,7 @@ class BenchConfig:
     method: str = "int8"
     rounds: int = 7
     warmup: int = 1
+    settle: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
     eager: bool = True
@@ -41,7 +44,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise OptionError(unknown("dtype", self.dtype, DTYPES))
-        for name, least in (("rounds", 1), ("warmup", 0)):
+        for name, least in (("rounds", 1), ("warmup", 0), ("settle", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} {getattr(self, name)}: it must be at least {least}")
         if self.threads is not None and self.threads < 1:
@@ -97,8 +100,8 @@ class BenchResult:
     config: BenchConfig
     environment: dict[str, Any]
     measurements: list[Measurement]
-    lookups_per_round: float = 0.0
-    lookup_seconds_per_round: float = 0.0
+    lookups_per_call: float = 0.0
+    lookup_seconds_per_call: float = 0.0
     peak_rss_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
