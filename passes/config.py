@@ -13,8 +13,8 @@ from omniq_compile.lowering.target import Target
 from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
 
 # Narrower layers hold little of a transformer's work or memory, and their quantize and epilogue
-# loops weigh more beside the smaller GEMM. A sweep on AVX2 (docs/benchmarks) found no size that
-# loses, down to 64; one on a machine with fast BF16 GEMMs is still owed.
+# loops weigh more beside the smaller GEMM. On a CPU with fast BF16 GEMMs int8 gains from 256 on
+# (docs/benchmarks, 2026-11-25).
 MIN_FEATURES = 256
 
 # vLLM-Omni's default for the method: the first blocks of a diffusion transformer are its most
