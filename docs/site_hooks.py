@@ -6,17 +6,20 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omniq_compile.kernel_table import kernels
+from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
 
 # Pages that are not named here follow, in alphabetical order.
 FIRST = (
-    "index.md", "methods.md", "hardware.md", "models.md", "options.md", "loading.md", "plan.md",
-    "inspector.md", "snapshots.md", "architecture.md", "adding.md",
+    "index.md", "methods.md", *(f"{method}.md" for method in METHODS), "hardware.md", "models.md",
+    "options.md", "loading.md", "plan.md", "inspector.md", "snapshots.md", "architecture.md",
+    "adding.md",
 )  # fmt: skip
 
 
@@ -43,6 +46,17 @@ def hardware() -> str:
     for row in kernels():
         kind = "native" if row.native else "emulated"
         rows.append((row.method, f"`{row.target}`", f"`{row.kernel}`", kind, row.about))
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
+
+
+def hardware_of(method: str) -> str:
+    """Return the rows of one method, the kernel that each target tries first."""
+    rows, targets = [("target", "first kernel", "kind", "about"), ("---",) * 4], set()
+    for row in kernels():
+        if row.method == method and row.target not in targets:
+            targets.add(row.target)
+            kind = "native" if row.native else "emulated"
+            rows.append((f"`{row.target}`", f"`{row.kernel}`", kind, row.about))
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
 
 
@@ -74,4 +88,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-TABLES: dict[str, Callable[[], str]] = {"hardware": hardware, "options": options}
+TABLES: dict[str, Callable[[], str]] = {
+    "hardware": hardware,
+    "options": options,
+    **{f"hardware {method}": partial(hardware_of, method) for method in METHODS},
+}

@@ -22,6 +22,7 @@ import transformers
 import omniq_compile as omniq
 from omniq_compile.cli import COMMANDS, main
 from omniq_compile.cli.models import random_model
+from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.option_checks import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,8 +132,14 @@ def test_the_site_builds_without_a_warning_and_holds_the_tables(tmp_path: Path) 
     hardware = (tmp_path / "hardware.html").read_text("utf-8")
     missing = [row for row in omniq.kernels() if row.kernel not in hardware]
     assert missing == []
+    for method in METHODS:
+        page = (tmp_path / f"{method}.html").read_text("utf-8")
+        assert [
+            row.target for row in omniq.kernels() if f"<code>{row.target}</code>" not in page
+        ] == []
+        assert "<!-- table" not in page
     options = (tmp_path / "options.html").read_text("utf-8")
     assert [option for option in CHECKS if f"<code>{option}</code>" not in options] == []
-    for page in tmp_path.rglob("*.html"):
-        loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', page.read_text("utf-8"))
-        assert loaded == [], f"{page.name} loads from the network"
+    for file in tmp_path.rglob("*.html"):
+        loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', file.read_text("utf-8"))
+        assert loaded == [], f"{file.name} loads from the network"
