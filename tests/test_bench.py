@@ -138,7 +138,10 @@ def test_arguments_become_a_config():
         (["--rounds", "0"], "rounds 0"),
         (["--threads", "0"], "threads 0"),
         (["--model", "QwenImage"], "Did you mean 'QwenImageTransformer2DModel'?"),
-        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (
+            ["--json", "no/such/folder/x.json"],
+            "--json: cannot write 'no/such/folder/x.json': No such file or directory.",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_measured(arguments, expected):

@@ -15,7 +15,7 @@ from omniq_compile.cli.bench_result import BASELINE, DTYPES, BenchConfig, BenchR
 from omniq_compile.cli.bench_suite import run_command
 from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.cli.output_file import check_writable, write
 
 # What `--quick` changes where the user asked for nothing else.
 QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
@@ -67,17 +67,12 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.suite is not None:
         return run_command(args.suite, args.report, Console())
-    # Before the measurement, which may take minutes.
-    if args.json is not None and not args.json.parent.is_dir():
-        raise OmniqError(f"--json {args.json}: there is no folder {args.json.parent}")
+    check_writable("--json", args.json)
     console = Console()
     result = run_bench(config_from(args), console)
     print_table(result, console)
     if args.json is not None:
-        try:
-            args.json.write_text(result.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OmniqError(f"--json {args.json}: cannot write it: {error.strerror}") from error
+        write("--json", args.json, result.to_json() + "\n")
         console.print(f"written to {escape(str(args.json))}")
     return 1 if result.failed else 0
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from omniq_compile.cli.configs import resolve_shapes
 from omniq_compile.cli.options import add_option_arguments, options_of
+from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.inspector.document import render_json
 from omniq_compile.inspector.drawing import render_svg
 from omniq_compile.inspector.inspection import Inspection, inspect
 from omniq_compile.inspector.page import render_page
 from omniq_compile.inspector.text import KERNELS, render, render_diff
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.legal import STAGES
 
 FORMATS = ("text", "html", "svg", "json")
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trace the model, and show it."""
     stages = _stages(arguments)
-    _check_out(arguments.out)
+    check_writable("--out", arguments.out)
     loaded = resolve_shapes(arguments.model)
     inspection = inspect(
         loaded.name,
@@ -65,10 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         sys.stdout.write(_coloured(text, arguments))
         return 0
-    try:
-        arguments.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OmniqError(f"cannot write {str(arguments.out)!r}: {error.strerror}.") from error
+    write("--out", arguments.out, text)
     return 0
 
 
@@ -106,18 +104,6 @@ def _stages(arguments: argparse.Namespace) -> list[str]:
             f"names, or two that it names; it cannot compare {' with '.join(stages)}."
         )
     return stages
-
-
-def _check_out(out: Path | None) -> None:
-    """Find out before the work, not after it, that the result cannot be written."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise OmniqError(f"cannot write {str(out)!r}: Is a directory.")
-    if not out.parent.is_dir():
-        raise OmniqError(f"cannot write {str(out)!r}: No such file or directory.")
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise OmniqError(f"cannot write {str(out)!r}: Permission denied.")
 
 
 def _coloured(text: str, arguments: argparse.Namespace) -> str:

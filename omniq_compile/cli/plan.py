@@ -18,7 +18,8 @@ from rich.table import Table
 from omniq_compile.cli.families import FAMILIES, InputSize
 from omniq_compile.cli.model_configs import ModelConfig, build_on_meta, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.cli.output_file import check_writable, write
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target, detect
 from omniq_compile.meta_run import to_meta
 from omniq_compile.passes.config import QuantConfig
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan every model, and print a table each and the totals."""
+    check_writable("--out", arguments.out)
     config = QuantConfig.from_options(options_of(arguments))
     target = Target.parse(arguments.target) if arguments.target else config.target or detect("cpu")
     plans = {}
@@ -63,10 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
-    try:
-        arguments.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OmniqError(f"cannot write {str(arguments.out)!r}: {error.strerror}.") from error
+    write("--out", arguments.out, text)
     return 0
 
 
