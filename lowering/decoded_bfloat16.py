@@ -3,7 +3,8 @@
 An MX element times its power of two is exact in bfloat16 (but for values under 2**-126), a product
 of two is exact in the float32 it is summed in, and the bias is added before the one rounding. So
 the numbers are those of `decoded`, up to the order of accumulation, at about twice the speed of a
-float32 GEMM. The other formats have float32 scales to apply before that rounding, and stay there.
+float32 GEMM. The other formats have float32 scales to apply before that rounding: a GEMM of omniq's
+own takes what `quantize_scaled` makes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from omniq_compile.lowering import decoded
-from omniq_compile.lowering.formats import mxfp4, mxfp8
+from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -28,6 +29,29 @@ _WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
 def quantize(x: torch.Tensor, format: str) -> Parts:
     """Return the values ``[..., K]`` that an activation's codes stand for, in BF16."""
     return (decoded.quantize(x, format)[0].to(torch.bfloat16),)
+
+
+def quantize_scaled(x: torch.Tensor, format: str) -> Parts:
+    """Return an activation's values in BF16, exactly, and its float32 scales where it has any.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        format: any float format.
+
+    Returns:
+        bfloat16 ``[..., K']``; beside it for ``fp8`` scale ``[...]``, for ``fp8_group_C``
+        ``[..., ceil(K / C)]``, and for the dual scale ``[..., ceil(K / 512)]``.
+    """
+    if format.startswith("mxfp4_dualscale"):
+        scale_alg = mx.UOS if format.endswith(mxfp4.SUFFIXES[mx.UOS]) else mx.OCP
+        values, scale = mxfp4_dualscale.fake_quantize(x, scale_alg)
+    elif format == "fp8":
+        values, scale = fp8.fake_quantize(x)
+    elif group := block_size(format):
+        values, scale = fp8.fake_quantize_group(x, group[1])
+    else:
+        return quantize(x, format)
+    return values.to(torch.bfloat16), scale
 
 
 def decode_weight(parts: Parts, format: str) -> Parts:

@@ -32,6 +32,7 @@ def float32(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
         quantize=decoded.quantize,
         gemm=decoded.gemm,
         refuse=decoded.refuse,
+        decodes_whole=True,
     )
 
 
@@ -47,6 +48,7 @@ def bfloat16(device: str, archs: Sequence[str], method: str, why: str) -> Kernel
         quantize=decoded_bfloat16.quantize,
         gemm=decoded_bfloat16.gemm,
         refuse=decoded_bfloat16.refuse,
+        decodes_whole=True,
     )
 
 

@@ -47,6 +47,7 @@ class Kernel:
         gemm: ``(a, b, bias, problem, scheme)`` -> ``[..., M, N]``, where b are a weight's parts
             as its format stores them, or another activation's.
         refuse: ``(problem, scheme)`` -> why this kernel cannot take it, or None.
+        decodes_whole: whether ``gemm`` holds a whole decoded weight for a while.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kernel:
     quantize: Callable[[torch.Tensor, str], Parts]
     gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem, Scheme], torch.Tensor]
     refuse: Callable[[Problem, Scheme], str | None]
+    decodes_whole: bool = False
 
 
 def kernels_of(device: str) -> tuple[Kernel, ...]:

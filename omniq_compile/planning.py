@@ -65,7 +65,7 @@ class Plan:
         activation_bytes: an estimate: tensors alive at once in an eager call in the model's own
             precision, without attention's score matrices. Compiled code fuses, and needs less;
             workspaces and the allocator's rounding come on top.
-        decoded_bytes: the largest weight that an emulated kernel decodes in a call, in float32.
+        decoded_bytes: the largest weight that a kernel decodes as a whole in a call, in float32.
     """
 
     rows: tuple[PlanRow, ...]
@@ -177,7 +177,7 @@ def _decoded_bytes(sites: Sequence[Site]) -> int:
     decoded = [
         _elements(site)
         for site in sites
-        if site.decision.kernel is not None and not site.decision.kernel.native
+        if site.decision.kernel is not None and site.decision.kernel.decodes_whole
     ]
     return 4 * max(decoded, default=0)
 

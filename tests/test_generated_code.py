@@ -23,7 +23,7 @@ WIDE = 1030
 # The machine's own target, and both kernels of int8, which run on any CPU.
 by_target = pytest.mark.parametrize("target", ["cpu", "cpu:avx512_vnni", "cpu:generic"])
 
-GEMMS = ("_int_mm", "int8_matmul", "float32_matmul", "addmm")
+GEMMS = ("_int_mm", "int8_matmul", "float32_matmul", "cpu_tile_gemm", "addmm")
 
 # One rounding to BF16 errs by up to 2**-9 of a value, and by less over many.
 ONE_ROUNDING = 2.0**-9
@@ -212,16 +212,39 @@ def test_scales_bias_and_activation_are_one_pass_and_one_rounding(target: str) -
         assert agreement(twice, once) < 0.9
 
 
-@pytest.mark.parametrize("target", ["cpu:generic", "cpu:avx512_bf16"])
-def test_a_float_weight_is_decoded_once_and_quantize_is_fused(target: str) -> None:
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "mxfp4_dualscale"])
+def test_codes_go_into_the_gemm_that_decodes_tiles(method: str) -> None:
+    """No decoded weight lies in memory, and nothing is left to do after the GEMM."""
+    model = Holder(lambda x, w, b: F.linear(F.gelu(x), w, b), w=weight(N, K), b=random(N))
+    x = random(B, T, K)
+    options: dict[str, Any] = {"method": method, "target": "cpu:avx512_bf16"}
+    if method == "mxfp4_dualscale":
+        options["num_bf16_fallback_layers"] = 0
+    result, program = read(model, x, **options)
+    (gemm,) = program.operators(*GEMMS)
+    assert program.calls[-1] is gemm
+    made = [tensor for tensor in gemm.reads if program.making(tensor)]
+    assert "erf(" in program.making(made[0])[0].source
+    # The values, and per token a scale, if any, in kernels that read nothing but x.
+    assert [program.elements[tensor] for tensor in made] == {
+        "fp8": [B * T * K, B * T],
+        "mxfp4": [B * T * (K + -K % 32)],
+        "mxfp4_dualscale": [B * T * (K + -K % 32), B * T * -(-K // 512)],
+    }[method]
+    assert {len(call.reads) for call in program.kernels} == {1}
+    exact = linear(F.gelu(x.double()), model.w, model.b)
+    assert error(result, exact) < {"fp8": 0.04}.get(method, 0.18)
+
+
+def test_a_float_weight_is_decoded_once_and_quantize_is_fused() -> None:
     """mxfp4 stands for the formats that are decoded.
 
-    What lies between kernels is what the GEMM reads. For a float32 GEMM the weight takes two
-    kernels: from codes to BF16, in pairs, and from BF16 to float32.
+    What lies between kernels is what the GEMM reads. The weight takes two kernels: from codes to
+    BF16, in pairs, and from BF16 to float32.
     """
     model = Holder(lambda x, w, b: F.linear(F.gelu(x), w, b), w=weight(N, K), b=random(N))
     x = random(B, T, K)
-    result, program = read(model, x, method="mxfp4", target=target)
+    result, program = read(model, x, method="mxfp4", target="cpu:generic")
 
     (gemm,) = program.operators(*GEMMS)
     values, decoded = (tensor for tensor in gemm.reads if program.making(tensor))
@@ -233,15 +256,11 @@ def test_a_float_weight_is_decoded_once_and_quantize_is_fused(target: str) -> No
     (decode,) = program.reading(codes)
     assert program.reading(scale) == [decode]
     assert program.reading(decoded) == [gemm]
-    if target == "cpu:generic":
-        (convert,) = program.making(decoded)
-        assert list(convert.reads.values()) == ["at::BFloat16"]
-        (epilogue,) = program.reading(next(iter(gemm.writes)))
-        assert program.kernels[-1] is epilogue
-        assert list(epilogue.writes.values()) == ["at::BFloat16"]
-    else:
-        assert program.making(decoded) == [decode]
-        assert program.calls[-1] is gemm
+    (convert,) = program.making(decoded)
+    assert list(convert.reads.values()) == ["at::BFloat16"]
+    (epilogue,) = program.reading(next(iter(gemm.writes)))
+    assert program.kernels[-1] is epilogue
+    assert list(epilogue.writes.values()) == ["at::BFloat16"]
 
     a, b = (
         torch.from_numpy(oracle.mx(t.float().numpy(), oracle.E2M1)[2]).double()

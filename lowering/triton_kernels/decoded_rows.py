@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from omniq_compile.lowering import decoded, decoded_bfloat16
-from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats import block_size, fp8, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -87,14 +87,8 @@ def mx_row(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
         quantize=decoded_bfloat16.quantize,
         gemm=_gemm_mx,
         refuse=_refuse_mx,
+        decodes_whole=True,
     )
-
-
-def _quantize_dualscale(x: torch.Tensor, format: str) -> Parts:
-    """Return the MX values ``[..., K']`` in BF16, exactly, and the coarse scales beside them."""
-    scale_alg = mx.UOS if format.endswith(mxfp4.SUFFIXES[mx.UOS]) else mx.OCP
-    values, coarse = mxfp4_dualscale.fake_quantize(x, scale_alg)
-    return values.to(torch.bfloat16), coarse
 
 
 def _gemm_dualscale(
@@ -117,9 +111,10 @@ def dualscale_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         native=False,
         about=f"{why}: decoded exactly to BF16, a Triton GEMM applies coarse scales to float32 "
         "sums of 512",
-        quantize=_quantize_dualscale,
+        quantize=decoded_bfloat16.quantize_scaled,
         gemm=_gemm_dualscale,
         refuse=_refuse,
+        decodes_whole=True,
     )
 
 
@@ -159,4 +154,5 @@ def fp8_weight_only_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         quantize=_quantize_nothing,
         gemm=_gemm_weight_only,
         refuse=_refuse_weight_only,
+        decodes_whole=True,
     )

@@ -177,8 +177,8 @@ def _totals(plan: Plan) -> str:
     ]
     if plan.decoded_bytes:
         lines.append(
-            f"decoded weights, estimated: {_gib(plan.decoded_bytes)} (the largest that an emulated "
-            "kernel decodes in a call, in float32)"
+            f"decoded weights, estimated: {_gib(plan.decoded_bytes)} (the largest that a kernel "
+            "decodes as a whole in a call, in float32)"
         )
     return "\n".join(lines) + "\n"
 

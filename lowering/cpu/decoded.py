@@ -1,0 +1,70 @@
+"""The float formats on CPUs with BF16 products: weights decoded tile by tile inside the GEMM."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import gcd
+
+import torch
+
+from omniq_compile.lowering import decoded, decoded_bfloat16
+from omniq_compile.lowering.cpu import tile_gemm  # noqa: F401  (defines the operator)
+from omniq_compile.lowering.emulated import ELEMENTS
+from omniq_compile.lowering.formats import block_size, mxfp4_dualscale
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import Kernel, Problem
+from omniq_compile.lowering.schemes import Scheme
+
+# A scale for fewer columns would cost more than the products between two of them.
+FEWEST_COLUMNS = 32
+
+
+def _refuse(problem: Problem, scheme: Scheme) -> str | None:
+    if not problem.b_is_weight:
+        return "it decodes a weight, and both operands are activations"
+    if problem.b_rank > 2:
+        return "it takes no batch of matrices"
+    a, b = block_size(scheme.activation), block_size(scheme.weight)
+    if a and b and gcd(a[1], b[1]) % FEWEST_COLUMNS:
+        return f"a scale per {b[1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
+    return decoded.refuse(problem, scheme)
+
+
+def _gemm(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    multiply = partial(torch.ops.omniq.cpu_tile_gemm, a[0], a[1] if len(a) > 1 else None, b[0])
+    columns = (0, 1, 0)
+    block_scale = scale = None
+    if scheme.weight == "fp8":
+        scale = b[1]
+    elif block := block_size(scheme.weight):
+        group = block_size(scheme.activation)
+        assert group is not None
+        scale, columns = b[1], (group[1], *block)
+    elif len(b) > 2:
+        _, block_scale, scale = b
+        columns = (mxfp4_dualscale.RUN, 1, mxfp4_dualscale.RUN)
+    else:
+        block_scale = b[1]
+    result: torch.Tensor = multiply(block_scale, scale, bias, *columns, problem.dtype)
+    return result
+
+
+def kernel(method: str) -> Kernel:
+    """Make the row of a method of `ELEMENTS`."""
+    return Kernel(
+        name=f"cpu_{method}_bfloat16",
+        method=method,
+        device="cpu",
+        archs=("avx512_bf16",),
+        native=False,
+        about=f"no {ELEMENTS[method]} arithmetic on CPUs: tiles of a weight decoded exactly to "
+        "BF16, multiplied by oneDNN's brgemm, scales applied to its float32 sums",
+        quantize=decoded_bfloat16.quantize_scaled,
+        gemm=_gemm,
+        refuse=_refuse,
+    )
+
+
+KERNELS = tuple(kernel(method) for method in ELEMENTS)

@@ -1,0 +1,53 @@
+"""C++ of this folder, built once a machine by the compiler that Inductor uses, and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("omniq")
+_building = threading.Lock()
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """Build and load ``NAME.cpp``, or return None where that fails, and say so once.
+
+    The result is kept in Inductor's cache folder for later processes.
+    """
+    with _building:
+        return _load(name)
+
+
+@cache
+def _load(name: str) -> ctypes.CDLL | None:
+    source = Path(__file__).with_name(f"{name}.cpp").read_text("utf-8")
+    try:
+        return _build(source)
+    except Exception as error:  # whatever the compiler, the linker or the file system says
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning(
+            "%s.cpp could not be built, and its products are computed in float32, slower: %s. "
+            "Inductor needs the same C++ compiler; see torch._inductor.config.cpp.cxx.",
+            name,
+            lines[0],
+        )
+        return None
+
+
+def _build(source: str) -> ctypes.CDLL:
+    # Private, checked on torch 2.11 to 2.13: it knows the flags, the headers and the cache folder.
+    from torch._inductor.codecache import CppCodeCache
+
+    library = CppCodeCache.load(source)
+    assert isinstance(library, ctypes.CDLL)
+    return library
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor's data lies, for a ``void*``."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,251 @@
+// out = (a * a_scale) @ (b * b_scale)^T + bias, where b is stored as e4m3 or e2m1 codes.
+//
+// A tile of b is decoded to BF16 at a time, in the order that brgemm reads (pairs along K beside each
+// other), and multiplied by brgemm (oneDNN's BF16 micro-kernel: AMX or AVX512-BF16) with float32 sums.
+// Float32 scales are applied to the sums of the columns that share them, and the bias before the one
+// rounding to the result's type.
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <numeric>
+#include <vector>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// Inductor's flags switch this off, for loops that it has vectorized itself.
+#pragma GCC optimize("tree-loop-vectorize")
+#endif
+
+namespace {
+
+constexpr int64_t TILE_M = 64;
+constexpr int64_t TILE_N = 64;
+constexpr int64_t STEP_K = 512;  // decoded at a time: 64 x 512 BF16 values stay in the L2 cache
+constexpr int64_t TRANSPOSED = 16;  // rows at a time: one cache line of pairs
+constexpr int64_t MX_BLOCK = 32;
+constexpr int64_t ROWS_A_TASK = 256;  // at least, where a result has too few columns for all threads
+
+enum Element : int64_t { E4M3 = 0, E2M1 = 1 };
+enum Result : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+}  // namespace
+
+// The same fields in the same order as `_Arguments` in tile_gemm.py. Sizes count elements.
+struct Arguments {
+  const void* a;              // BF16 [M, K], K even
+  const float* a_scale;       // [M, ceil(K / a_columns)], or null
+  const uint8_t* codes;       // [N, K] e4m3, or [N, K / 2] e2m1 with even k in the low nibble
+  const uint8_t* block_scale; // e8m0 [N, K / 32], or null
+  const float* b_scale;       // [ceil(N / b_rows), ceil(K / b_columns)]; null where a_scale is
+  const float* bias;          // [N], or null
+  void* out;                  // [M, N]
+  int64_t M, N, K;
+  int64_t b_bytes;            // from one row of codes to the next; may leave out an odd K's last
+  int64_t a_columns, b_rows, b_columns;
+  int64_t element, result;
+};
+
+namespace {
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Without a branch, so that loops over it vectorize.
+inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = -static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
+// e4m3 (OCP 8-bit Floating Point v1.0), without a float32 denormal on the way.
+inline float decode_e4m3(uint32_t code) {
+  const uint32_t magnitude = code & 0x7F;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+  const uint32_t normal = choose(magnitude == 0x7F, 0x7FC00000, (magnitude << 20) + (120u << 23));
+  return from_bits(choose(magnitude < 8, to_bits(subnormal), normal) | ((code & 0x80) << 24));
+}
+
+// e2m1 (OCP Microscaling Formats v1.0, section 5.3.3).
+inline float decode_e2m1(uint32_t code) {
+  const uint32_t magnitude = code & 7;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0.5f;
+  const uint32_t normal = (magnitude << 22) + (126u << 23);
+  return from_bits(choose(magnitude < 2, to_bits(subnormal), normal) | ((code & 8) << 28));
+}
+
+// e8m0 (section 5.4.1) as two factors, so that neither is a denormal.
+struct Power {
+  float small, large;
+};
+
+inline Power decode_e8m0(uint32_t byte) {
+  const uint32_t large = std::max(byte, 2u);
+  return {from_bits((byte - large + 127) << 23), byte == 255 ? NAN : from_bits(large << 23)};
+}
+
+// Every decoded value has at most four significant bits: BF16 is the upper half of the float32.
+inline uint16_t bfloat16(float value) { return static_cast<uint16_t>(to_bits(value) >> 16); }
+
+// Decode one row of b from k to k + count, where k is a multiple of 32 and count at most STEP_K.
+void decode(const Arguments& g, int64_t n, int64_t k, int64_t count, uint16_t* values) {
+  const uint8_t* row = g.codes + n * g.b_bytes;
+  float elements[STEP_K];
+  if (g.element == E4M3) {
+    count = std::min(count, g.b_bytes - k);
+    for (int64_t i = 0; i < count; ++i) elements[i] = decode_e4m3(row[k + i]);
+  } else {
+    uint8_t codes[STEP_K];
+    for (int64_t i = 0; i < count / 2; ++i) {
+      codes[2 * i] = row[k / 2 + i] & 15;
+      codes[2 * i + 1] = row[k / 2 + i] >> 4;
+    }
+    for (int64_t i = 0; i < count; ++i) elements[i] = decode_e2m1(codes[i]);
+  }
+  if (!g.block_scale) {
+    for (int64_t i = 0; i < count; ++i) values[i] = bfloat16(elements[i]);
+    return;
+  }
+  const uint8_t* scale = g.block_scale + n * (g.K / MX_BLOCK) + k / MX_BLOCK;
+  for (int64_t block = 0; block < count / MX_BLOCK; ++block) {
+    const Power power = decode_e8m0(scale[block]);
+    for (int64_t i = block * MX_BLOCK; i < (block + 1) * MX_BLOCK; ++i)
+      values[i] = bfloat16(elements[i] * power.small * power.large);
+  }
+}
+
+// Decode rows n to n + TILE_N of b into a panel [K / 2][TILE_N] of pairs; missing rows are zeros.
+void decode_panel(const Arguments& g, int64_t n, uint16_t* rows, uint32_t* panel) {
+  for (int64_t k = 0; k < g.K; k += STEP_K) {
+    const int64_t count = std::min(STEP_K, g.K - k);
+    for (int64_t first = 0; first < TILE_N; first += TRANSPOSED) {
+      std::memset(rows, 0, TRANSPOSED * STEP_K * sizeof(uint16_t));
+      for (int64_t j = 0; j < TRANSPOSED && n + first + j < g.N; ++j)
+        decode(g, n + first + j, k, count, rows + j * STEP_K);
+      uint32_t* to = panel + (k / 2) * TILE_N + first;
+      for (int64_t pair = 0; pair < count / 2; ++pair)
+        for (int64_t j = 0; j < TRANSPOSED; ++j)
+          std::memcpy(to + pair * TILE_N + j, rows + j * STEP_K + 2 * pair, sizeof(uint32_t));
+    }
+  }
+}
+
+// Multiply columns k to end of rows m to m + count with a panel: sums [count][TILE_N].
+void multiply(
+    const Arguments& g, int64_t m, int64_t count, int64_t k, int64_t end, const uint32_t* panel, float* sums) {
+  const auto* a = static_cast<const at::BFloat16*>(g.a) + m * g.K;
+  for (int64_t step = k; step < end; step += STEP_K) {
+    const auto* b = reinterpret_cast<const at::BFloat16*>(panel + (step / 2) * TILE_N);
+    at::native::cpublas::brgemm(
+        count, TILE_N, std::min(STEP_K, end - step), g.K, TILE_N, TILE_N, step > k, a + step, b, sums);
+  }
+}
+
+// Add the sums of columns that share a scale, from column k on, to the total.
+void add_scaled(
+    const Arguments& g, int64_t m, int64_t count, int64_t n, int64_t k, const float* sums, float* total) {
+  const int64_t a_groups = (g.K + g.a_columns - 1) / g.a_columns;
+  const int64_t b_groups = (g.K + g.b_columns - 1) / g.b_columns;
+  float b_scale[TILE_N] = {};
+  for (int64_t j = 0; j < TILE_N && n + j < g.N; ++j)
+    b_scale[j] = g.b_scale[(n + j) / g.b_rows * b_groups + k / g.b_columns];
+  for (int64_t i = 0; i < count; ++i) {
+    const float a_scale = g.a_scale[(m + i) * a_groups + k / g.a_columns];
+    const float* from = sums + i * TILE_N;
+    float* to = total + i * TILE_N;
+    for (int64_t j = 0; j < TILE_N; ++j) {
+      const float scaled = from[j] * a_scale * b_scale[j];
+      to[j] = k == 0 ? scaled : to[j] + scaled;
+    }
+  }
+}
+
+template <typename T>
+void store(const Arguments& g, int64_t m, int64_t count, int64_t n, const float* total) {
+  const int64_t width = std::min(TILE_N, g.N - n);
+  float bias[TILE_N] = {};
+  if (g.bias) std::copy_n(g.bias + n, width, bias);
+  for (int64_t i = 0; i < count; ++i) {
+    T* to = static_cast<T*>(g.out) + (m + i) * g.N + n;
+    const float* from = total + i * TILE_N;
+    if (g.bias)
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(from[j] + bias[j]);
+    else
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(from[j]);
+  }
+}
+
+void run(const Arguments& g) {
+  const int64_t group = g.a_scale ? std::gcd(g.a_columns, g.b_columns) : g.K;
+  const int64_t across = (g.N + TILE_N - 1) / TILE_N;
+  const int64_t wanted = (2 * at::get_num_threads() + across - 1) / across;
+  const int64_t down = std::clamp<int64_t>(wanted, 1, (g.M + ROWS_A_TASK - 1) / ROWS_A_TASK);
+  const int64_t rows_a_task = ((g.M + down - 1) / down + TILE_M - 1) / TILE_M * TILE_M;
+  at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> rows(TRANSPOSED * STEP_K);
+    std::vector<uint32_t> panel(g.K / 2 * TILE_N);
+    std::vector<float> sums(TILE_M * TILE_N), total(TILE_M * TILE_N);
+    int64_t decoded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / down * TILE_N;
+      if (n != decoded) decode_panel(g, n, rows.data(), panel.data());
+      decoded = n;
+      const int64_t first = task % down * rows_a_task;
+      const int64_t last = std::min(g.M, first + rows_a_task);
+      for (int64_t m = first; m < last; m += TILE_M) {
+        const int64_t count = std::min(TILE_M, last - m);
+        for (int64_t k = 0; k < g.K; k += group) {
+          multiply(g, m, count, k, std::min(g.K, k + group), panel.data(), sums.data());
+          if (g.a_scale) add_scaled(g, m, count, n, k, sums.data(), total.data());
+        }
+        const float* result = g.a_scale ? total.data() : sums.data();
+        if (g.result == BFLOAT16) store<at::BFloat16>(g, m, count, n, result);
+        else if (g.result == FLOAT16) store<at::Half>(g, m, count, n, result);
+        else store<float>(g, m, count, n, result);
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+}  // namespace
+
+// Say whether brgemm takes BF16 pairs on this CPU, by calling it: `could_pack` answers for AMX only.
+extern "C" int omniq_tile_gemm_supported() {
+  try {
+    const std::vector<uint16_t> zeros(2 * TILE_N);
+    std::vector<float> sums(TILE_N);
+    const auto* values = reinterpret_cast<const at::BFloat16*>(zeros.data());
+    at::native::cpublas::brgemm(1, TILE_N, 2, 2, TILE_N, TILE_N, false, values, values, sums.data());
+    at::native::cpublas::brgemm_release();
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+// Returns 0, or 1 with what went wrong in `message`.
+extern "C" int omniq_tile_gemm(const Arguments* arguments, char* message, int64_t size) {
+  try {
+    run(*arguments);
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(message, size, "%s", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,159 @@
+"""``omniq::cpu_tile_gemm``: BF16 activations times a weight that is decoded tile by tile.
+
+The C++ stands in tile_gemm.cpp. Where it cannot be built, or the CPU has no fast BF16 products, the
+same is computed in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omniq_compile.lowering.cpu import library
+from omniq_compile.lowering.formats import mxfp4, mxfp8
+from omniq_compile.lowering.formats.blocks import repeat
+from omniq_compile.lowering.formats.float_codes import decode_e4m3
+from omniq_compile.lowering.target import Target, detect
+
+E4M3, E2M1 = 0, 1
+_RESULTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of tile_gemm.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "a_scale", "codes", "block_scale", "b_scale")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out")),
+        *((name, ctypes.c_int64) for name in ("M", "N", "K", "b_bytes", "a_columns", "b_rows")),
+        *((name, ctypes.c_int64) for name in ("b_columns", "element", "result")),
+    )
+
+
+@torch.library.custom_op("omniq::cpu_tile_gemm", mutates_args=())
+def cpu_tile_gemm(
+    a: Tensor,
+    a_scale: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    a_columns: int,
+    b_rows: int,
+    b_columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``(a * a_scale) @ (b * b_scale).T + bias``, rounded to ``dtype`` once.
+
+    Args:
+        a: bfloat16 ``[..., M, K]``.
+        a_scale: float32 ``[..., M, ceil(K / a_columns)]``, or None.
+        codes: of b: ``torch.float8_e4m3fn`` ``[N, K]``, or uint8 ``[N, K / 2]``, two e2m1 codes a
+            byte with even k in the low nibble.
+        block_scale: of b: uint8 e8m0 ``[N, K / 32]``, or None (only with e4m3).
+        b_scale: float32 ``[ceil(N / b_rows), ceil(K / b_columns)]``; None where a_scale is.
+        bias: ``[N]`` of any float dtype, or None.
+        a_columns, b_columns: of K that share a scale, 0 for all of them; multiples of 32.
+        b_rows: of b that share a scale.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``[..., M, N]``.
+
+    Raises:
+        RuntimeError: the C++ reports an error, with its message.
+    """
+    N, K = codes.shape[0], a.shape[-1]
+    out = a.new_empty((*a.shape[:-1], N), dtype=dtype)
+    rows = a.reshape(-1, K)
+    if a_scale is not None:
+        a_scale = a_scale.reshape(rows.shape[0], -1).contiguous()
+    if b_scale is not None:
+        b_scale = b_scale.reshape(-(-N // b_rows), -1).contiguous()
+    columns = (a_columns or K, b_columns or K)
+    if bias is not None:
+        bias = bias.to(torch.float32)
+    if out.numel() == 0:
+        return out
+    if (built := _library()) is None:
+        result = _in_float32(rows, a_scale, codes, block_scale, b_scale, bias, b_rows, columns)
+        return out.copy_(result.view(out.shape))
+    # brgemm reads pairs along K.
+    rows = (F.pad(rows, (0, 1)) if K % 2 else rows).contiguous()
+    columns = (a_columns or rows.shape[1], b_columns or rows.shape[1])
+    kept = [part if part is None else part.contiguous() for part in (codes, block_scale, bias)]
+    arguments = _Arguments(
+        library.pointer(rows),
+        library.pointer(a_scale),
+        library.pointer(kept[0]),
+        library.pointer(kept[1]),
+        library.pointer(b_scale),
+        library.pointer(kept[2]),
+        library.pointer(out),
+        *(rows.shape[0], N, rows.shape[1], codes.shape[1], columns[0], b_rows, columns[1]),
+        E2M1 if codes.dtype == torch.uint8 else E4M3,
+        _RESULTS[dtype],
+    )
+    message = ctypes.create_string_buffer(512)
+    if built.omniq_tile_gemm(ctypes.byref(arguments), message, ctypes.c_int64(len(message))):
+        raise RuntimeError(f"omniq::cpu_tile_gemm failed: {message.value.decode(errors='replace')}")
+    return out
+
+
+@cpu_tile_gemm.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    a_columns: int,
+    b_rows: int,
+    b_columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], codes.shape[0]), dtype=dtype)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if detect("cpu") != Target("cpu", "avx512_bf16"):
+        return None
+    built = library.load("tile_gemm")
+    return built if built is not None and built.omniq_tile_gemm_supported() else None
+
+
+def _in_float32(
+    rows: Tensor,
+    a_scale: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    b_rows: int,
+    columns: tuple[int, int],
+) -> Tensor:
+    if block_scale is None:
+        b = decode_e4m3(codes)
+    else:
+        form = mxfp4 if codes.dtype == torch.uint8 else mxfp8
+        b = form.dequantize((codes, block_scale))
+    a = rows.to(torch.float32)
+    K, N = a.shape[1], b.shape[0]
+    by_row = columns == (K, K)
+    if a_scale is not None and b_scale is not None:
+        b_scale = repeat(b_scale, -2, b_rows, N)
+        if not by_row:
+            a = a * repeat(a_scale, -1, columns[0], K)
+            b = b * repeat(b_scale, -1, columns[1], K)
+    # A caller's autocast would round the sums.
+    with torch.autocast("cpu", enabled=False):
+        out = a @ b.t()
+    if by_row and a_scale is not None and b_scale is not None:
+        out = out * a_scale * b_scale.t()
+    return out if bias is None else out + bias

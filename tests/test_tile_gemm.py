@@ -1,0 +1,181 @@
+"""`omniq::cpu_tile_gemm`: the C++, and what stands in for it, against products in float64."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from omniq_compile.lowering.cpu import library, tile_gemm
+from omniq_compile.lowering.formats import get_format, mx
+
+gemm: Callable[..., Tensor] = torch.ops.omniq.cpu_tile_gemm
+BUILT = tile_gemm._library() is not None
+needs_bf16 = pytest.mark.skipif(not BUILT, reason="this CPU has no fast BF16 products")
+
+# M, N and K: one tile and less, several, rows cut between threads, an odd K.
+SHAPES = [(1, 1, 1), (7, 45, 1075), (130, 67, 1600), (700, 65, 96), (3, 200, 33)]
+
+
+@pytest.fixture(params=[pytest.param("C++", marks=needs_bf16), "float32"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "float32":
+        monkeypatch.setattr(tile_gemm, "_library", lambda: None)
+    return str(request.param)
+
+
+def elements(count: int, kind: Any) -> Tensor:
+    """Every code of a type of ml_dtypes from 0 on, decoded by it."""
+    return torch.from_numpy(np.arange(count, dtype=np.uint8).view(kind).astype(np.float32))
+
+
+def random_codes(shape: tuple[int, ...]) -> Tensor:
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return torch.where((codes & 0x7F) == 0x7F, 0, codes)
+
+
+def close(out: Tensor, a: Tensor, b: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
+    """Compare with float64, allowing one rounding and another order of accumulation."""
+    exact = a.double() @ b.double().T + bias.double()
+    size = a.double().abs() @ b.double().abs().T + bias.double().abs()
+    step = torch.finfo(dtype).eps / 2
+    return bool(((out.double() - exact).abs() <= exact.abs() * step * 1.001 + size * 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_a_scale_per_row(path: str, M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    a = torch.randn(M, K).to(torch.bfloat16)
+    codes, bias = random_codes((N, K)), torch.randn(N)
+    a_scale, b_scale = torch.rand(M) / 448, torch.rand(N)
+    out = gemm(
+        a, a_scale, codes.view(torch.float8_e4m3fn), None, b_scale, bias, 0, 1, 0, dtype
+    )  # fmt: skip
+    table = elements(256, ml_dtypes.float8_e4m3fn)
+    assert out.dtype == dtype
+    b = table[codes.long()].double() * b_scale[:, None]
+    assert close(out, a.double() * a_scale[:, None], b, bias, dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 32), (1, 96), (7, 1024)])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_a_scale_per_block(path: str, M: int, N: int, K: int, rows: int, columns: int) -> None:
+    a = torch.randn(M, K).to(torch.bfloat16)
+    codes, bias = random_codes((N, K)), torch.randn(N)
+    a_scale = torch.rand(M, -(-K // 128)) / 448
+    b_scale = torch.rand(-(-N // rows), -(-K // columns))
+    out = gemm(
+        a, a_scale, codes.view(torch.float8_e4m3fn), None, b_scale, bias, 128, rows, columns,
+        torch.float32,
+    )  # fmt: skip
+    n, k = torch.arange(N) // rows, torch.arange(K)
+    b = elements(256, ml_dtypes.float8_e4m3fn)[codes.long()].double()
+    b = b * b_scale[n][:, k // columns]
+    assert close(out, a.double() * a_scale[:, k // 128], b, bias, torch.float32)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_a_power_of_two_per_block(
+    path: str, M: int, N: int, K: int, element: str, coarse: bool
+) -> None:
+    K = mx.padded(K)
+    a = torch.randn(M, K).to(torch.bfloat16)
+    bias, byte = torch.randn(N), torch.randint(110, 140, (N, K // 32), dtype=torch.uint8)
+    if element == "e4m3":
+        codes = random_codes((N, K))
+        values = elements(256, ml_dtypes.float8_e4m3fn)[codes.long()]
+        codes = codes.view(torch.float8_e4m3fn)
+    else:
+        codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+        table = elements(16, ml_dtypes.float4_e2m1fn)
+        values = torch.stack([table[(codes & 15).long()], table[(codes >> 4).long()]], -1)
+        values = values.flatten(-2)
+    b = values.double() * 2.0 ** (byte.double() - 127).repeat_interleave(32, -1)
+    real, a_scale, b_scale, columns = a.double(), None, None, 0
+    if coarse:
+        columns, at = 512, torch.arange(K) // 512
+        a_scale, b_scale = torch.rand(M, -(-K // 512)), torch.rand(N, -(-K // 512))
+        real, b = real * a_scale[:, at], b * b_scale[:, at]
+    out = gemm(a, a_scale, codes, byte, b_scale, bias, columns, 1, columns, torch.float32)
+    assert close(out, real, b, bias, torch.float32)
+
+
+def test_every_code_and_every_scale_decodes_exactly(path: str) -> None:
+    eye = torch.eye(32).to(torch.bfloat16)
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    finite = torch.where((codes & 0x7F) == 0x7F, 0, codes)
+    one = torch.full((8, 1), 127, dtype=torch.uint8)
+    out = gemm(eye, None, finite.view(torch.float8_e4m3fn), one, None, None, 0, 1, 0, torch.float32)
+    table = elements(256, ml_dtypes.float8_e4m3fn)
+    assert torch.equal(out.T, table[finite.long()])
+
+    # Every scale byte with the code of 1.0, where 2**-127 is a denormal that may be flushed.
+    byte = torch.arange(1, 255, dtype=torch.uint8).unsqueeze(1)
+    ones = torch.full((254, 16), 0x22, dtype=torch.uint8)
+    out = gemm(eye, None, ones, byte, None, None, 0, 1, 0, torch.float32)
+    assert torch.equal(out[3].double(), 2.0 ** (byte[:, 0].double() - 127))
+
+
+def test_what_is_not_a_number_stays_where_it_is(path: str) -> None:
+    a = torch.ones(5, 64, dtype=torch.bfloat16)
+    a[2, 7] = torch.nan
+    codes = torch.full((70, 32), 0x22, dtype=torch.uint8)
+    byte = torch.full((70, 2), 127, dtype=torch.uint8)
+    byte[66, 1] = 255
+    out = gemm(a, None, codes, byte, None, None, 0, 1, 0, torch.bfloat16)
+    expected = torch.full((5, 70), 64.0)
+    expected[2], expected[:, 66] = torch.nan, torch.nan
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num().float(), expected.nan_to_num())
+
+
+def test_batches_strides_and_nothing_at_all(path: str) -> None:
+    form = get_format("mxfp8")
+    b = form.quantize(torch.randn(70, 64))
+    a = torch.randn(64, 3, 2).to(torch.bfloat16).permute(1, 2, 0)
+    out = gemm(a, None, b[0], b[1], None, None, 0, 1, 0, torch.float32)
+    assert out.shape == (3, 2, 70)
+    flat = a.reshape(6, 64)
+    assert close(out.view(6, 70), flat, form.dequantize(b), torch.zeros(70), torch.float32)
+    empty = gemm(a[:, :0], None, b[0], b[1], None, None, 0, 1, 0, torch.float32)
+    assert empty.shape == (3, 0, 70)
+
+
+def test_a_library_that_cannot_be_built_is_said_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(source: str) -> None:
+        assert "omniq_tile_gemm" in source
+        raise RuntimeError("C++ compile error\ncommand: c++ ...")
+
+    monkeypatch.setattr(library, "_build", build)
+    library._load.cache_clear()
+    with caplog.at_level(logging.WARNING, "omniq"):
+        assert library.load("tile_gemm") is None
+        assert library.load("tile_gemm") is None
+    library._load.cache_clear()
+    (record,) = caplog.records
+    assert "tile_gemm.cpp could not be built" in record.getMessage()
+    assert "C++ compile error." in record.getMessage()
+
+
+@needs_bf16
+def test_an_error_of_the_library_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        @staticmethod
+        def omniq_tile_gemm(arguments: Any, message: Any, size: Any) -> int:
+            message.value = b"no memory"
+            return 1
+
+    monkeypatch.setattr(tile_gemm, "_library", lambda: Failing)
+    b = get_format("mxfp8").quantize(torch.randn(70, 64))
+    with pytest.raises(RuntimeError, match="omniq::cpu_tile_gemm failed: no memory"):
+        gemm(torch.ones(2, 64).bfloat16(), None, b[0], b[1], None, None, 0, 1, 0, torch.float32)
