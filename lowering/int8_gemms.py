@@ -44,9 +44,22 @@ def gemm_int_mm(
     return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
 
 
+def gemm_recycled(
+    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+) -> torch.Tensor:
+    """Multiply with `torch._int_mm` on a CPU, into memory used again; see `Kernel.gemm`."""
+    return _int8_matmul(a, b, bias, problem.dtype, use_int_mm=True)
+
+
 def gemm_float32(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Multiply exactly through float32; see `Kernel.gemm`."""
-    sums = torch.ops.omniq.int8_matmul(a[0], b[0], False)
-    return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
+    return _int8_matmul(a, b, bias, problem.dtype, use_int_mm=False)
+
+
+def _int8_matmul(
+    a: Parts, b: Parts, bias: torch.Tensor | None, dtype: torch.dtype, use_int_mm: bool
+) -> torch.Tensor:
+    sums = torch.ops.omniq.int8_matmul(a[0], b[0], use_int_mm)
+    return int8.epilogue(sums, a[1], b[1], bias, dtype)

@@ -1,9 +1,10 @@
 """``omniq::int8_matmul``: exact s8 x s8 -> s32 products where `torch._int_mm` does not serve.
 
-`torch._int_mm` takes two matrices, and is fast only with VNNI. This operator takes batches, and
-multiplies through float32 where the integer instruction is missing. float32 holds every integer
-up to 2**24, so a product over at most ``2**24 // 127**2`` elements of K is exact whatever order
-it is summed in; the partial sums are added as int32.
+`torch._int_mm` takes two matrices, is fast only with VNNI, and allocates its result anew at each
+call. This operator takes batches, multiplies through float32 where the integer instruction is
+missing, and uses memory again. float32 holds every integer up to 2**24, so a product over at most
+``2**24 // 127**2`` elements of K is exact whatever order it is summed in; the partial sums are
+added as int32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from omniq_compile.lowering import recycled
 
 EXACT_K = 1024
 assert EXACT_K * 127**2 < 2**24
@@ -54,7 +57,9 @@ def _matmul_int_mm(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[-1] == 1:
         # torch 2.11's CPU kernel returns wrong sums for K = 1.
         return a.to(torch.int32) * b.to(torch.int32).t()
-    return torch._int_mm(a, b.t())
+    if a.device.type != "cpu":
+        return torch._int_mm(a, b.t())
+    return torch._int_mm(a, b.t(), out=recycled.empty((a.shape[0], b.shape[0]), torch.int32))
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:

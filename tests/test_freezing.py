@@ -1,8 +1,8 @@
 """Inductor's ``freezing`` changes neither the GEMM nor the numbers.
 
 With it on, Inductor rewrites ``_int_mm`` by a constant weight to oneDNN's s8 qlinear, which is a
-thousand times slower (``_register_smooth_quant_int_mm_pattern``, checked on torch 2.13). Codes are
-inputs of the graph and never constants, which is what keeps that pattern away.
+thousand times slower (``_register_smooth_quant_int_mm_pattern``, checked on torch 2.13). Here the
+product is an operator of omniq's own, which that pattern does not know.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from generated_code import Program, generated
 from torch._inductor import freezing
 
 from omniq_compile import QuantizedTensor, quantize
-from omniq_compile.lowering import registry
+from omniq_compile.lowering import int8_gemms
 from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import get_scheme
-from omniq_compile.lowering.target import Target
 
 M, K, H, N = 13, 70, 150, 45
 
@@ -90,18 +89,17 @@ def test_stored_codes_do_not_become_constants_either() -> None:
     plain, _ = read(compiled(model, **options), x, frozen=False)
     with torch._inductor.config.patch(freezing=True):
         result, program = read(compiled(model, **options), x, frozen=True)
-    assert operators(program) == ["extern_kernels._int_mm"] * 2
+    assert operators(program) == ["torch.ops.omniq.int8_matmul.default"] * 2
     assert torch.equal(result, plain)
 
 
 def test_the_same_arithmetic_by_a_constant_would_become_qlinear() -> None:
-    """The near miss: omniq's own kernel, with its codes as a buffer of the model."""
-    kernel = registry.candidates("int8", Target("cpu", "avx512_vnni"))[0]
+    """The near miss: the plain integer GEMM, with its codes as a buffer of the model."""
     problem = Problem(M, K, N, a_rank=2, b_rank=2, dtype=torch.bfloat16)
 
     def function(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-        codes = kernel.quantize(x, "int8")
-        return kernel.gemm(codes, weight, None, problem, get_scheme("int8"))
+        codes = int8_gemms.quantize(x, "int8")
+        return int8_gemms.gemm_int_mm(codes, weight, None, problem, get_scheme("int8"))
 
     codes, scale = int8.quantize(torch.randn(N, K))
     model = Holder(function, buffers=True, codes=codes, scale=scale)

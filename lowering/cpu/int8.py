@@ -13,6 +13,6 @@ INT_MM = Kernel(
     native=True,
     about="torch._int_mm (oneDNN s8 GEMM), epilogue by Inductor",
     quantize=int8_gemms.quantize,
-    gemm=int8_gemms.gemm_int_mm,
+    gemm=int8_gemms.gemm_recycled,
     refuse=int8_gemms.refuse,
 )
