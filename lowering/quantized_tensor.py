@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.formats.rows import dequantize_rows, quantize_rows
+from omniq_compile.lowering.formats.rows import dequantize_rows
+from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
 
 aten = torch.ops.aten
 
@@ -92,7 +93,7 @@ class QuantizedTensor(torch.Tensor):
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(weight, QuantizedTensor):
                 weight = weight.dequantize()
-            parts = quantize_rows(weight.detach(), get_format(format))
+            parts = quantize_weight(weight.detach(), format)
         _check_finite(parts, format)
         return cls(parts, format, method, weight.shape, weight.dtype)
 
@@ -190,13 +191,10 @@ def _check_shape(weight: torch.Tensor) -> None:
 
 
 def _check_finite(parts: Parts, format: str) -> None:
-    # NaN and Inf show in the scales of every format; an e8m0 scale of 255 is NaN.
-    for scale in parts[1:]:
-        if scale.device.type == "meta" or type(scale) is not torch.Tensor:
-            continue
-        good = scale != 255 if scale.dtype is torch.uint8 else torch.isfinite(scale)
-        if not good.all():
-            raise WeightError(f"the weight holds NaN or Inf, which {format} cannot represent.")
+    if any(part.device.type == "meta" or type(part) is not torch.Tensor for part in parts):
+        return
+    if not holds_finite(parts):
+        raise WeightError(f"the weight holds NaN or Inf, which {format} cannot represent.")
 
 
 def _same_parts(func: Any, tensor: QuantizedTensor, **_: Any) -> QuantizedTensor:
@@ -236,7 +234,7 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
         source = source.dequantize()
     # Quantized aside first: a weight that cannot be quantized leaves the old one whole.
     values = source.to(target.device).expand(target.shape)
-    parts = quantize_rows(values, get_format(target.format))
+    parts = quantize_weight(values, target.format)
     _check_finite(parts, target.format)
     for to, part in zip(target.parts, parts, strict=True):
         to.copy_(part)

@@ -17,8 +17,7 @@ import torch
 
 from omniq_compile import weight_changes
 from omniq_compile.lowering.errors import WeightError
-from omniq_compile.lowering.formats import get_format
-from omniq_compile.lowering.formats.rows import quantize_rows
+from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
@@ -170,8 +169,8 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     start = time.perf_counter()
     weight = evaluate(binding.expression, parameters)
     with torch.inference_mode(False), torch.no_grad():
-        parts = quantize_rows(weight, get_format(binding.format))
-        if not all(torch.isfinite(p).all() for p in parts[1:]):
+        parts = quantize_weight(weight, binding.format)
+        if not holds_finite(parts):
             raise WeightError(
                 f"the weight of {' and '.join(map(repr, binding.layers))} holds NaN or Inf, which "
                 f"{binding.format} cannot represent. Check the checkpoint, or keep the layer with "

@@ -177,5 +177,5 @@ def test_an_error_of_the_library_is_an_exception(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tile_gemm, "_library", lambda: Failing)
     b = get_format("mxfp8").quantize(torch.randn(70, 64))
-    with pytest.raises(RuntimeError, match="omniq::cpu_tile_gemm failed: no memory"):
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
         gemm(torch.ones(2, 64).bfloat16(), None, b[0], b[1], None, None, 0, 1, 0, torch.float32)

@@ -164,11 +164,22 @@ def test_a_replaced_weight_frees_the_old_one() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_names_its_layer(bad: float) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "int8"},
+        {"method": "fp8"},
+        {"method": "mxfp8"},
+        {"method": "mxfp4"},
+        {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_a_weight_that_is_not_finite_names_its_layer(bad: float, options: dict[str, Any]) -> None:
     model = nn.Sequential(Block(), Block())
     model[1].down.weight[3, 2] = bad
     with pytest.raises(WeightError, match=r"'1\.down'.*NaN or Inf"):
-        compiled(model)(torch.randn(2, 96))
+        compiled(model, **options)(torch.randn(2, 96))
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5000, 300), (3, 1700, 333)])

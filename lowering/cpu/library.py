@@ -7,6 +7,7 @@ import logging
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def _load(name: str) -> ctypes.CDLL | None:
     except Exception as error:  # whatever the compiler, the linker or the file system says
         lines = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
-            "%s.cpp could not be built, and its products are computed in float32, slower: %s. "
+            "%s.cpp could not be built, and torch's operators do its work, slower: %s. "
             "Inductor needs the same C++ compiler; see torch._inductor.config.cpp.cxx.",
             name,
             lines[0],
@@ -46,6 +47,17 @@ def _build(source: str) -> ctypes.CDLL:
     library = CppCodeCache.load(source)
     assert isinstance(library, ctypes.CDLL)
     return library
+
+
+def call(function: Any, arguments: ctypes.Structure) -> None:
+    """Call a function of ``(arguments, message, size)`` that returns 0 or fails with a message.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    message = ctypes.create_string_buffer(512)
+    if function(ctypes.byref(arguments), message, ctypes.c_int64(len(message))):
+        raise RuntimeError(message.value.decode(errors="replace"))
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

@@ -98,9 +98,7 @@ def cpu_tile_gemm(
         E2M1 if codes.dtype == torch.uint8 else E4M3,
         _RESULTS[dtype],
     )
-    message = ctypes.create_string_buffer(512)
-    if built.omniq_tile_gemm(ctypes.byref(arguments), message, ctypes.c_int64(len(message))):
-        raise RuntimeError(f"omniq::cpu_tile_gemm failed: {message.value.decode(errors='replace')}")
+    library.call(built.omniq_tile_gemm, arguments)
     return out
 
 
