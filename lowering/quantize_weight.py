@@ -11,7 +11,7 @@ from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import quantize_rows
 
 
-def quantize_weight(weight: torch.Tensor, format: str) -> Parts:
+def quantize_weight(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
     """Return the contiguous parts of ``weight [..., N, K]`` in a format."""
     form = get_format(format)
     if on_cpu.takes(weight, form):

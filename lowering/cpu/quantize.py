@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from omniq_compile.lowering.cpu import library
-from omniq_compile.lowering.formats.format import Format, Parts
+from omniq_compile.lowering.formats.format import Format
 
 # From here on the pass saves more than a first build of the library takes within a few weights.
 LARGE = 1 << 22
@@ -45,7 +45,7 @@ def takes(weight: torch.Tensor, form: Format) -> bool:
     )
 
 
-def quantize(weight: torch.Tensor, form: Format) -> Parts:
+def quantize(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, ...]:
     """Return the parts that ``form.quantize(weight)`` returns, bit for bit, for finite values.
 
     Args:
