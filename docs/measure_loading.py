@@ -2,8 +2,8 @@
 
 python docs/measure_loading.py            # 2.8 GB of BF16 weights, some five minutes; Linux
 
-Each load is a process of its own, in turn, on files that the system holds in its page cache. A small
-load goes before it, so that imports, and the first build of a C++ library, are not part of it.
+Each load is a process of its own, in turn, on files that the system holds in its page cache. A
+small load goes before it, so that imports, and building a C++ library, are not part of it.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def main() -> None:
         )
     gigabytes = plain[0]["model"] / 1e9
     about = (
-        f"A Qwen-Image transformer of {arguments.blocks} blocks at true width, {gigabytes:.1f} GB in "
-        f"BF16, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"A Qwen-Image transformer of {arguments.blocks} blocks at true width, {gigabytes:.1f} GB "
+        f"in BF16, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {date.today()}. Seconds are medians of {arguments.rounds} "
         "rounds, and so are the ratios; peaks are the largest, beyond what the process held before."
     )
