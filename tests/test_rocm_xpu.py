@@ -19,8 +19,9 @@ import omniq_compile as omniq
 from omniq_compile.lowering import reference, registry
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.padded_int_mm import padded_int_mm
 from omniq_compile.lowering.registry import Kernel, Problem
-from omniq_compile.lowering.rocm import aiter, fp8, int8, mx
+from omniq_compile.lowering.rocm import aiter, fp8, mx
 from omniq_compile.lowering.schemes import Scheme, get_scheme, w4a8
 from omniq_compile.lowering.target import Target
 
@@ -289,7 +290,7 @@ def test_operators_keep_what_torch_library_asks_of_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     codes = torch.randint(-127, 128, (2, 3, 72), dtype=torch.int8)
-    torch.library.opcheck(int8.rocm_int_mm, (codes, codes[0, :, :].repeat(8, 1)))
+    torch.library.opcheck(padded_int_mm, (codes, codes[0, :, :].repeat(8, 1)))
     fake_gemms.install_torch(monkeypatch, "gfx950")
     fake_gemms.install_aiter(monkeypatch, tmp_path, "gfx950")
     form = get_format("mxfp4")

@@ -46,7 +46,7 @@ def layer(
         ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", ""),
         ("cuda:sm_80", INT8, layer("s0", 70, 45), "cuda_s8_triton", ""),
         ("cuda:sm_100", INT8, layer(), "cuda_s8_int_mm", ""),
-        ("cuda:sm_100", INT8, layer("s0"), "cuda_s8_triton", "not known to be over 16"),
+        ("cuda:sm_100", INT8, layer("s0"), "cuda_s8_int_mm", ""),
         ("cuda:sm_100", INT8, layer(1), "cuda_s8_triton", "needs more than 16"),
         ("cuda:sm_100", INT8, layer(64, 70), "cuda_s8_triton", "K = 70"),
         ("cuda:sm_90", INT8, layer(b_rank=3), "cuda_s8_float32", "no batch of matrices"),

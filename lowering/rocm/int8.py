@@ -2,59 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from omniq_compile.lowering import int8_gemms
-from omniq_compile.lowering.formats import int8
-from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.registry import Kernel, Problem
-from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.lowering import int8_gemms, padded_int_mm
+from omniq_compile.lowering.registry import Kernel
 from omniq_compile.lowering.target import ARCHITECTURES
-
-# What `torch._int_mm` checks on GPUs (aten/src/ATen/native/cuda/Blas.cpp). Its fake does not, so a
-# graph would compile and fail in its first call.
-MIN_M = 17
-ALIGNMENT = 8
-
-
-@torch.library.custom_op("omniq::rocm_int_mm", mutates_args=())
-def rocm_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b.t()`` as int32 for any number of rows: fewer than 17 are padded with zeros.
-
-    Args:
-        a: int8 ``[..., K]``.
-        b: int8 ``[N, K]``.
-    """
-    rows = a.reshape(-1, a.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, max(0, MIN_M - rows.shape[0]))).contiguous()
-    out = torch._int_mm(padded, b.t())
-    return out[: rows.shape[0]].view(*a.shape[:-1], b.shape[0])
-
-
-@rocm_int_mm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
-
-
-def gemm(a: Parts, b: Parts, bias: Tensor | None, problem: Problem, scheme: Scheme) -> torch.Tensor:
-    """Multiply with `torch._int_mm`, where M is known to be enough as a node of its own."""
-    if isinstance(problem.M, int) and problem.M >= MIN_M:
-        return int8_gemms.gemm_int_mm(a, b, bias, problem, scheme)
-    sums = torch.ops.omniq.rocm_int_mm(a[0], b[0])
-    return int8.epilogue(sums, a[1], b[1], bias, problem.dtype)
-
-
-def refuse(problem: Problem, scheme: Scheme) -> str | None:
-    """Return why ``torch._int_mm`` on a GPU cannot take a problem, or None."""
-    if problem.b_rank > 2:
-        return "torch._int_mm takes no batch of matrices"
-    for name, size in (("K", problem.K), ("N", problem.N)):
-        if not isinstance(size, int) or size % ALIGNMENT:
-            return f"{name} = {size} is not a multiple of {ALIGNMENT}, as torch._int_mm needs"
-    return int8_gemms.refuse(problem, scheme)
-
 
 INT_MM = Kernel(
     name="rocm_s8_int_mm",
@@ -65,6 +15,6 @@ INT_MM = Kernel(
     about="torch._int_mm (hipBLASLt s8 GEMM; reported slower than BF16 on MI300X), epilogue by "
     "Inductor",
     quantize=int8_gemms.quantize,
-    gemm=gemm,
-    refuse=refuse,
+    gemm=padded_int_mm.gemm,
+    refuse=padded_int_mm.refuse,
 )
