@@ -8,7 +8,9 @@ one is a copy: writing into the view does not reach the weight, but ``weight[ind
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -210,6 +212,16 @@ def _to(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> torch.Tensor:
     """Move the parts; another float dtype is that of the values it stands for."""
     dtype = kwargs.pop("dtype", None) or tensor.dtype
     kwargs.pop("memory_format", None)
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise WeightError(
+            f"a weight that is stored as {tensor.format} has no values of {dtype}. Where layerwise "
+            "casting asks for that, leave enable_layerwise_casting() out: the weight is small "
+            "already."
+        )
+    if type(tensor.parts[0]) is torch.Tensor and weakref.getweakrefs(tensor):
+        # `Module.to` swaps the tensors of a subclass, which torch.utils.swap_tensors refuses where
+        # one is weakly referred to. Dynamo leaves such references behind in cycles.
+        gc.collect()
     if not dtype.is_floating_point:
         return func(tensor.dequantize(), dtype=dtype, **kwargs)  # type: ignore[no-any-return]
     return tensor.with_parts([func(part, **kwargs) for part in tensor.parts], dtype)

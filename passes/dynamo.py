@@ -1,8 +1,8 @@
 """What omniq reads from a graph that Dynamo traced: the one place that knows its metadata.
 
-Checked on torch 2.11 and 2.13: ``example_value``, ``nn_module_stack`` and ``tensor_dict`` in
-``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in ``gm.meta``, and
-``gm._param_name_to_source``.
+Checked on torch 2.11 to 2.13: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
+``grapharg`` in ``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in
+``gm.meta``, and ``gm._param_name_to_source``.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(outputs)
     for original, copy in copies.items():
         copy.meta = dict(original.meta)
+        # It refers weakly to the tensor, and `Module.to` swaps no parameter that is referred to.
+        # Dynamo takes it from the original's nodes too, once the backend has returned.
+        copy.meta.pop("grapharg", None)
         source = getattr(original, "_dynamo_source", None)
         if source is not None:
             copy._dynamo_source = source  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from conftest import error
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny_flux import OPTIONS, inputs, tiny_flux
+
+from omniq_compile import WeightError, quantize_
 
 
 def compiled(model: Any) -> Any:
@@ -56,3 +60,64 @@ def test_a_pipelines_cpu_offload_is_followed_or_refused() -> None:
         for _ in range(2):
             assert 0 < error(fast(**given)[0], expected) < 0.03
             hook.offload()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@torch.no_grad()
+def test_a_stored_model_can_be_moved_after_it_was_compiled(compiler: str) -> None:
+    """`Module.to` refuses weights that a kept graph still refers to."""
+    model, given = tiny_flux(), inputs()
+    quantize_(model, OPTIONS)
+    expected = model(**given)[0]
+    fast = torch.compile(model, backend="omniq", options={**OPTIONS, "compiler": compiler})
+    first = fast(**given)[0]
+    assert 0 < error(first, expected) < 0.03
+    model.to("cpu")
+    assert torch.equal(fast(**given)[0], first)
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@torch.no_grad()
+def test_what_dynamo_leaves_behind_does_not_stop_a_move() -> None:
+    """A weak reference in a cycle that nothing reaches, as Dynamo's guards hold them."""
+
+    class Guard:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.itself, self.seen = self, weakref.ref(tensor)
+
+    model = tiny_flux()
+    quantize_(model, OPTIONS)
+    gc.disable()
+    try:
+        for parameter in model.transformer_blocks.parameters():
+            Guard(parameter)
+        model.transformer_blocks.to("meta")
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+@torch.no_grad()
+def test_stored_weights_are_group_offloaded(by_blocks: bool) -> None:
+    model, given = tiny_flux(), inputs()
+    quantize_(model, OPTIONS)
+    expected = model(**given)[0]
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    if by_blocks:
+        model.compile_repeated_blocks(backend="omniq", options=OPTIONS)
+        fast = model
+    else:
+        fast = compiled(model)
+    for _ in range(2):
+        assert 0 < error(fast(**given)[0], expected) < 0.03
+
+
+def test_casting_what_is_stored_quantized_says_to_leave_it_out() -> None:
+    model = tiny_flux()
+    quantize_(model, OPTIONS)
+    with pytest.raises(WeightError, match=r"leave enable_layerwise_casting\(\) out"):
+        model.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+        )
