@@ -52,13 +52,15 @@ def from_pretrained(
             here is used as it is.
 
     Raises:
-        OptionError: unknown methods, options or components; the message lists the pipeline's own.
+        OptionError: unknown methods, options or components (the message lists the pipeline's own),
+            or code in the folder that was not allowed to run.
         CheckpointError: files that are missing, damaged or quantized by something else.
         WeightError: a weight holds NaN or Inf.
     """
     config = build_quant_config(quantization)
     place = local_folder(str(folder))
     components = check_components(place, config)
+    _check_own_code(place, pipeline_arguments)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
         options = config.options_for(name)
@@ -83,6 +85,18 @@ def from_pretrained(
         if getattr(pipe, name) is not component:
             raise OmniqError(f"{type(pipe).__name__} did not take the quantized {name!r}.")
     return pipe
+
+
+def _check_own_code(place: Path, pipeline_arguments: Mapping[str, Any]) -> None:
+    """Ask before weights are read, where diffusers would after them."""
+    name = read_json(place / "model_index.json").get("_class_name")
+    if not isinstance(name, list) or pipeline_arguments.get("trust_remote_code"):
+        return
+    module, kind = name
+    raise OptionError(
+        f"{place} brings code of its own: {kind} in {module}.py, which runs only if you allow it. "
+        "Read it, then pass trust_remote_code=True, or --trust-remote-code on the command line."
+    )
 
 
 def _pipeline_class(place: Path) -> Any:

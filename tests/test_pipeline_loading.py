@@ -215,3 +215,22 @@ def test_what_generate_cannot_do(
     assert main(["generate", str(DIGITS), "--trust-remote-code", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "tune"])
+def test_code_that_a_folder_brings_runs_only_when_allowed(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("omniq_compile.pipeline.load_model", lambda *_, **__: pytest.fail("read"))
+    arguments = {
+        "generate": ["--quantization", "int8", "--out", str(tmp_path / "x.png")],
+        "compare": ["--quantization", "int8", "--out", str(tmp_path / "out")],
+        "tune": ["--method", "int8", "--target-psnr", "30", "--out", str(tmp_path / "out")],
+    }[command]
+    assert main([command, str(DIGITS), "--argument", "digits=[1]", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "brings code of its own: DigitsPipeline in pipeline.py" in error
+    assert "--trust-remote-code" in error
