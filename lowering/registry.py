@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Kernel:
             as its format stores them, or another activation's.
         refuse: ``(problem, scheme)`` -> why this kernel cannot take it, or None.
         decodes_whole: whether ``gemm`` holds a whole decoded weight for a while.
+        source: the file of `lowering` with the device code, where that is omniq's own.
     """
 
     name: str
@@ -60,6 +62,11 @@ class Kernel:
     gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem, Scheme], torch.Tensor]
     refuse: Callable[[Problem, Scheme], str | None]
     decodes_whole: bool = False
+    source: str = ""
+
+    def read_source(self) -> str:
+        """Return the text of ``source``."""
+        return (Path(__file__).parent / self.source).read_text("utf-8")
 
 
 def kernels_of(device: str) -> tuple[Kernel, ...]:

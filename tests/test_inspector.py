@@ -180,6 +180,32 @@ def test_generated_code_is_shown(mine: str, capsys: pytest.CaptureFixture[str]) 
     assert "lowered, cuda:sm_90" in out
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "files"),
+    [
+        ("int8", "cuda:sm_90", {"triton_kernels/row_scaled_gemm.py": "tl.dot("}),
+        ("mxfp4", "npu:ascend950", {}),
+        ("mxfp4", "cuda:sm_100", {"triton_kernels/mx_gemm.py": "tl.dot_scaled("}),
+        ("mxfp8", "cpu:avx512_bf16", {"cpu/tile_gemm.cpp": "brgemm("}),
+        ("int8", "cpu:avx512_vnni", {}),
+    ],
+)
+def test_device_code_of_omniqs_own_is_shown_for_any_target(
+    mine: str, method: str, target: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--method", method, "--min-features", "1", "--target", target)
+    # Nothing is generated, which takes long.
+    arguments += ("--option", 'compiler="eager"')
+    code, out, _ = dump(capsys, f"{mine}:model", *arguments, "--stage", "kernels")
+    assert code == 0
+    found = out.split("\n# ")
+    shown = {part.split(",")[0]: part for part in found if "omniq's own\n" in part}
+    assert set(shown) == {f"{'C++' if '.cpp' in f else 'Triton'}: lowering/{f}" for f in files}
+    for file, words in files.items():
+        assert any(file in name and words in out for name in shown)
+    assert "omniq's own" not in dump(capsys, f"{mine}:model", *arguments)[1]
+
+
 def test_the_document_holds_what_the_report_does(
     mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +214,8 @@ def test_the_document_holds_what_the_report_does(
     assert dump(capsys, *arguments) == (0, "", "")
     document = json.loads(file.read_text())
     assert document["version"] == 1
-    keys = {"version", "omniq", "model", "layer", "report", "parts", "imports", "no_kernels"}
+    keys = {"version", "omniq", "model", "layer", "report", "parts", "imports",
+            "no_kernels", "own_kernels"}  # fmt: skip
     assert set(document) == keys
     report = document["report"]
     assert [site["layer"] for site in report["sites"]][-1] == "last"

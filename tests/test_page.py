@@ -193,7 +193,11 @@ def test_why_there_is_no_generated_code_is_told(tmp_path: Path) -> None:
         assert found.no_kernels is not None
         assert words in found.no_kernels
         assert [part.kernels for part in found.parts] == [None]
-        assert words in render_page(found).replace("&#39;", "'")
+        page = render_page(found).replace("&#39;", "'")
+        assert words in page
+        # The device code that the target would run is there all the same, escaped.
+        assert ("lowering/triton_kernels/row_scaled_gemm.py" in page) == (target is not None)
+        assert ("@triton.jit" in page) == (target is not None)
 
 
 def test_sites_stand_in_the_order_in_which_they_run(inspection: Inspection) -> None:

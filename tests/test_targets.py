@@ -128,6 +128,14 @@ def test_a_cell_is_native_or_says_why_not(place: str, method: str) -> None:
         assert "this path" not in row.about
 
 
+def test_rows_of_omniqs_own_kernels_name_their_device_code() -> None:
+    rows = [row for device in ARCHITECTURES for row in registry.kernels_of(device)]
+    named = [row for row in rows if row.source]
+    assert {row.name for row in rows if row.name.endswith("_triton")} <= {r.name for r in named}
+    for row in named:
+        assert ("@triton.jit" in row.read_source()) == row.source.endswith(".py")
+
+
 def test_kernel_names_are_unique_on_their_target() -> None:
     for place in TARGETS:
         names = [k.name for method in METHODS for k in registry.candidates(method, place)]

@@ -64,6 +64,7 @@ def kernel(method: str) -> Kernel:
         quantize=decoded_bfloat16.quantize_scaled,
         gemm=_gemm,
         refuse=_refuse,
+        source="cpu/tile_gemm.cpp",
     )
 
 

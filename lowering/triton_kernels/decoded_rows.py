@@ -88,6 +88,7 @@ def mx_row(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
         gemm=_gemm_mx,
         refuse=_refuse_mx,
         decodes_whole=True,
+        source="triton_kernels/decoded_gemm.py",
     )
 
 
@@ -115,6 +116,7 @@ def dualscale_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         gemm=_gemm_dualscale,
         refuse=_refuse,
         decodes_whole=True,
+        source="triton_kernels/decoded_gemm.py",
     )
 
 
@@ -155,4 +157,5 @@ def fp8_weight_only_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         gemm=_gemm_weight_only,
         refuse=_refuse_weight_only,
         decodes_whole=True,
+        source="triton_kernels/decoded_gemm.py",
     )

@@ -75,6 +75,7 @@ def int8(device: str, archs: Sequence[str], how: str) -> Kernel:
         quantize=int8_gemms.quantize,
         gemm=_gemm_rows(fnuz=False),
         refuse=_refuse_int8,
+        source="triton_kernels/row_scaled_gemm.py",
     )
 
 
@@ -96,6 +97,7 @@ def fp8(device: str, archs: Sequence[str], how: str, fnuz: bool = False) -> Kern
         quantize=quantize,
         gemm=_gemm_rows(fnuz),
         refuse=_refuse_fp8_rows,
+        source="triton_kernels/row_scaled_gemm.py",
     )
 
 
@@ -139,6 +141,7 @@ def fp8_blocks(device: str, archs: Sequence[str], how: str, fnuz: bool = False) 
         quantize=quantize,
         gemm=_gemm_blocks(fnuz),
         refuse=_refuse_fp8_blocks,
+        source="triton_kernels/block_scaled_gemm.py",
     )
 
 
@@ -179,4 +182,5 @@ def mx(device: str, archs: Sequence[str], method: str, how: str, mixed: bool = T
         quantize=quantize,
         gemm=_gemm_mx,
         refuse=_refuse_mx if mixed else _refuse_mixed,
+        source="triton_kernels/mx_gemm.py",
     )

@@ -19,15 +19,19 @@ _KERNEL = re.compile(r"^(\w+) = async_compile\.(\w+)\(.*?'''\n?(.*?)'''.*?\)\n",
 _CALLS = re.compile(r"^ {8}args\.clear\(\)\n.*?^ {8}return .*?\n", re.M | re.S)
 _LANGUAGES = {"cpp": "C++", "cpp_pybinding": "C++", "triton": "Triton"}
 
+# By suffix, of omniq's own device code.
+LANGUAGES = {".cpp": "C++", ".py": "Triton"}
+
 
 @dataclass(frozen=True)
 class GeneratedCode:
     """One piece of a compiled program.
 
     Attributes:
-        name: of the kernel; "call" for the code that calls the kernels, in order.
+        name: of the kernel; "call" for the code that calls the kernels, in order; the file of one
+            of omniq's own kernels.
         language: ``C++``, ``Triton`` or ``Python``.
-        source: as generated.
+        source: as generated, or as it lies in the file.
     """
 
     name: str

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
 from omniq_compile.inspector.dataflow import Flow, flow_of
-from omniq_compile.inspector.generated import GeneratedCode, generate, why_not
+from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, generate, why_not
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.context import Context
 from omniq_compile.passes.folding import Block, FoldedGraph, fold
 from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.patterns import matches, unmatched
@@ -76,6 +78,7 @@ class Inspection:
         parts: in the order in which they run.
         imports: by stage, the import statements that the functions need.
         no_kernels: why there is no generated code, where it was asked for.
+        own_kernels: the device code of omniq's own that the sites run, where code was asked for.
     """
 
     model: str
@@ -84,6 +87,7 @@ class Inspection:
     parts: list[Part]
     imports: dict[str, list[str]]
     no_kernels: str | None = None
+    own_kernels: list[GeneratedCode] = field(default_factory=list)
 
     def program(self, stage: str, graph: int = 0) -> str:
         """Return one graph at one stage as a Python file: each distinct block, then the rest."""
@@ -113,7 +117,7 @@ def inspect(
         name: of the model, for titles.
         model, inputs, options, target: as for `explain`.
         layer: show only the layers that this pattern names, and what feeds them.
-        kernels: also let Inductor generate the code of every part.
+        kernels: also let Inductor generate the code of every part, and read omniq's own kernels.
 
     Raises:
         OptionError: unknown options or target, or ``layer`` names no layer.
@@ -151,7 +155,18 @@ def inspect(
         parts=parts,
         imports={stage: sorted(lines) for stage, lines in imports.items()},
         no_kernels=no_kernels,
+        own_kernels=_own_kernels(contexts) if kernels else [],
     )
+
+
+def _own_kernels(contexts: Sequence[Context]) -> list[GeneratedCode]:
+    """Return each file of device code that a site's kernel comes from, in the order of sites."""
+    used = [site.decision.kernel for context in contexts for site in context.sites]
+    files = {kernel.source: kernel for kernel in used if kernel is not None and kernel.source}
+    return [
+        GeneratedCode(f"lowering/{file}", LANGUAGES[Path(file).suffix], kernel.read_source())
+        for file, kernel in files.items()
+    ]
 
 
 def _restricted(

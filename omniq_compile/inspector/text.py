@@ -22,6 +22,8 @@ def render(inspection: Inspection, stages: Sequence[str]) -> str:
                 lines += ["", *_kernels(inspection, graph)]
             else:
                 lines += ["", inspection.program(stage, graph).rstrip()]
+    for piece in inspection.own_kernels if KERNELS in stages else ():
+        lines += ["", f"# {piece.language}: {piece.name}, omniq's own", piece.source.rstrip()]
     return "\n".join(lines) + "\n"
 
 
