@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
     (folder / "vae/model.safetensors").touch()
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"text_encoder": ["transformers", "T5EncoderModel"]}
-    index |= {"vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "_class_name": "DiffusionPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
