@@ -149,6 +149,14 @@ def test_batches_strides_and_nothing_at_all(path: str) -> None:
     assert empty.shape == (3, 0, 70)
 
 
+@pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 5)])
+def test_no_rows_with_scales_of_their_own(path: str, leading: tuple[int, ...]) -> None:
+    codes = random_codes((45, 70)).view(torch.float8_e4m3fn)
+    a, a_scale, b_scale = torch.ones(*leading, 70).bfloat16(), torch.ones(leading), torch.ones(45)
+    out = gemm(a, a_scale, codes, None, b_scale, None, 0, 1, 0, torch.bfloat16)
+    assert (out.shape, out.dtype) == ((*leading, 45), torch.bfloat16)
+
+
 def test_a_library_that_cannot_be_built_is_said_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

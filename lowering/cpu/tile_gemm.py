@@ -69,6 +69,8 @@ def cpu_tile_gemm(
     """
     N, K = codes.shape[0], a.shape[-1]
     out = a.new_empty((*a.shape[:-1], N), dtype=dtype)
+    if out.numel() == 0:
+        return out
     rows = a.reshape(-1, K)
     if a_scale is not None:
         a_scale = a_scale.reshape(rows.shape[0], -1).contiguous()
@@ -77,8 +79,6 @@ def cpu_tile_gemm(
     columns = (a_columns or K, b_columns or K)
     if bias is not None:
         bias = bias.to(torch.float32)
-    if out.numel() == 0:
-        return out
     if (built := _library()) is None:
         result = _in_float32(rows, a_scale, codes, block_scale, b_scale, bias, b_rows, columns)
         return out.copy_(result.view(out.shape))
