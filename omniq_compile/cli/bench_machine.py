@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import platform
 import re
@@ -72,6 +73,7 @@ def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - held
     status = Path("/proc/self/status")
+    gc.collect()  # what it frees during the call would be taken off the call's own
     try:
         # Writing 5 resets VmHWM, the peak of resident memory: see proc(5).
         Path("/proc/self/clear_refs").write_text("5")
