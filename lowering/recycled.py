@@ -35,10 +35,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     block = _take(size)
     if block is None:
-        block = torch.empty(size, dtype=torch.uint8)
+        block = torch.empty(size, dtype=torch.uint8, device="cpu")
     # torch keeps this object for as long as the storage lives.
     memory = (ctypes.c_char * size).from_address(block.data_ptr())
     weakref.finalize(memory, _release, block).atexit = False

@@ -59,6 +59,14 @@ def test_small_results_are_pytorchs_own() -> None:
     assert not recycled._free
 
 
+def test_another_default_device_changes_nothing() -> None:
+    """Memory of another device has no address here."""
+    with torch.device("meta"):
+        results = large(1), recycled.empty((3, 5), torch.int32)
+    assert {result.device.type for result in results} == {"cpu"}
+    assert (results[0] == 1).all()
+
+
 def test_no_more_than_the_largest_blocks_wait() -> None:
     results = [large(i, ROWS + i) for i in range(recycled.KEPT + 3)]
     largest = {result.data_ptr() for result in results[-recycled.KEPT :]}
