@@ -142,7 +142,7 @@ class _Inliner:
                 if name in at.meta:
                     node.meta[name] = at.meta[name]
             node = node.next
-        if isinstance(result, tuple):
+        if isinstance(result, (tuple, list)):
             return [proxy.node for proxy in result]
         return result.node
 

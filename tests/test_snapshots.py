@@ -37,8 +37,16 @@ FIRST = ("QwenImage", "Wan", "ZImage", "Flux")
 FAMILY_NAMES = [name for name in FAMILIES if name.startswith(FIRST)]
 
 
+# Options that make other formats of a method.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp8 block-wise": {"method": "fp8", "weight_block_size": [128, 128]},
+    "mxfp4 W4A8": {"method": "mxfp4", "w4a8_fallback_layers": ["re:.*"]},
+}
+
+
 def options(method: str) -> QuantConfig:
-    config = QuantConfig.from_options({"method": method, "min_features": 1})
+    given = VARIANTS.get(method, {"method": method})
+    config = QuantConfig.from_options({"min_features": 1} | given)
     return dataclasses.replace(config, num_bf16_fallback_layers=0)
 
 
@@ -65,7 +73,7 @@ def stage(gm: fx.GraphModule, config: QuantConfig, target: Target, name: str) ->
     return program(context.stages[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
 def test_lowering(method: str, graph_snapshot: GraphSnapshot) -> None:
     config = options(method)
     texts: dict[str, list[str]] = {}

@@ -142,14 +142,23 @@ def test_kernel_names_are_unique_on_their_target() -> None:
         assert len(set(names)) == len(names)
 
 
+BLOCKS = {"weight_block_size": [128, 128]}
+W4A8 = {"w4a8_fallback_layers": ["re:.*"]}
+
+
 @by_target
-@pytest.mark.parametrize("method", METHODS)
-def test_a_model_is_lowered_for_a_device_that_is_absent(place: Target, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [*((method, {}) for method in METHODS), ("fp8", BLOCKS), ("mxfp4", W4A8)],
+)
+def test_a_model_is_lowered_for_a_device_that_is_absent(
+    place: Target, method: str, more: dict[str, Any]
+) -> None:
     def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, w)
 
     model = Holder(forward, w=torch.randn(384, 320, dtype=torch.bfloat16))
-    options: dict[str, Any] = {"method": method}
+    options: dict[str, Any] = {"method": method} | more
     if method == "mxfp4_dualscale":
         options["num_bf16_fallback_layers"] = 0
     x = torch.randn(2, 33, 320, dtype=torch.bfloat16)

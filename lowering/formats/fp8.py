@@ -188,7 +188,7 @@ def group_format(columns: int) -> Format:
     block = block_format(1, columns)
 
     def drop_row(parts: Parts) -> Parts:
-        return [part.squeeze(-2) for part in parts]
+        return tuple(part.squeeze(-2) for part in parts)
 
     return Format(
         name=f"fp8_group_{columns}",
