@@ -28,7 +28,7 @@ def load(name: str) -> ctypes.CDLL | None:
 def _load(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp").read_text("utf-8")
     try:
-        return _build(source)
+        return build(source)
     except Exception as error:  # whatever the compiler, the linker or the file system says
         lines = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
@@ -40,7 +40,8 @@ def _load(name: str) -> ctypes.CDLL | None:
         return None
 
 
-def _build(source: str) -> ctypes.CDLL:
+def build(source: str) -> ctypes.CDLL:
+    """Build and load C++, or take it from Inductor's cache folder; the compiler's errors pass."""
     # Private, checked on torch 2.11 to 2.13: it knows the flags, the headers and the cache folder.
     from torch._inductor.codecache import CppCodeCache
 

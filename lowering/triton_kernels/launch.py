@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import mx as mx_blocks
@@ -64,12 +65,19 @@ def function(kernel: str) -> Any:
 
 
 def run(launch: Launch) -> None:
-    """Launch on the current stream of the current device."""
-    tile = launch.tile
+    """Launch on the current stream of the device that the operands are on.
+
+    While AOTAutograd traces, the launch becomes a node, which Inductor compiles and launches.
+    """
+    tile, out, kernel = launch.tile, launch.arguments["out_ptr"], function(launch.kernel)
     programs = tile.count(launch.arguments["M"], launch.arguments["N"])
-    function(launch.kernel)[(programs,)](
-        **launch.arguments, **launch.constants, num_warps=tile.warps, num_stages=tile.stages
-    )
+    arguments = launch.arguments | launch.constants
+    arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if isinstance(out, FunctionalTensor):
+        torch.library.wrap_triton(kernel)[(programs,)](**arguments)
+        return
+    with torch.cuda.device_of(out):
+        kernel[(programs,)](**arguments)
 
 
 @cache

@@ -1,18 +1,25 @@
 """The operators that a lowered graph calls: one a kernel, each with a fake.
 
-They are operators rather than traced launches: the tile depends on M, which a graph may not know,
-and tracing needs no Triton. Inductor calls them as they are, in CUDA graphs too. They are
-registered without `torch.library.custom_op`, whose wrappers took 145 of a call's 174 us on a slow
-core, and without gradients, which omniq refuses.
+Lowering needs no Triton for them, and a graph prints each as one call. Where all sizes are known,
+AOTAutograd traces the launch itself, and Inductor launches it as it does its own kernels. Where M
+is known only in a call, the tile is chosen in it, and Inductor calls the operator, which takes the
+host longer. They are registered without `torch.library.custom_op`, whose wrappers took 145 of a
+call's 174 us on a slow core, and without gradients, which omniq refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+# Private; `torch.library.triton_op` traces launches by it in the same way. Checked on torch 2.11
+# to 2.13.
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._pytree import tree_leaves
 
 from omniq_compile.lowering.triton_kernels import launch
 
@@ -24,7 +31,20 @@ def _operator(function: Operator) -> Operator:
     name = f"omniq::triton_{function.__name__}"
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(name, "default", function)
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, partial(_traced, function))
     return function
+
+
+def _traced(
+    function: Callable[..., Tensor], mode: Any, operator: Any, types: Any, args: Any, kwargs: Any
+) -> Any:
+    """Trace the launch in place of the operator, or keep the operator where M is not known."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+    if not known or any(tensor.device.type != "cuda" for tensor in tensors):
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+    with mode:
+        return function(*args, **kwargs)
 
 
 @_operator
@@ -165,8 +185,7 @@ def _multiply(make: Callable[..., launch.Launch], out: Tensor, **operands: Any) 
     if out.numel():
         operands = {name: _contiguous(operand) for name, operand in operands.items()}
         device = launch.device_of(out.device)
-        with torch.cuda.device_of(out):
-            launch.run(make(**operands, out=out.view(-1, out.shape[-1]), device=device))
+        launch.run(make(**operands, out=out.view(-1, out.shape[-1]), device=device))
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile.inspector import absent_gpu
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.config import QuantConfig
@@ -43,30 +44,47 @@ def why_not(config: QuantConfig, target: Target, gm: fx.GraphModule) -> str | No
     """Return why no code can be generated for a lowered graph on this machine, or None."""
     if config.compiler != "inductor":
         return f"option 'compiler' is {config.compiler!r}, which generates none"
-    devices = {v.device.type for v in _inputs(gm) if isinstance(v, torch.Tensor)}
-    if devices <= {target.torch_device}:
+    if _devices(_inputs(gm)) <= {target.torch_device}:
         return None
-    return (
-        f"Inductor generates code for the device that a model is on, and this one is on "
-        f"{' and '.join(sorted(devices))}, not on {target.torch_device}: the lowered program is "
-        f"what it would compile for {target}"
-    )
+    reason = absent_gpu.why_not(target)
+    if any(value for name, value in config.inductor.items() if name.startswith("max_autotune")):
+        reason = "max_autotune times kernels on the device, and it is not here"
+    return reason and f"{reason}. The lowered program is what Inductor would compile for {target}"
 
 
-def generate(gm: fx.GraphModule, settings: Mapping[str, Any]) -> list[GeneratedCode]:
+def generate(
+    gm: fx.GraphModule, settings: Mapping[str, Any], target: Target
+) -> list[GeneratedCode]:
+    """Return the pieces of what `program` returns."""
+    return pieces(program(gm, settings, target))
+
+
+def program(gm: fx.GraphModule, settings: Mapping[str, Any], target: Target) -> str:
     """Let Inductor generate the code of a graph, without compiling or running it.
 
     Args:
         gm: its placeholders hold their values, fake tensors, as ``example_value``.
         settings: passed on to Inductor.
+        target: what the code is for; see `why_not`.
+
+    Returns:
+        one Python file; "" for a graph without operations.
     """
+    inputs = _inputs(gm)
+    if _devices(inputs) <= {target.torch_device}:
+        return _program(gm, inputs, settings)
+    with absent_gpu.present(target):
+        return _program(*absent_gpu.moved(gm, inputs), settings)
+
+
+def _program(gm: fx.GraphModule, inputs: list[Any], settings: Mapping[str, Any]) -> str:
     # Private to PyTorch; checked on torch 2.13, where it replaces the step that hands the code to
     # the C++ compiler. What comes of that is no compiled graph, and must not stay in a cache.
     from torch._inductor.utils import get_code
 
     def compile() -> Any:
         options = {**settings, "fx_graph_cache": False, "fx_graph_remote_cache": False}
-        return torch._inductor.compile(gm, _inputs(gm), options=options)
+        return torch._inductor.compile(gm, inputs, options=options)
 
     uncached = torch._functorch.config.patch(
         enable_autograd_cache=False, enable_remote_autograd_cache=False
@@ -74,7 +92,7 @@ def generate(gm: fx.GraphModule, settings: Mapping[str, Any]) -> list[GeneratedC
     with torch.no_grad(), uncached, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         texts = get_code(compile)
-    return pieces(texts[0]) if texts else []
+    return str(texts[0]) if texts else ""
 
 
 def pieces(text: str) -> list[GeneratedCode]:
@@ -82,6 +100,8 @@ def pieces(text: str) -> list[GeneratedCode]:
 
     A program in a form that is not known is returned whole.
     """
+    if not text:
+        return []
     kernels = [
         GeneratedCode(name, _LANGUAGES.get(kind, kind), source.strip("\n"))
         for name, kind, source in _KERNEL.findall(text)
@@ -95,3 +115,7 @@ def pieces(text: str) -> list[GeneratedCode]:
 
 def _inputs(gm: fx.GraphModule) -> list[Any]:
     return [dynamo.value(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _devices(inputs: list[Any]) -> set[str]:
+    return {value.device.type for value in inputs if isinstance(value, torch.Tensor)}

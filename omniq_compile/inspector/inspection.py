@@ -12,6 +12,7 @@ from torch import fx, nn
 from omniq_compile.inspector.dataflow import Flow, flow_of
 from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, generate, why_not
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.folding import Block, FoldedGraph, fold
@@ -147,7 +148,7 @@ def inspect(
         for thing in things:
             if id(thing) not in shown:
                 shown.add(id(thing))
-                parts.append(_part(index, thing, found, imports, settings))
+                parts.append(_part(index, thing, found, imports, settings, contexts[0].target))
     return Inspection(
         model=name,
         layer=layer,
@@ -197,6 +198,7 @@ def _part(
     found: Mapping[int, Site],
     imports: dict[str, set[str]],
     settings: Mapping[str, Any] | None,
+    target: Target,
 ) -> Part:
     """Print one part at every stage, and find its sites in the text."""
     functions: dict[str, str] = {}
@@ -226,14 +228,16 @@ def _part(
             for site, by_stage in code.items()
         ],
         flow=flow,
-        kernels=None if settings is None else _kernels(thing, settings),
+        kernels=None if settings is None else _kernels(thing, settings, target),
     )
 
 
-def _kernels(thing: FoldedGraph | Block, settings: Mapping[str, Any]) -> list[GeneratedCode]:
+def _kernels(
+    thing: FoldedGraph | Block, settings: Mapping[str, Any], target: Target
+) -> list[GeneratedCode]:
     """Generate the code of a block, or of each run of operations between blocks."""
     if isinstance(thing, Block):
-        return generate(thing.graph("lowered")[0], settings)
+        return generate(thing.graph("lowered")[0], settings, target)
     sections = thing.sections["lowered"]
     outside = [s for s in sections if s.block not in thing.block_of and s.outputs]
-    return [piece for s in outside for piece in generate(s.graph()[0], settings)]
+    return [piece for s in outside for piece in generate(s.graph()[0], settings, target)]
