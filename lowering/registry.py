@@ -49,6 +49,8 @@ class Kernel:
             as its format stores them, or another activation's.
         refuse: ``(problem, scheme)`` -> why this kernel cannot take it, or None.
         decodes_whole: whether ``gemm`` holds a whole decoded weight for a while.
+        as_matrix: whether ``gemm`` views ``[..., M, K]`` as a matrix. Activations are then made
+            one before they are quantized: Inductor stores what it computes once for each view.
         source: the file of `lowering` with the device code, where that is omniq's own.
     """
 
@@ -62,6 +64,7 @@ class Kernel:
     gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem, Scheme], torch.Tensor]
     refuse: Callable[[Problem, Scheme], str | None]
     decodes_whole: bool = False
+    as_matrix: bool = False
     source: str = ""
 
     def read_source(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from omniq_compile import structured_trace, weight_changes
+from omniq_compile import inductor, structured_trace, weight_changes
 from omniq_compile.denoise import current_step
 from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
@@ -114,8 +114,7 @@ def _compile(
     if config.compiler == "inductor":
         settings = dict(torch._inductor.list_mode_options(mode or config.mode))
         settings.update(config.inductor)
-        compiled: Compiled = torch._inductor.compile(gm, list(inputs), options=settings)
-        return compiled
+        return inductor.compile(gm, inputs, settings)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]

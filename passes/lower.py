@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -102,27 +103,37 @@ class _Inliner:
         assert problem is not None
         assert scheme is not None
         a, b, bias = node.args[:3]
-        parts = [self._parts(operand, site) for operand in (a, b)]
+        flat = kernel.as_matrix and problem.a_rank > 2 and isinstance(a, fx.Node)
+        parts = [self._parts(a, site, flat), self._parts(b, site, False)]
+        x = a.args[0] if flat else None
+        problem = dataclasses.replace(problem, a_rank=2 if flat else problem.a_rank)
 
-        def function(a: Any, b: Any, bias: Any) -> Any:
-            return kernel.gemm(a, b, bias, problem, scheme)
+        def function(a: Any, b: Any, bias: Any, x: Any) -> Any:
+            out = kernel.gemm(a, b, bias, problem, scheme)
+            return out.unflatten(0, x.shape[:-1]) if flat else out
 
         key = (kernel.name, str(problem), scheme)
-        result: fx.Node = self._inline(node, function, (*parts, bias), key)
+        result: fx.Node = self._inline(node, function, (*parts, bias, x), key)
         return result
 
-    def _parts(self, operand: Any, site: Site) -> list[fx.Node]:
-        """Return an operand's parts: a weight's placeholders, or an activation quantized here."""
+    def _parts(self, operand: Any, site: Site, flat: bool) -> list[fx.Node]:
+        """Return an operand's parts: a weight's placeholders, or an activation quantized here.
+
+        Args:
+            flat: quantize an activation as a matrix, see `Kernel.as_matrix`.
+        """
         if not isinstance(operand, fx.Node):
             return list(operand)
         kernel = site.decision.kernel
         assert kernel is not None
         x, format = operand.args[0], str(operand.args[1])
-        key = (operand, kernel.quantize)
+
+        def function(x: Any) -> Any:
+            return kernel.quantize(x.flatten(0, -2) if flat else x, format)
+
+        key = (operand, kernel.quantize, flat)
         if key not in self._quantized:
-            self._quantized[key] = self._inline(
-                operand, lambda x: kernel.quantize(x, format), (x,), (kernel.name, format)
-            )
+            self._quantized[key] = self._inline(operand, function, (x,), (kernel.name, format))
         return self._quantized[key]
 
     def _inline(self, at: fx.Node, function: Callable[..., Any], args: Any, key: Any) -> Any:

@@ -16,6 +16,7 @@ SCALED_MM = Kernel(
     quantize=lambda x, format: get_format(format).quantize(x),
     gemm=scaled_mm.gemm_rows,
     refuse=scaled_mm.refuse_rows,
+    as_matrix=True,
 )
 
 SCALED_MM_BLOCKS = Kernel(
@@ -28,4 +29,5 @@ SCALED_MM_BLOCKS = Kernel(
     quantize=lambda x, format: get_format(format).quantize(x),
     gemm=scaled_mm.gemm_blocks,
     refuse=scaled_mm.refuse_blocks,
+    as_matrix=True,
 )

@@ -25,4 +25,5 @@ INT_MM = Kernel(
     quantize=int8_gemms.quantize,
     gemm=padded_int_mm.gemm,
     refuse=refuse,
+    as_matrix=True,
 )

@@ -25,10 +25,10 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes int8 ``[..., K]`` and scale float32 ``[...]``.
     """
     real = x.to(torch.float32)
-    scale = real.abs().amax(dim=-1, keepdim=True) / CODE_MAX
-    divisor = torch.where(scale == 0, 1.0, scale)
+    scale = real.abs().amax(dim=-1) / CODE_MAX
+    divisor = torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
     codes = torch.round(real / divisor).clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
-    return codes, scale.squeeze(-1)
+    return codes, scale
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,7 @@ SCALED_MM = Kernel(
     quantize=lambda x, format: get_format(format).quantize(x),
     gemm=_gemm_rows,
     refuse=scaled_mm.refuse_rows,
+    as_matrix=True,
 )
 
 SCALED_MM_FNUZ = Kernel(
@@ -66,4 +67,5 @@ SCALED_MM_FNUZ = Kernel(
     quantize=quantize_fnuz,
     gemm=gemm_fnuz,
     refuse=scaled_mm.refuse_rows,
+    as_matrix=True,
 )

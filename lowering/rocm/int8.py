@@ -17,4 +17,5 @@ INT_MM = Kernel(
     quantize=int8_gemms.quantize,
     gemm=padded_int_mm.gemm,
     refuse=padded_int_mm.refuse,
+    as_matrix=True,
 )

@@ -101,7 +101,7 @@ def row_scaled(
     """Multiply int8 or e4m3 codes, a scale per row of both; see the operator of the name."""
     operands = {"a_ptr": a, "a_scale_ptr": a_scale, "b_ptr": b, "b_scale_ptr": b_scale}
     constants = {"INTEGER": a.dtype is torch.int8, "FNUZ": fnuz}
-    return _launch("row_scaled", "row_scaled", operands, bias, out, a.shape[1], constants, device)
+    return _launch("row_scaled", "row_scaled", operands, bias, out, a.shape[-1], constants, device)
 
 
 def block_scaled(
@@ -112,7 +112,7 @@ def block_scaled(
     operands = {"a_ptr": a, "a_scale_ptr": a_scale, "b_ptr": b, "b_scale_ptr": b_scale}
     constants = {"A_COLUMNS": a_columns, "B_ROWS": b_rows, "B_COLUMNS": b_columns, "FNUZ": fnuz}
     step = gcd(a_columns, b_columns)
-    K = a.shape[1]
+    K = a.shape[-1]
     return _launch("block_scaled", "block_scaled", operands, bias, out, K, constants, device, step)
 
 
@@ -129,7 +129,7 @@ def mx(
     tiles = "coarse" if b_coarse is not None else "e2m1"
     if "e4m3" in (constants["A_ELEMENT"], constants["B_ELEMENT"]):
         tiles = "e4m3"
-    K = a[1].shape[1] * mx_blocks.BLOCK
+    K = a[1].shape[-1] * mx_blocks.BLOCK
     return _launch("mx", f"mx_{tiles}", operands, bias, out, K, constants, device)
 
 
@@ -144,7 +144,7 @@ def decoded(
         "b_block_ptr": b_block, "b_scale_ptr": b_scale,
     }  # fmt: skip
     constants = {"B_ELEMENT": element(b), "B_ROWS": b_rows, "COLUMNS": columns}
-    K, tiles = a[0].shape[1], "decoded_scaled" if columns else "decoded"
+    K, tiles = a[0].shape[-1], "decoded_scaled" if columns else "decoded"
     return _launch("decoded", tiles, operands, bias, out, K, constants, device, columns)
 
 
@@ -165,7 +165,8 @@ def _launch(
     step: int = 0,
 ) -> Launch:
     """Choose a tile from a row of `TILES`; ``step``, if any, is what its block of K divides."""
-    M, N = out.shape
+    N = out.shape[-1]
+    M = out.numel() // N
     tile = choose(tiles, device.arch, M, N, device.processors)
     tile = dataclasses.replace(tile, block_k=gcd(tile.block_k, step))
     constants |= {

@@ -69,7 +69,7 @@ def row_scaled_gemm(
     Returns:
         ``[..., M, N]`` of ``dtype``.
     """
-    operands = {"a": _rows(a, 1), "a_scale": _rows(a_scale, 0), "b": b, "b_scale": b_scale}
+    operands = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale}
     out = _like(a, b, dtype)
     return _multiply(launch.row_scaled, out, **operands, bias=bias, fnuz=fnuz)
 
@@ -103,7 +103,7 @@ def block_scaled_gemm(
     Returns:
         ``[..., M, N]`` of ``dtype``.
     """
-    operands = {"a": _rows(a, 1), "a_scale": _rows(a_scale, 1), "b": b, "b_scale": b_scale}
+    operands = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale}
     sizes = {"a_columns": a_columns, "b_rows": b_rows, "b_columns": b_columns}
     out = _like(a, b, dtype)
     return _multiply(launch.block_scaled, out, **operands, **sizes, bias=bias, fnuz=fnuz)
@@ -127,7 +127,7 @@ def mx_gemm(a: list[Tensor], b: list[Tensor], bias: Tensor | None, dtype: torch.
         ``[..., M, N]`` of ``dtype``.
     """
     out = _like(a[0], b[0], dtype)
-    return _multiply(launch.mx, out, a=[_rows(part, 1) for part in a], b=b, bias=bias)
+    return _multiply(launch.mx, out, a=a, b=b, bias=bias)
 
 
 @torch.library.register_fake("omniq::triton_mx_gemm")
@@ -161,7 +161,7 @@ def decoded_gemm(
     Returns:
         ``[..., M, N]`` of ``dtype``.
     """
-    operands = {"a": [_rows(part, 1) for part in a], "b": b, "b_block": b_block}
+    operands = {"a": a, "b": b, "b_block": b_block}
     scales = {"b_scale": b_scale, "b_rows": b_rows, "columns": columns}
     return _multiply(launch.decoded, _like(a[0], b, dtype), **operands, **scales, bias=bias)
 
@@ -175,17 +175,15 @@ def _like(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
 
 
-def _rows(part: Tensor, keep: int) -> Tensor:
-    """Join the leading dimensions of an activation's part, but for the last ``keep``."""
-    return part.reshape(-1, *part.shape[part.dim() - keep :])
-
-
 def _multiply(make: Callable[..., launch.Launch], out: Tensor, **operands: Any) -> Tensor:
-    """Launch what ``make`` says about contiguous operands; returns ``out``, filled."""
+    """Launch what ``make`` says about contiguous operands; returns ``out``, filled.
+
+    They keep their leading dimensions: Inductor would store what it computes once for each view.
+    """
     if out.numel():
         operands = {name: _contiguous(operand) for name, operand in operands.items()}
         device = launch.device_of(out.device)
-        launch.run(make(**operands, out=out.view(-1, out.shape[-1]), device=device))
+        launch.run(make(**operands, out=out, device=device))
     return out
 
 

@@ -17,4 +17,5 @@ INT_MM = Kernel(
     quantize=int8_gemms.quantize,
     gemm=int8_gemms.gemm_int_mm,
     refuse=int8_gemms.refuse,
+    as_matrix=True,
 )

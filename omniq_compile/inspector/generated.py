@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile import inductor
 from omniq_compile.inspector import absent_gpu
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo
@@ -84,7 +85,7 @@ def _program(gm: fx.GraphModule, inputs: list[Any], settings: Mapping[str, Any])
 
     def compile() -> Any:
         options = {**settings, "fx_graph_cache": False, "fx_graph_remote_cache": False}
-        return torch._inductor.compile(gm, inputs, options=options)
+        return inductor.compile(gm, inputs, options)
 
     uncached = torch._functorch.config.patch(
         enable_autograd_cache=False, enable_remote_autograd_cache=False
