@@ -103,9 +103,11 @@ class _Inliner:
         assert problem is not None
         assert scheme is not None
         a, b, bias = node.args[:3]
-        flat = kernel.as_matrix and problem.a_rank > 2 and isinstance(a, fx.Node)
+        x = None
+        if kernel.as_matrix and problem.a_rank > 2 and isinstance(a, fx.Node):
+            x = a.args[0]
+        flat = x is not None
         parts = [self._parts(a, site, flat), self._parts(b, site, False)]
-        x = a.args[0] if flat else None
         problem = dataclasses.replace(problem, a_rank=2 if flat else problem.a_rank)
 
         def function(a: Any, b: Any, bias: Any, x: Any) -> Any:

@@ -1,8 +1,8 @@
 """Rows of Triton GEMMs run in Triton's interpreter: a process of its own, which numbers tests call.
 
-The interpreter reads BF16 operands of a product as integers, truncates to BF16 where GPUs round to
-nearest, knows no e4m3fnuz, and has no ``dot_scaled`` before Triton 3.8. These are filled in here
-with numpy and ml_dtypes, which share no code with omniq.
+The interpreter reads BF16 operands of a product as integers, truncates to BF16 and e4m3 where GPUs
+round to nearest, knows no e4m3fnuz, and has no ``dot_scaled`` before Triton 3.8. These are filled
+in here with numpy and ml_dtypes, which share no code with omniq.
 """
 
 from __future__ import annotations
@@ -159,7 +159,15 @@ def _patch_interpreter() -> None:
             return cast(self, source, to)
         return handle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
 
+    fp_to_fp = builder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, source: Any, to: Any, rounding: Any) -> Any:
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.float8e4nv):
+            return fp_to_fp(self, source, to, rounding)
+        return handle(source.data.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), tl.float8e4nv)
+
     builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
     builder.create_dot_scaled = create_dot_scaled
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -102,7 +102,7 @@ def moved(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[A
         if node.target is functional.scaled_dot_product_attention:
             node.target = _attention
     copy.recompile()
-    mode = next((v.fake_mode for v in inputs if isinstance(v, torch.Tensor)), FakeTensorMode())
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode())
     with mode:
         return copy, tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), inputs)
 
@@ -134,7 +134,7 @@ def present(target: Target) -> Iterator[None]:
     fold = UniformValueConstantFolder._deduce_value
 
     def fold_on_cpu(folder: Any, node: fx.Node) -> Any:
-        with _OnCpu():
+        with _OnCpu():  # type: ignore[no-untyped-call]
             return fold(folder, node)
 
     properties_of: Any = DeviceProperties.create

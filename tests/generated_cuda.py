@@ -1,0 +1,105 @@
+"""A transformer block as Inductor would run it on an NVIDIA GPU that is not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conftest import traced
+from torch import fx, nn
+from torch.nn import functional
+
+from omniq_compile import QuantConfig
+from omniq_compile.inspector import absent_gpu, generated
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.target import Target
+from omniq_compile.passes import pipeline
+from omniq_compile.passes.context import Context
+
+BF16 = torch.bfloat16
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    "fp8": {"method": "fp8"},
+    "fp8 block-wise": {"method": "fp8", "weight_block_size": [64, 64]},
+    "mxfp8": {"method": "mxfp8"},
+    "mxfp4": {"method": "mxfp4"},
+    "mxfp4 W4A8": {"method": "mxfp4", "w4a8_fallback_layers": ["re:.*"]},
+    "mxfp4_dualscale": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+}
+
+
+class Block(nn.Module):
+    """Modulation, attention whose q, k and v share their input, and an MLP: seven layers."""
+
+    def __init__(self, width: int = 256, hidden: int = 384) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        scale, shift = self.modulation(functional.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        normed = functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        heads = [
+            layer(normed).unflatten(-1, (4, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        ]
+        attended = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        return x + self.down(functional.gelu(self.up(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One layer of sizes that differ, whose input nothing computes."""
+
+    def __init__(self, K: int = 192, N: int = 112) -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, N)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model for one target: Inductor's program, its inputs, and what it should return."""
+
+    program: str
+    inputs: list[Any]
+    expected: torch.Tensor
+    context: Context
+
+
+def make(model: nn.Module, inputs: Any, variant: str, target: str) -> Case:
+    """Generate the program of a model in BF16; what is expected is the reference of omniq's ops."""
+    model = model.to(BF16).requires_grad_(False)
+    ((graph, values),) = traced(model, *inputs)
+    config = QuantConfig.from_options({"min_features": 1} | VARIANTS[variant])
+    context = Context(config, Target.parse(target), stages={})
+    lowered = pipeline.run(graph, pipeline.build(config), context)
+    assert absent_gpu.why_not(context.target) is None
+    program = generated.program(lowered, config.inductor, context.target)
+    assert context.stages is not None
+    known = _values(graph, values, context)
+    quantized = context.stages["quantized"]
+    with torch.no_grad():
+        (expected,) = quantized(*_take(known, quantized))
+    return Case(program, _take(known, lowered), expected, context)
+
+
+def _values(graph: fx.GraphModule, inputs: list[Any], context: Context) -> dict[str, Any]:
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    for binding in context.bindings:
+        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
+        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
+    return values
+
+
+def _take(values: dict[str, Any], gm: fx.GraphModule) -> list[Any]:
+    taken = (values[n.name] for n in gm.graph.nodes if n.op == "placeholder")
+    return [v.detach() if isinstance(v, torch.Tensor) else v for v in taken]
