@@ -85,7 +85,12 @@ PROGRAMS: dict[tuple[str, str], tuple[int, dict[str, int]]] = {
 @pytest.mark.parametrize(("variant", "arch"), PROGRAMS)
 def test_inductor_launches_each_gemm_and_quantizes_once(variant: str, arch: str) -> None:
     program = block(variant, arch).program
-    assert launches(program) == PROGRAMS[variant, arch]
+    generated_count, multiplied = launches(program)
+    expected_count, expected = PROGRAMS[variant, arch]
+    assert multiplied == expected
+    # Inductor of torch 2.11 and 2.12 fuses loops of other shapes less.
+    if torch.__version__ >= "2.13":
+        assert generated_count == expected_count
     for kernel in generated_triton.kernels(program):
         assert ".target sm_" in generated_triton.compile_kernel(kernel, arch)
 
