@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,11 @@ def test_every_suite_can_be_built() -> None:
 def test_the_command_writes_a_page_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: SuiteResult
 ) -> None:
-    monkeypatch.setattr(bench_suite, "run_suite", lambda *args, **kwargs: result)
+    def run(*args: Any, keep: Any, **kwargs: Any) -> SuiteResult:
+        keep(result)
+        return result
+
+    monkeypatch.setattr(bench_suite, "run_suite", run)
     assert main(["bench", "--suite", "tiny", "--report", str(tmp_path)]) == 1
     page, data = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert (page.suffix, data.suffix) == (".md", ".json")
@@ -145,6 +150,31 @@ def test_the_command_writes_a_page_and_json(
     assert page.stem.startswith(result.environment["date"][:10])
     assert page.read_text() == markdown(result)
     assert json.loads(data.read_text()) == json.loads(result.to_json())
+
+
+def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(suite: Any, case: Case, *more: Any) -> Any:
+        if case.name == "bad":
+            raise KeyboardInterrupt
+        return bench_suite.CaseResult(case.name)
+
+    monkeypatch.setitem(SUITES, "tiny", TINY)
+    monkeypatch.setattr(bench_suite, "_run_case", stop)
+    arguments = ["bench", "--suite", "tiny", "--report", str(tmp_path)]
+    assert main([*arguments, "--case", "goo"]) == 0
+    (alone,) = tmp_path.glob("*-goo.json")
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    (stopped,) = set(tmp_path.glob("*.json")) - {alone}
+    for file in (alone, stopped):
+        assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ["good"]
+    monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
+    assert main([*arguments, "--case", "ugly"]) == 2
+    assert "no case of suite 'tiny': 'good', 'bad'" in errors.getvalue()
+    assert main(["bench", "--case", "good"]) == 2
+    assert "--case is for a suite" in errors.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from omniq_compile.cli.bench_suite import run_command
 from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.cli.output_file import check_writable, write
+from omniq_compile.lowering.errors import OmniqError
 
 # What `--quick` changes where the user asked for nothing else.
 QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", metavar="NAME", help=f"every variant on fixed cases: {', '.join(SUITES)}"
     )
     parser.add_argument(
+        "--case", metavar="WORDS", help="only a suite's cases with these words in their names"
+    )
+    parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="where a suite's Markdown and JSON go"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
@@ -66,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         OmniqError: the options name no model that can be built, or FILE cannot be written.
     """
     if args.suite is not None:
-        return run_command(args.suite, args.report, Console())
+        return run_command(args.suite, args.report, Console(), args.case)
+    for option in ("case", "report"):
+        if getattr(args, option) is not None:
+            raise OmniqError(f"--{option} is for a suite; name one: --suite {next(iter(SUITES))}")
     check_writable("--json", args.json)
     console = Console()
     result = run_bench(config_from(args), console)

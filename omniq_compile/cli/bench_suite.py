@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def run_suite(
     variants: list[Variant] | None = None,
     compiler: str = "inductor",
     command: str = "",
+    only: str | None = None,
+    keep: Callable[[SuiteResult], None] = lambda result: None,
 ) -> SuiteResult:
     """Run a suite of `SUITES`. What one variant or case raises is recorded, and the others go on.
 
@@ -87,19 +90,26 @@ def run_suite(
         variants: by default those of `suite_variants`.
         compiler: of the GEMMs that are timed on their own.
         command: what was typed, for the record.
+        only: the words in the names of the cases to run; all by default.
+        keep: gets the result after each case, with what is known by then.
 
     Raises:
-        OptionError: no such suite, or its device is not in this machine.
+        OptionError: no such suite or case, or its device is not in this machine.
     """
     if name not in SUITES:
         raise OptionError(unknown("suite", name, SUITES))
     suite = SUITES[name]
+    cases = [case for case in suite.cases if only is None or only in case.name]
+    if not cases:
+        names = ", ".join(repr(case.name) for case in suite.cases)
+        raise OptionError(f"--case {only!r} is in the name of no case of suite {name!r}: {names}.")
     variants = suite_variants() if variants is None else variants
     where = environment(_config(suite, suite.cases[0])) | _versions()
     result = SuiteResult(name, suite.about, command, where, measure_peaks(suite))
-    for case in suite.cases:
+    for case in cases:
         console.print(f"[bold]{case.name}[/bold]")
         result.cases.append(_run_case(suite, case, variants, result.peaks, console, compiler))
+        keep(result)
         gc.collect()
         if suite.device == "cuda":
             torch.cuda.empty_cache()
@@ -162,28 +172,40 @@ def _versions() -> dict[str, Any]:
     return found
 
 
-def run_command(name: str, report: Path | None, console: Console) -> int:
+def run_command(name: str, report: Path | None, console: Console, only: str | None = None) -> int:
     """Run a suite for the command line; returns 1 where anything failed, else 0.
 
     Args:
-        report: a folder for ``<date>-<device>.md`` and ``.json``; None prints the tables only.
+        report: a folder for ``<date>-<device>.md`` and ``.json``, written anew after each case, so
+            that a run that is stopped keeps what it has; None prints the tables only.
+        only: the words in the names of the cases to run, which are added to the files' names.
 
     Raises:
-        OmniqError: no such suite, folder or device.
+        OmniqError: no such suite, case, folder or device.
     """
     from omniq_compile.cli.bench_markdown import markdown
 
     if report is not None and not report.is_dir():
         raise OmniqError(f"--report {report}: there is no such folder")
+    written: list[Path] = []
+
+    def keep(result: SuiteResult) -> None:
+        if report is not None:
+            words = [result.environment["device"], *([only] if only else [])]
+            stem = "-".join([result.environment["date"][:10], *map(_slug, words)])
+            written[:] = [report / f"{stem}.md", report / f"{stem}.json"]
+            for path, text in zip(
+                written, (markdown(result), result.to_json() + "\n"), strict=True
+            ):
+                path.write_text(text, encoding="utf-8")
+
     command = shlex.join(["omniq", *sys.argv[1:]])
-    result = run_suite(name, console, command=command)
-    text = markdown(result)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if report is not None:
-        where = result.environment
-        device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
-        stem = report / f"{where['date'][:10]}-{device}"
-        for suffix, content in ((".md", text), (".json", result.to_json() + "\n")):
-            stem.with_name(stem.name + suffix).write_text(content, encoding="utf-8")
-        console.print(f"written to {stem}.md and .json", markup=False)
+    result = run_suite(name, console, command=command, only=only, keep=keep)
+    console.print(markdown(result), markup=False, highlight=False, soft_wrap=True)
+    if written:
+        console.print(f"written to {written[0]} and .json", markup=False)
     return 1 if result.failed else 0
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
