@@ -164,7 +164,7 @@ def test_a_library_that_cannot_be_built_is_said_and_replaced(
         assert "omniq_tile_gemm" in source
         raise RuntimeError("C++ compile error\ncommand: c++ ...")
 
-    monkeypatch.setattr(library, "_build", build)
+    monkeypatch.setattr(library, "build", build)
     library._load.cache_clear()
     with caplog.at_level(logging.WARNING, "omniq"):
         assert library.load("tile_gemm") is None
