@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+
+from omniq_compile.lowering.triton_kernels import launch
 
 
 def compile(
@@ -21,8 +25,24 @@ def compile(
         settings: of Inductor, see `torch._inductor.list_options`.
     """
     _store_operands_once()
-    compiled: Callable[..., Any] = torch._inductor.compile(gm, list(inputs), options=dict(settings))
+    # A compiled graph has launches of omniq's kernels in it, and its key in PyTorch's caches, of
+    # which the user's tag is a part, has only the names of their operators.
+    config: Any = torch.compiler.config
+    tag = f"{config.cache_key_tag} omniq {_own_kernels()}"
+    with config.patch(cache_key_tag=tag):
+        compiled: Callable[..., Any] = torch._inductor.compile(
+            gm, list(inputs), options=dict(settings)
+        )
     return compiled
+
+
+@cache
+def _own_kernels() -> str:
+    """Return a digest of the files that make launches: device code, tiles and their choice."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(launch.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @cache

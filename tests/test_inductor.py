@@ -1,0 +1,49 @@
+"""What Inductor is told, and what it keeps from one compile to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from omniq_compile import inductor
+from omniq_compile.lowering.triton_kernels import launch
+
+
+def compile_once() -> tuple[int, int]:
+    """Compile a layer; returns hits and misses of AOTAutograd's cache."""
+    torch._dynamo.reset()
+    counters.clear()
+    layer = torch.nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
+    options = {"method": "int8", "min_features": 1}
+    torch.compile(layer, backend="omniq", options=options)(torch.randn(5, 64).bfloat16())
+    found = counters["aot_autograd"]
+    return found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+
+def test_a_changed_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fresh_cache(), torch.no_grad():
+        assert compile_once() == (0, 1)
+        assert compile_once() == (1, 0)
+        monkeypatch.setattr(inductor, "_own_kernels", lambda: "changed")
+        assert compile_once() == (0, 1)
+        assert compile_once() == (1, 0)
+        with torch.compiler.config.patch(cache_key_tag="the user's"):
+            assert compile_once() == (0, 1)
+
+
+def test_the_digest_is_of_every_file_that_makes_launches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    before = inductor._own_kernels.__wrapped__()
+    for name in ("launch.py", "tiles.py", "row_scaled_gemm.py"):
+        (tmp_path / name).write_text(f"# {name}")
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    digests = [before, inductor._own_kernels.__wrapped__()]
+    for name in ("launch.py", "tiles.py", "row_scaled_gemm.py"):
+        (tmp_path / name).write_text(f"# {name}, changed")
+        digests.append(inductor._own_kernels.__wrapped__())
+    assert len(set(digests)) == 5
