@@ -55,15 +55,13 @@ def why_not(target: Target) -> str | None:
 
 @cache
 def _link() -> str | None:
-    """Let fake tensors be on "cuda"; returns why that cannot be, or None.
+    """Let fake tensors be on "cuda", in this process; returns why that cannot be, or None.
 
     A build of torch for CPUs refuses to index them, as nothing in it switches between GPUs.
     """
     torch._C._ensureCUDADeviceGuardSet()  # for builds with CUDA, on a machine without GPU
-    with FakeTensorMode():
-        tensor = torch.empty(1, device=DEVICE)
-        with contextlib.suppress(RuntimeError):
-            return None if tensor[0:1].shape == (1,) else "unreachable"
+    if _can_index():
+        return None
     c10 = Path(torch.__file__).parent / "lib" / "libc10.so"
     try:
         ctypes.CDLL(str(c10), mode=ctypes.RTLD_GLOBAL)
@@ -71,7 +69,16 @@ def _link() -> str | None:
     except Exception as error:  # whatever the compiler, the linker or the file system says
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"that needs a C++ compiler, and building failed: {first}"
-    return None
+    return None if _can_index() else "this build of torch cannot index tensors of a GPU"
+
+
+def _can_index() -> bool:
+    with FakeTensorMode():
+        tensor = torch.empty(1, device=DEVICE)
+        try:
+            return tensor[0:1].shape == (1,)
+        except RuntimeError:
+            return False
 
 
 _GUARD = """
