@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from omniq_compile import QuantConfig, Site, explain
 from omniq_compile.backend import omniq
+from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes import sites as passes
@@ -96,6 +97,18 @@ def traced(model: Any, *args: Any, **kwargs: Any) -> list[tuple[fx.GraphModule, 
 
 def count(gm: fx.GraphModule, target: Any) -> int:
     return sum(node.target is target for node in gm.graph.nodes)
+
+
+def quantized_inputs(
+    original: fx.GraphModule, inputs: list[Any], context: Context
+) -> dict[str, Any]:
+    """Return what each placeholder of a rewritten graph stands for, by name."""
+    names = [n.name for n in original.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, inputs, strict=True))
+    for binding in context.bindings:
+        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
+        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
+    return values
 
 
 def stage_inputs(

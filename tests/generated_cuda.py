@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from conftest import traced
+from conftest import quantized_inputs, traced
 from torch import fx, nn
 from torch.nn import functional
 
 from omniq_compile import QuantConfig
 from omniq_compile.inspector import absent_gpu, generated
-from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
@@ -84,20 +83,11 @@ def make(model: nn.Module, inputs: Any, variant: str, target: str) -> Case:
     assert absent_gpu.why_not(context.target) is None
     program = generated.program(lowered, config.inductor, context.target)
     assert context.stages is not None
-    known = _values(graph, values, context)
+    known = quantized_inputs(graph, values, context)
     quantized = context.stages["quantized"]
     with torch.no_grad():
         (expected,) = quantized(*_take(known, quantized))
     return Case(program, _take(known, lowered), expected, context)
-
-
-def _values(graph: fx.GraphModule, inputs: list[Any], context: Context) -> dict[str, Any]:
-    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    values = dict(zip(names, inputs, strict=True))
-    for binding in context.bindings:
-        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
-        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
-    return values
 
 
 def _take(values: dict[str, Any], gm: fx.GraphModule) -> list[Any]:

@@ -139,10 +139,10 @@ def run(program: str, inputs: list[Any]) -> list[Any]:
 
 def main(file: str, out: str) -> None:
     """Run the cases of a file, (program, inputs) by name, and write their outputs."""
-    from triton_numbers import _patch_interpreter
+    from triton_numbers import patch_interpreter
 
     assert os.environ["TRITON_INTERPRET"] == "1"
-    _patch_interpreter()
+    patch_interpreter()
     cases = torch.load(file, weights_only=False)
     torch.save({name: run(*case) for name, case in cases.items()}, out)
 

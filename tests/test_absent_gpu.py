@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import generated_triton
-import numpy
 import pytest
 import torch
 from conftest import error, traced
 from generated_cuda import BF16, VARIANTS, Block, Case, Layer, make
+from triton_numbers import interpreter_works
 
 from omniq_compile import QuantConfig
 from omniq_compile.inspector import absent_gpu, generated
@@ -155,8 +155,7 @@ def results(
 
 
 interpreted = pytest.mark.skipif(
-    triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of Triton 3.6 makes scalars of arrays in a way that numpy 2.4 ended",
+    not interpreter_works(), reason="Triton 3.6 cannot interpret beside numpy 2.4"
 )
 
 

@@ -10,10 +10,9 @@ import fake_gemms
 import fake_torch_npu
 import pytest
 import torch
-from conftest import Holder, error, traced
+from conftest import Holder, error, quantized_inputs, traced
 
 from omniq_compile import QuantConfig
-from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
@@ -82,11 +81,7 @@ def test_a_lowered_graph_does_what_the_quantized_one_says(
         recorders.append(recorder)
     else:
         recorders.append(fake_gemms.install_torch(monkeypatch, place.arch))
-    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-    values = dict(zip(names, inputs, strict=True))
-    for binding in context.bindings:
-        weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
-        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
+    values = quantized_inputs(graph, inputs, context)
 
     def run(gm: torch.fx.GraphModule) -> torch.Tensor:
         with torch.no_grad():

@@ -47,7 +47,7 @@ def why_not(target: Target) -> str | None:
     if target.arch not in _GPUS:
         return f"Inductor generates code for {target} only where there is one"
     if torch.cuda.is_available():
-        return f"this machine has a GPU, and Inductor generates code for that one, not for {target}"
+        return "this machine has a GPU, and Inductor generates code for models that are on it"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'omniq-compile[triton]'"
     return _link()
@@ -101,6 +101,7 @@ def moved(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[A
         on_gpu = tree_map_only(torch.device, lambda d: DEVICE if d.type == "cpu" else d, value)
         return "cuda" if on_gpu == "cpu" else on_gpu
 
+    # Not `dynamo.copy_graph`, whose copy passes for a graph of Dynamo's and needs its sources.
     copy = fx.GraphModule(gm, fx.Graph())
     copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
     for node in copy.graph.nodes:

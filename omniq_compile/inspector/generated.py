@@ -47,9 +47,11 @@ def why_not(config: QuantConfig, target: Target, gm: fx.GraphModule) -> str | No
         return f"option 'compiler' is {config.compiler!r}, which generates none"
     if _devices(_inputs(gm)) <= {target.torch_device}:
         return None
-    reason = absent_gpu.why_not(target)
-    if any(value for name, value in config.inductor.items() if name.startswith("max_autotune")):
-        reason = "max_autotune times kernels on the device, and it is not here"
+    tuned = any(v for name, v in config.inductor.items() if name.startswith("max_autotune"))
+    if tuned:
+        reason: str | None = "max_autotune times kernels on the device, and it is not here"
+    else:
+        reason = absent_gpu.why_not(target)
     return reason and f"{reason}. The lowered program is what Inductor would compile for {target}"
 
 
