@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes import sites as passes
 from omniq_compile.passes.context import Context
+
+# From 9.2 on pytest gives a handler to each logger that does not propagate, and PyTorch prints every
+# graph it compiles into its structured trace where that has one.
+logging.getLogger("torch.__trace").propagate = True
 
 # The graph alone, and every size: what these tests are about.
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
