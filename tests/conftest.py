@@ -19,8 +19,8 @@ from omniq_compile.passes import pipeline
 from omniq_compile.passes import sites as passes
 from omniq_compile.passes.context import Context
 
-# From 9.2 on pytest gives a handler to each logger that does not propagate, and PyTorch prints every
-# graph it compiles into its structured trace where that has one.
+# From 9.2 on pytest gives a handler to each logger that does not propagate, and where PyTorch's
+# structured trace has one, every graph that is compiled is printed.
 logging.getLogger("torch.__trace").propagate = True
 
 # The graph alone, and every size: what these tests are about.

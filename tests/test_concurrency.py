@@ -39,7 +39,7 @@ def test_two_threads_of_one_compiled_model_get_their_own_answers() -> None:
 
 
 def test_two_methods_of_one_model_do_not_mix() -> None:
-    """Both quantize the very same parameters; each keeps giving, and holding, what it does alone."""
+    """Both quantize the very same parameters; each gives, and holds, what it does alone."""
     given, alone, held = inputs(), {}, {}
 
     def start() -> int:
