@@ -112,9 +112,7 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
 ) -> Compiled:
     if config.compiler == "inductor":
-        settings = dict(torch._inductor.list_mode_options(mode or config.mode))
-        settings.update(config.inductor)
-        return inductor.compile(gm, inputs, settings)
+        return inductor.compile(gm, inputs, inductor.settings_of(config, mode))
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]

@@ -12,6 +12,18 @@ import torch
 from torch import fx
 
 from omniq_compile.lowering.triton_kernels import launch
+from omniq_compile.passes.config import QuantConfig
+
+
+def settings_of(config: QuantConfig, mode: str | None = None) -> dict[str, Any]:
+    """Return the settings of Inductor that a configuration asks for, by its mode and by name.
+
+    Args:
+        config: its ``mode`` and ``inductor``.
+        mode: in place of the first.
+    """
+    settings: dict[str, Any] = dict(torch._inductor.list_mode_options(mode or config.mode))
+    return settings | config.inductor
 
 
 def compile(

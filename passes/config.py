@@ -33,7 +33,8 @@ class QuantConfig:
         min_features: the smallest K or N worth quantizing; 1 takes everything the kernels take.
         matmul: also quantize activation-times-activation products, per row of both operands.
         compiler: what compiles the rewritten graph.
-        inductor: settings passed on to Inductor.
+        inductor: settings passed on to Inductor. With ``max_autotune`` it also times omniq's Triton
+            GEMMs in several tiles, where all sizes are known.
         mode: one of ``torch.compile``'s modes, which it does not take beside options itself.
         target: the device to lower for; None means the model's own device.
         mxfp4_scale_alg: how an mxfp4 block chooses its scale: 0 (OCP) or 2 (UOS).

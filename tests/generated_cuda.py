@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from omniq_compile import QuantConfig
+from omniq_compile.inductor import settings_of
 from omniq_compile.inspector import absent_gpu, generated
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
@@ -26,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mxfp4": {"method": "mxfp4"},
     "mxfp4 W4A8": {"method": "mxfp4", "w4a8_fallback_layers": ["re:.*"]},
     "mxfp4_dualscale": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+    "int8 timed": {"method": "int8", "mode": "max-autotune-no-cudagraphs"},
 }
 
 
@@ -81,7 +83,7 @@ def make(model: nn.Module, inputs: Any, variant: str, target: str) -> Case:
     context = Context(config, Target.parse(target), stages={})
     lowered = pipeline.run(graph, pipeline.build(config), context)
     assert absent_gpu.why_not(context.target) is None
-    program = generated.program(lowered, config.inductor, context.target)
+    program = generated.program(lowered, settings_of(config), context.target)
     assert context.stages is not None
     known = quantized_inputs(graph, values, context)
     quantized = context.stages["quantized"]

@@ -37,6 +37,11 @@ class Kernel:
         return dict(self.meta["triton_meta"]["constants"])
 
     @property
+    def configs(self) -> list[dict[str, Any]]:
+        """What a tile of omniq's fixes, with its warps and stages: one, or a choice."""
+        return [dict(config) for config in self.meta["configs"]]
+
+    @property
     def is_own(self) -> bool:
         """Whether it is omniq's and not generated."""
         return self.kind == "user_autotune"
@@ -94,19 +99,25 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 
 def compile_kernel(kernel: Kernel, arch: str) -> str:
-    """Compile a kernel for an NVIDIA architecture, such as ``sm_90``; returns its PTX."""
+    """Compile a kernel for an NVIDIA architecture, such as ``sm_90``; returns its PTX.
+
+    Of a choice it is the last: the first is what others compile.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = getattr(kernel.load(HEADER), kernel.function)
-    constants = kernel.constants | blocks(kernel, lambda name: 128 if name == "R0_BLOCK" else 8)
+    options = {"num_warps": 4, "num_stages": 1}
+    if kernel.is_own:
+        constants = kernel.constants | kernel.configs[-1]
+        options = {name: constants.pop(name) for name in options}
+    else:
+        sizes = blocks(kernel, lambda name: 128 if name == "R0_BLOCK" else 8)
+        constants = kernel.constants | sizes
     signature = {name: kernel.signature.get(name, "constexpr") for name in function.arg_names}
     by_position = {(function.arg_names.index(n),): value for n, value in constants.items()}
     (attributes,) = kernel.meta["triton_meta"]["configs"]
-    options = {"num_warps": 4, "num_stages": 1}
-    if kernel.is_own:
-        (options,) = kernel.meta["configs"]
     compiled = triton.compile(
         ASTSource(function, signature, by_position, attributes),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),

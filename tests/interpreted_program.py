@@ -78,15 +78,24 @@ class _Launcher:
 
     def run(self, *arguments: Any, stream: int) -> None:
         kernel = self.kernel
-        sizes = BLOCKS | {"XBLOCK": 1024 if kernel.kind == "pointwise" else 128}
-        constants = kernel.constants | blocks(kernel, sizes.__getitem__)
         # A parameter that is None or 1 is a constant too, and has a place among the arguments.
         if kernel.is_own:
-            declared = kernel.meta["inductor_meta"]["declared_constexpr_names"]
-            *arguments, x, y, z = arguments
-            names = [name for name in self.parameters if name not in declared]
-            grid: Any = (x, y, z)
+            meta = kernel.meta["inductor_meta"]
+            names = [n for n in self.parameters if n not in meta["declared_constexpr_names"]]
+            constants = kernel.constants | kernel.configs[-1]
+            if "precomputed_grids" in meta:
+                (sizes,) = (
+                    grid["python"]
+                    for grid in meta["precomputed_grids"]
+                    if grid["config"] == kernel.configs[-1]
+                )
+                grid: Any = tuple(map(int, sizes))
+            else:
+                *arguments, x, y, z = arguments
+                grid = (x, y, z)
         else:
+            sizes = BLOCKS | {"XBLOCK": 1024 if kernel.kind == "pointwise" else 128}
+            constants = kernel.constants | blocks(kernel, sizes.__getitem__)
             names = [name for name in self.parameters if not name.endswith("BLOCK")]
             given = dict(zip(names, arguments, strict=True))
             grid = tuple(

@@ -66,6 +66,7 @@ PROGRAMS: dict[tuple[str, str], tuple[int, dict[str, int]]] = {
     ("int8", "sm_90"): (6, ROW_SCALED),
     ("int8", "sm_80"): (6, ROW_SCALED),
     ("int8", "sm_100"): (9, {"row_scaled_gemm": 1, "extern_kernels._int_mm": 6}),
+    ("int8 timed", "sm_90"): (6, ROW_SCALED),
     ("fp8", "sm_90"): (6, SCALED_MM),
     ("fp8", "sm_120"): (6, SCALED_MM),
     # Layer norm is a kernel of its own before scales per block.
@@ -183,6 +184,29 @@ def test_a_block_is_what_the_reference_makes_of_it(
     assert out.dtype is BF16
     # Fused operations skip roundings to BF16, and some values fall on a neighbouring code.
     assert error(out, expected) < (0.05 if variant == "mxfp4_dualscale" else 0.02)
+
+
+def tiles(program: str) -> list[list[tuple[int, int]]]:
+    """Return rows and columns of the tiles that each kernel of omniq may have."""
+    own = (kernel for kernel in generated_triton.kernels(program) if kernel.is_own)
+    return [[(c["BLOCK_M"], c["BLOCK_N"]) for c in kernel.configs] for kernel in own]
+
+
+def test_inductor_times_tiles_where_it_is_told_to(cases: dict[str, Case]) -> None:
+    chosen = tiles(cases["layer int8 sm_90 150"].program)
+    timed = tiles(cases["layer int8 timed sm_90 150"].program)
+    assert chosen == [[(128, 128)]]
+    assert timed[0][0] == (128, 128)
+    assert {(64, 64), (64, 128), (256, 128)} < set(timed[0])
+
+
+def test_cuda_graphs_capture_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "captured", {"method": "int8", "mode": "reduce-overhead"})
+    x = on_codes((37, 192), "int8")
+    captured, usual = (
+        make(Layer(), (x,), variant, "cuda:sm_90").program for variant in ("captured", "int8")
+    )
+    assert launches(captured) == launches(usual) == (1, {"row_scaled_gemm": 1})
 
 
 def test_a_wrong_scale_would_be_found(cases: dict[str, Case]) -> None:

@@ -187,11 +187,8 @@ def test_why_there_is_no_generated_code_is_told(tmp_path: Path) -> None:
     for changed, target, words in (
         ({"compiler": "eager"}, None, "which generates none"),
         ({}, "rocm:gfx942", "for rocm:gfx942 only where there is one. The lowered program is"),
-        (
-            {"inductor": {"max_autotune": True}},
-            "cuda:sm_90",
-            "max_autotune times kernels on the device",
-        ),
+        ({"inductor": {"max_autotune": True}}, "cuda:sm_90", "max_autotune times kernels on the"),
+        ({"mode": "max-autotune"}, "cuda:sm_90", "max_autotune times kernels on the device"),
     ):
         found = inspect("m", model, (torch.randn(5, 38),), options | changed, target=target,
                         kernels=True)  # fmt: skip

@@ -153,6 +153,23 @@ def test_a_tile_is_no_taller_than_its_rows_want(M: int, N: int) -> None:
     assert small.block_n == 128  # 256 columns would leave a third of the SMs without a tile
 
 
+@pytest.mark.parametrize(("M", "N"), [(1, 18432), (77, 3072), (4096, 3072), (16384, 12288)])
+def test_what_is_timed_are_the_chosen_tile_and_others_that_fit(M: int, N: int) -> None:
+    assert set(tiles.TRIED) < set(tiles.TILES)
+    for (kernel, arch), row in tiles.TILES.items():
+        known = row + tiles.TRIED.get((kernel, arch), ())
+        first, *others = tiles.candidates(kernel, arch, M, N, processors=132)
+        assert first == tiles.choose(kernel, arch, M, N, processors=132)
+        assert first not in others
+        assert set(others) < set(known)
+        assert len(set(others)) == len(others) < 6
+        for tile in others:
+            assert tile.block_m < max(2 * M, first.block_m + 1)
+            assert 4 * tile.block_m * tile.block_n >= first.block_m * first.block_n
+    many = tiles.candidates("row_scaled", "sm_90", 4096, 3072, processors=132)
+    assert {(t.block_m, t.block_n) for t in many} > {(128, 256), (256, 128), (128, 128)}
+
+
 def test_every_architecture_that_a_row_names_has_tiles() -> None:
     needs = {"s8": "row_scaled", "fp8": "row_scaled", "fp8_block": "block_scaled"}
     for device in ("cuda", "rocm"):

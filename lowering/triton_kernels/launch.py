@@ -17,7 +17,7 @@ from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import mx as mx_blocks
 from omniq_compile.lowering.formats.mxfp4_dualscale import RUN
 from omniq_compile.lowering.target import detect
-from omniq_compile.lowering.triton_kernels.tiles import Tile, choose
+from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose
 
 # Rows of tiles that are computed side by side, see `tile.tile_origin`.
 GROUP_M = 8
@@ -37,13 +37,13 @@ class Launch:
 
     Attributes:
         kernel: the file and the function of its device code.
-        tile: of the result.
+        tiles: of the result: one, or those that Inductor is to choose from.
         arguments: tensors, sizes or None, by the function's parameters.
-        constants: its compile-time parameters.
+        constants: its compile-time parameters, but for those of a tile.
     """
 
     kernel: str
-    tile: Tile
+    tiles: tuple[Tile, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
 
@@ -67,17 +67,47 @@ def function(kernel: str) -> Any:
 def run(launch: Launch) -> None:
     """Launch on the current stream of the device that the operands are on.
 
-    While AOTAutograd traces, the launch becomes a node, which Inductor compiles and launches.
+    While AOTAutograd traces, the launch becomes a node, which Inductor compiles and launches. Of
+    several tiles it times each in the first call, for each M, N and K, and keeps the fastest.
     """
-    tile, out, kernel = launch.tile, launch.arguments["out_ptr"], function(launch.kernel)
-    programs = tile.count(launch.arguments["M"], launch.arguments["N"])
+    M, N, K = (launch.arguments[name] for name in "MNK")
     arguments = launch.arguments | launch.constants
-    arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    if isinstance(out, FunctionalTensor):
-        torch.library.wrap_triton(kernel)[(programs,)](**arguments)
+    if isinstance(launch.arguments["out_ptr"], FunctionalTensor):
+        kernel = torch.library.wrap_triton(_timed(launch.kernel, launch.tiles, K))
+        kernel[lambda meta: (-(-M // meta["BLOCK_M"]) * -(-N // meta["BLOCK_N"]),)](**arguments)
         return
-    with torch.cuda.device_of(out):
-        kernel[(programs,)](**arguments)
+    tile = launch.tiles[0]
+    arguments |= tile_constants(tile, K) | {"num_warps": tile.warps, "num_stages": tile.stages}
+    with torch.cuda.device_of(launch.arguments["out_ptr"]):
+        function(launch.kernel)[(tile.count(M, N),)](**arguments)
+
+
+@cache
+def _timed(kernel: str, tiles: tuple[Tile, ...], K: int) -> Any:
+    """Return a kernel with its configurations, in the form that Inductor takes from users."""
+    import triton
+
+    configs = [
+        triton.Config(tile_constants(tile, K), num_warps=tile.warps, num_stages=tile.stages)
+        for tile in tiles
+    ]
+    return triton.autotune(configs, key=[])(function(kernel))
+
+
+def tile_constants(tile: Tile, K: int) -> dict[str, Any]:
+    """Return the compile-time parameters that a tile decides."""
+    return {
+        "EVEN_K": K % tile.block_k == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def times_tiles(out: Tensor) -> bool:
+    """Return whether Inductor is to time tiles: it was told to, and traces this launch."""
+    config = torch._inductor.config
+    return isinstance(out, FunctionalTensor) and (config.max_autotune or config.max_autotune_gemm)
 
 
 @cache
@@ -164,17 +194,12 @@ def _launch(
     device: Device,
     step: int = 0,
 ) -> Launch:
-    """Choose a tile from a row of `TILES`; ``step``, if any, is what its block of K divides."""
+    """Choose from a row of `TILES`; ``step``, if any, is what a tile's block of K divides."""
     N = out.shape[-1]
     M = out.numel() // N
-    tile = choose(tiles, device.arch, M, N, device.processors)
-    tile = dataclasses.replace(tile, block_k=gcd(tile.block_k, step))
-    constants |= {
-        "EVEN_K": K % tile.block_k == 0,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": GROUP_M,
-    }
+    sizes = tiles, device.arch, M, N, device.processors
+    chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
+    fitted = (dataclasses.replace(tile, block_k=gcd(tile.block_k, step)) for tile in chosen)
     arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}
-    return Launch(f"{kernel}_gemm", tile, arguments, constants)
+    constants |= {"GROUP_M": GROUP_M}
+    return Launch(f"{kernel}_gemm", tuple(dict.fromkeys(fitted)), arguments, constants)

@@ -3,7 +3,8 @@
 A tile is bounded by shared memory (its stages of a and b), by registers (its sums) and, at the low
 end, by the smallest tile that the architecture's instruction takes: ``wgmma`` and ``tcgen05.mma``
 want 64 rows for fp8, block-scaled ``tcgen05.mma`` 128, or Triton falls back to a wider type without
-a word. What each compiles to is tested; none of them has been timed.
+a word. What each compiles to is tested; none of them has been timed here, and Inductor's
+``max_autotune`` times those of `candidates` where it runs.
 """
 
 from __future__ import annotations
@@ -73,9 +74,34 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("decoded_scaled", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
 }  # fmt: skip
 
-TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
-    (kernel, arch): tiles for (kernel, archs), tiles in _ROWS.items() for arch in archs
-}
+# What is tried beside those, where tiles are timed: other shapes of much the same size.
+_TRIED: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
+    ("row_scaled", _AMPERE): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
+    ("row_scaled", _ADA + _RTX): (Tile(128, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
+    ("row_scaled", _HOPPER): (
+        Tile(128, 256, 128, 8, 4),
+        Tile(256, 128, 128, 8, 4),
+        Tile(64, 128, 128, 4, 5),
+    ),
+    ("row_scaled", _BLACKWELL): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 4)),
+    ("row_scaled", _CDNA3): (Tile(256, 128, 64, 8, 2),),
+    ("row_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2),),
+    ("block_scaled", _HOPPER + _BLACKWELL): (Tile(64, 128, 128, 4, 4),),
+    ("mx_e4m3", _BLACKWELL): (Tile(128, 128, 256, 8, 3),),
+    ("mx_e2m1", _BLACKWELL): (Tile(128, 128, 512, 8, 3),),
+    ("decoded", _HOPPER + _BLACKWELL): (Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
+    ("decoded_scaled", _HOPPER + _BLACKWELL): (Tile(64, 128, 64, 4, 4),),
+}  # fmt: skip
+
+
+def _by_architecture(
+    rows: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]],
+) -> dict[tuple[str, str], tuple[Tile, ...]]:
+    return {(kernel, arch): tiles for (kernel, archs), tiles in rows.items() for arch in archs}
+
+
+TILES = _by_architecture(_ROWS)
+TRIED = _by_architecture(_TRIED)
 
 
 def choose(kernel: str, arch: str, M: int, N: int, processors: int) -> Tile:
@@ -93,3 +119,15 @@ def choose(kernel: str, arch: str, M: int, N: int, processors: int) -> Tile:
     # A tall matrix with few tiles is better cut by the middle rows than by the smallest.
     fitting = [tile for tile in larger if tile.block_m // 2 < M]
     return fitting[-1] if fitting else smallest
+
+
+def candidates(kernel: str, arch: str, M: int, N: int, processors: int) -> tuple[Tile, ...]:
+    """Return the tiles worth timing: what `choose` returns, first, and those that may do better.
+
+    None of them has more rows than the first or M needs, or under a quarter of the first's size.
+    """
+    first = choose(kernel, arch, M, N, processors)
+    rows, size = max(2 * M - 1, first.block_m), first.block_m * first.block_n
+    others = TILES[kernel, arch] + TRIED.get((kernel, arch), ())
+    fitting = [t for t in others if t.block_m <= rows and 4 * t.block_m * t.block_n >= size]
+    return tuple(dict.fromkeys([first, *fitting]))

@@ -47,7 +47,8 @@ def why_not(config: QuantConfig, target: Target, gm: fx.GraphModule) -> str | No
         return f"option 'compiler' is {config.compiler!r}, which generates none"
     if _devices(_inputs(gm)) <= {target.torch_device}:
         return None
-    tuned = any(v for name, v in config.inductor.items() if name.startswith("max_autotune"))
+    settings = inductor.settings_of(config)
+    tuned = any(value for name, value in settings.items() if name.startswith("max_autotune"))
     if tuned:
         reason: str | None = "max_autotune times kernels on the device, and it is not here"
     else:
@@ -82,12 +83,14 @@ def program(gm: fx.GraphModule, settings: Mapping[str, Any], target: Target) -> 
 
 def _program(gm: fx.GraphModule, inputs: list[Any], settings: Mapping[str, Any]) -> str:
     # Private to PyTorch; checked on torch 2.13, where it replaces the step that hands the code to
-    # the C++ compiler. What comes of that is no compiled graph, and must not stay in a cache.
+    # the C++ compiler. What comes of that is no compiled graph: it must not stay in a cache, and
+    # launches of it cannot be captured.
     from torch._inductor.utils import get_code
 
+    unwanted = ("fx_graph_cache", "fx_graph_remote_cache", "triton.cudagraphs")
+
     def compile() -> Any:
-        options = {**settings, "fx_graph_cache": False, "fx_graph_remote_cache": False}
-        return inductor.compile(gm, inputs, options)
+        return inductor.compile(gm, inputs, {**settings, **dict.fromkeys(unwanted, False)})
 
     uncached = torch._functorch.config.patch(
         enable_autograd_cache=False, enable_remote_autograd_cache=False

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from omniq_compile import inductor
 from omniq_compile.inspector.dataflow import Flow, flow_of
 from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, generate, why_not
 from omniq_compile.lowering.errors import OptionError
@@ -139,7 +140,7 @@ def inspect(
         lowered = [graph.stages["lowered"] for graph in folded]
         reasons = (why_not(config, contexts[0].target, gm) for gm in lowered)
         no_kernels = next((reason for reason in reasons if reason), None)
-    settings = config.inductor if kernels and no_kernels is None else None
+    settings = inductor.settings_of(config) if kernels and no_kernels is None else None
     parts: list[Part] = []
     imports: dict[str, set[str]] = {stage: set() for stage in STAGES}
     shown: set[int] = set()
