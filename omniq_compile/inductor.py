@@ -22,8 +22,7 @@ def settings_of(config: QuantConfig, mode: str | None = None) -> dict[str, Any]:
         config: its ``mode`` and ``inductor``.
         mode: in place of the first.
     """
-    settings: dict[str, Any] = dict(torch._inductor.list_mode_options(mode or config.mode))
-    return settings | config.inductor
+    return {**torch._inductor.list_mode_options(mode or config.mode), **config.inductor}
 
 
 def compile(

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from omniq_compile import inductor
 from omniq_compile.cli.bench_machine import seconds_of
 from omniq_compile.cli.bench_suites import Suite
 from omniq_compile.lowering import registry
@@ -142,15 +144,17 @@ def _gemm(
     kernel, why = registry.choose(scheme, detect(device), problem)
     if kernel is None:
         raise RuntimeError(f"no kernel takes {problem}: {why}")
-    a = [part.contiguous() for part in kernel.quantize(x, scheme.activation)]
-    b = [part.contiguous() for part in get_format(scheme.weight).quantize(w)]
-    # One function for all GEMMs: past PyTorch's recompile limit they would run eagerly.
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda a, b: kernel.gemm(a, b, None, problem, scheme), backend=compiler, dynamic=False
-    )
+    a, b = kernel.quantize(x, scheme.activation), get_format(scheme.weight).quantize(w)
+    parts = [part.contiguous() for part in (*a, *b)]
+
+    def multiply(*parts: torch.Tensor) -> torch.Tensor:
+        return kernel.gemm(parts[: len(a)], parts[len(a) :], None, problem, scheme)
+
+    graph = make_fx(multiply)(*parts)
+    settings = inductor.settings_of(config)
+    call = inductor.compile(graph, parts, settings) if compiler == "inductor" else graph
     kind = PEAK_OF[config.method] if kernel.native else "bfloat16"
-    return kernel.name, kind, lambda: compiled(a, b)
+    return kernel.name, kind, lambda: call(*parts)
 
 
 def _seconds(call: Callable[[], Any], suite: Suite) -> float:
