@@ -17,11 +17,12 @@ from omniq_compile.lowering.target import ARCHITECTURES, Target
 
 @dataclass(frozen=True)
 class Problem:
-    """One GEMM as a kernel sees it: a ``[..., M, K]`` times b ``[..., N, K]``.
+    """One GEMM as a kernel sees it: a ``[..., K]`` times b ``[..., N, K]``.
 
-    M may be symbolic. ``a_rank`` and ``b_rank`` count dimensions; b of rank 2 is one matrix for
-    every row of a, a higher rank is a batch of matrices. ``b_is_weight`` says that b comes as its
-    format stores it, and not from the kernel's own ``quantize``.
+    ``a_rank`` and ``b_rank`` count dimensions. b of rank 2 is one matrix for every row of a, and M
+    counts them all; a higher rank is a batch of matrices, and M is of one. M may be symbolic.
+    ``b_is_weight`` says that b comes as its format stores it, and not from the kernel's own
+    ``quantize``.
     """
 
     M: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def _layer(node: fx.Node, weight_names: list[str]) -> str:
 def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:
     a, b = _layout(product.a), _layout(product.b)
     dtype = dynamo.value(node).dtype
-    M, K, N = a.shape[-2], a.shape[-1], b.shape[-2]
-    return Problem(M, K, N, a.dim(), b.dim(), dtype, b_is_weight)
+    M = math.prod(a.shape[:-1]) if b.dim() == 2 else a.shape[-2]
+    return Problem(M, a.shape[-1], b.shape[-2], a.dim(), b.dim(), dtype, b_is_weight)
 
 
 def _layout(operand: Operand) -> Any:

@@ -32,6 +32,7 @@ class Case:
 
 # 7 or 5 tokens, K = 38 and N = 19; 3, 2 and 4 in front; heads of 4 x 5 and 2 x 19.
 X, W, T, MKN = (7, 38), (19, 38), (38, 19), (7, 38, 19)
+THREE, SIX = (21, 38, 19), (42, 38, 19)
 LAST, FIRST = (-1,), (-2,)
 
 
@@ -61,17 +62,17 @@ CASES = {
     "linear_1d": case(
         "linear", F.linear, (38,), LAST, W, LAST, (1, 38, 19), (19,)
     ),
-    "linear_3d": case("linear", F.linear, (3, *X), LAST, W, LAST, MKN, (19,)),
-    "linear_4d": case("linear", F.linear, (2, 3, *X), LAST, W, LAST, MKN, (19,)),
+    "linear_3d": case("linear", F.linear, (3, *X), LAST, W, LAST, THREE, (19,)),
+    "linear_4d": case("linear", F.linear, (2, 3, *X), LAST, W, LAST, SIX, (19,)),
     "at": case("@", lambda x, w: x @ w),
     "at_transposed": case("@", lambda x, w: x @ w.T, w=W, w_sums=LAST),
     "at_1d": case("@", lambda x, w: x @ w, (38,), sizes=(1, 38, 19)),
-    "at_3d": case("@", lambda x, w: x @ w, (3, *X)),
-    "at_4d": case("@", lambda x, w: x @ w, (2, 3, *X)),
+    "at_3d": case("@", lambda x, w: x @ w, (3, *X), sizes=THREE),
+    "at_4d": case("@", lambda x, w: x @ w, (2, 3, *X), sizes=SIX),
     "at_in_place": case("@", lambda x, w: _imatmul(x, w)),
     "rmatmul": case("@", lambda x, w: w.__rmatmul__(x)),
     "at_left": case("@", lambda x, w: w @ x, (38, 7), FIRST, W, LAST),
-    "at_left_3d": case("@", lambda x, w: w @ x, (3, 38, 7), FIRST, W, LAST),
+    "at_left_3d": case("@", lambda x, w: w @ x, (3, 38, 7), FIRST, W, LAST, THREE),
     "at_left_batched": case("@", lambda x, w: w @ x, (3, 38, 7), FIRST, (3, *W), LAST),
     "at_weight_batched": case("@", lambda x, w: x @ w, (3, *X), LAST, (3, *T)),
     "at_weight_batched_broadcast": case("@", lambda x, w: x @ w, X, LAST, (3, *T)),
@@ -88,7 +89,7 @@ CASES = {
     "bmm_method": case("bmm", lambda x, w: x.bmm(w), (3, *X), LAST, (3, *T)),
     "bmm_left": case("bmm", lambda x, w: w.bmm(x), (3, 38, 7), FIRST, (3, *W), LAST),
     "inner": case("inner", torch.inner, w=W, w_sums=LAST),
-    "inner_3d": case("inner", lambda x, w: x.inner(w), (3, *X), LAST, W, LAST),
+    "inner_3d": case("inner", lambda x, w: x.inner(w), (3, *X), LAST, W, LAST, THREE),
     "inner_left": case("inner", lambda x, w: torch.inner(w, x), w=W, w_sums=LAST),
     "addmm": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=(19,)),
     "addmm_method": case("addmm", lambda x, w, b: b.addmm(x, w), bias=(7, 19)),
@@ -121,9 +122,9 @@ CASES = {
     "einsum_output_transposed": case("einsum", einsum("mk,kn->nm")),
     "einsum_weight_transposed": case("einsum", einsum("mk,nk->mn"), w=W, w_sums=LAST),
     "einsum_activation_transposed": case("einsum", einsum("Km,Kn->mn"), (38, 7), FIRST),
-    "einsum_batched_rows": case("einsum", einsum("bsk,kn->bsn"), (3, *X)),
-    "einsum_rows_mixed": case("einsum", einsum("bsk,kn->nsb"), (3, *X)),
-    "einsum_ellipsis": case("einsum", einsum("...k,kn->...n"), (2, 3, *X)),
+    "einsum_batched_rows": case("einsum", einsum("bsk,kn->bsn"), (3, *X), sizes=THREE),
+    "einsum_rows_mixed": case("einsum", einsum("bsk,kn->nsb"), (3, *X), sizes=THREE),
+    "einsum_ellipsis": case("einsum", einsum("...k,kn->...n"), (2, 3, *X), sizes=SIX),
     "einsum_ellipsis_empty": case("einsum", einsum("m...k,kn->mn..."), X),
     "einsum_ellipsis_weight": case(
         "einsum", einsum("mk,...k->m..."), X, LAST, (2, 19, 38), LAST, (7, 38, 38)
@@ -133,13 +134,13 @@ CASES = {
         "einsum", einsum("mgk,gkn->nmg"), (7, 3, 38), LAST, (3, *T)
     ),
     "einsum_merges_heads": case(
-        "einsum", einsum("bshd,hdm->bsm"), (3, 7, 2, 19), (-1, -2), (2, 19, 23), (0, 1), (7, 38, 23)
+        "einsum", einsum("bshd,hdm->bsm"), (3, 7, 2, 19), (2, 3), (2, 19, 23), (0, 1), (21, 38, 23)
     ),
     "einsum_merges_heads_mixed": case(
-        "einsum", einsum("bdsh,mhd->bms"), (3, 19, 7, 2), (1, 3), (23, 2, 19), (1, 2), (7, 38, 23)
+        "einsum", einsum("bdsh,mhd->bms"), (3, 19, 7, 2), (1, 3), (23, 2, 19), (1, 2), (21, 38, 23)
     ),
     "einsum_splits_heads": case(
-        "einsum", einsum("bsk,khd->bhsd"), (3, *X), LAST, (38, 4, 5), (0,), (7, 38, 20)
+        "einsum", einsum("bsk,khd->bhsd"), (3, *X), LAST, (38, 4, 5), (0,), (21, 38, 20)
     ),
     "einsum_splits_heads_mixed": case(
         "einsum", einsum("sk,dkh->hsd"), X, LAST, (5, 38, 4), (1,), (7, 38, 20)
