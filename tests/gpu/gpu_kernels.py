@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,19 +50,18 @@ def problems(kernel: Kernel, shapes: Any) -> Iterator[tuple[Scheme, Problem, tup
     for scheme in schemes_of(kernel.method):
         for M, K, N in shapes:
             for dtype in LIMITS:
-                for leading in ((), (2,)):
-                    rank = 2 + len(leading)
-                    problem = Problem(M, K, N, rank, 2, dtype)
+                for rows in ((M,), (2, M)):
+                    problem = Problem(math.prod(rows), K, N, 1 + len(rows), 2, dtype)
                     if kernel.refuse(problem, scheme) is None:
-                        yield scheme, problem, leading
+                        yield scheme, problem, rows
 
 
 def check_kernel(kernel: Kernel, device: str, compiler: str, shapes: Any = SHAPES) -> int:
     """Compare a kernel with the reference wherever it does not refuse; returns how often."""
     count = 0
-    for scheme, problem, leading in problems(kernel, shapes):
+    for scheme, problem, rows in problems(kernel, shapes):
         generator = torch.Generator().manual_seed(problem.K + count)
-        x = torch.randn(*leading, problem.M, problem.K, generator=generator)
+        x = torch.randn(*rows, problem.K, generator=generator)
         w = torch.randn(problem.N, problem.K, generator=generator)
         x[..., 0, :] = 0  # a row without any scale
         bias = torch.randn(problem.N, generator=generator) if count % 2 else None
