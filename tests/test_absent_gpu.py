@@ -186,18 +186,28 @@ def test_a_block_is_what_the_reference_makes_of_it(
     assert error(out, expected) < (0.05 if variant == "mxfp4_dualscale" else 0.02)
 
 
-def tiles(program: str) -> list[list[tuple[int, int]]]:
-    """Return rows and columns of the tiles that each kernel of omniq may have."""
-    own = (kernel for kernel in generated_triton.kernels(program) if kernel.is_own)
-    return [[(c["BLOCK_M"], c["BLOCK_N"]) for c in kernel.configs] for kernel in own]
+def tiles(case: Case) -> list[tuple[int, int, bool]]:
+    """Return rows and columns of what omniq's only kernel may compute, and whether it persists."""
+    (own,) = (kernel for kernel in generated_triton.kernels(case.program) if kernel.is_own)
+    # Where there is one, Inductor fixes its parameters.
+    return [
+        (c["BLOCK_M"], c["BLOCK_N"], c["PERSISTENT"])
+        for c in (own.constants | config for config in own.configs)
+    ]
 
 
 def test_inductor_times_tiles_where_it_is_told_to(cases: dict[str, Case]) -> None:
-    chosen = tiles(cases["layer int8 sm_90 150"].program)
-    timed = tiles(cases["layer int8 timed sm_90 150"].program)
-    assert chosen == [[(128, 128)]]
-    assert timed[0][0] == (128, 128)
-    assert {(64, 64), (64, 128), (256, 128)} < set(timed[0])
+    assert tiles(cases["layer int8 sm_90 150"]) == [(128, 128, False)]
+    first, *others = tiles(cases["layer int8 timed sm_90 150"])
+    assert first == (128, 128, False)
+    assert {(64, 64, False), (64, 128, False), (256, 128, True)} < set(others)
+
+
+def test_tma_is_not_tried_where_it_cannot_load_a_row() -> None:
+    x = on_codes((150, 200), "int8")
+    found = tiles(make(Layer(K=200), (x,), "int8 timed", "cuda:sm_90"))
+    assert len(found) > 2
+    assert not any(persistent for _, _, persistent in found)
 
 
 def test_cuda_graphs_capture_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:

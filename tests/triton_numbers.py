@@ -7,6 +7,7 @@ in here with numpy and ml_dtypes, which share no code with omniq.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -19,13 +20,17 @@ from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Kernel, Problem, candidates
 from omniq_compile.lowering.schemes import Scheme, get_scheme, w4a8
 from omniq_compile.lowering.target import Target
+from omniq_compile.lowering.triton_kernels.tiles import Tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row on one target, and a problem ``[*rows, K] x [N, K]``, all sizes different."""
+    """One row on one target, and a problem ``[*rows, K] x [N, K]``, all sizes different.
+
+    ``tile`` is computed with in place of the chosen one.
+    """
 
     target: str
     kernel: str
@@ -35,15 +40,18 @@ class Case:
     N: int
     dtype: torch.dtype = FP32
     bias: bool = True
+    tile: Tile | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         formats = f"{self.scheme.activation}-{self.scheme.weight}"
-        return f"{self.target}-{self.kernel}-{formats}-{self.rows}x{self.K}x{self.N}-{dtype}"
+        name = f"{self.target}-{self.kernel}-{formats}-{self.rows}x{self.K}x{self.N}-{dtype}"
+        return f"{name}-persistent" if self.tile else name
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.rows[-1], self.K, self.N, len(self.rows) + 1, 2, self.dtype)
+        M = math.prod(self.rows)
+        return Problem(M, self.K, self.N, len(self.rows) + 1, 2, self.dtype)
 
     @property
     def row(self) -> Kernel:
@@ -68,11 +76,16 @@ def _blocks(rows: int, columns: int) -> Scheme:
     return get_scheme("fp8", weight_block_size=(rows, columns))
 
 
+# Nine tiles or more for four processors.
+_PERSISTENT = Tile(64, 128, 128, 4, 3, persistent=True)
 _MXFP4, _DUAL = get_scheme("mxfp4"), get_scheme("mxfp4_dualscale")
 CASES = (
     Case("cuda:sm_80", "cuda_s8_triton", get_scheme("int8"), (37,), 205, 83),
     Case("cuda:sm_90", "cuda_s8_triton", get_scheme("int8"), (2, 67), 256, 150, BF16),
     Case("cuda:sm_100", "cuda_s8_triton", get_scheme("int8"), (5,), 96, 70, FP16, bias=False),
+    Case("cuda:sm_90", "cuda_s8_triton", get_scheme("int8"), (2, 70), 272, 301, tile=_PERSISTENT),
+    Case("cuda:sm_90", "cuda_fp8_triton", get_scheme("fp8"), (270,), 144, 200, BF16, False,
+         _PERSISTENT),
     Case("cuda:sm_89", "cuda_fp8_triton", get_scheme("fp8"), (2, 21), 203, 83),
     Case("cuda:sm_90", "cuda_fp8_triton", get_scheme("fp8"), (150,), 384, 70, BF16),
     Case("rocm:gfx942", "rocm_fp8_triton", get_scheme("fp8"), (37,), 203, 83, FP16, bias=False),
@@ -183,10 +196,11 @@ def patch_interpreter() -> None:
 
 
 def _run(case: Case, finite: bool = False) -> torch.Tensor:
-    from omniq_compile.lowering.triton_kernels import launch
+    from omniq_compile.lowering.triton_kernels import launch, tiles
 
     arch = Target.parse(case.target).arch
     launch.device_of = lambda device: launch.Device(arch, processors=4)
+    launch.choose = (lambda *sizes: case.tile) if case.tile else tiles.choose
     x, weight, bias = case.operands()
     x = x.nan_to_num(1, 1) if finite else x
     assert case.row.refuse(case.problem, case.scheme) is None

@@ -164,7 +164,7 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
 
     function = launch.function(record.kernel)
     (tile,) = record.tiles
-    fixed = record.constants | launch.tile_constants(tile, record.arguments["K"])
+    fixed = record.constants | launch.tile_constants(record.kernel, tile, record.arguments["K"])
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(function.arg_names):
         value = fixed.get(name, record.arguments.get(name))
@@ -184,7 +184,8 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options=options)
     code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     return {
-        "tile": str(tile),
+        "tile": dataclasses.asdict(tile),
+        "tma": "cp.async.bulk.tensor" in code,
         "instructions": sorted(set(MATRIX.findall(code))),
         "shared": compiled.metadata.shared,
         "spilled": _spilled(compiled),

@@ -35,7 +35,7 @@ def block_scaled_gemm(
     that one step of the loop has one scale of each. Its sums are added in float32: the products of
     a step may be summed with fewer bits by the tensor cores, those of K are not.
     """
-    m0, n0 = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = clamped(m0, M, BLOCK_M)
     columns = clamped(n0, N, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

@@ -119,7 +119,7 @@ def decoded_gemm(
     applied to float32 sums.
     """
     B_PACK: tl.constexpr = 2 if B_ELEMENT == "e2m1" else 1
-    m0, n0 = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = clamped(m0, M, BLOCK_M)
     columns = clamped(n0, N, BLOCK_N)
     a_at = a_ptr + m0.to(tl.int64) * K + (rows * K)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -21,6 +22,10 @@ from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose
 
 # Rows of tiles that are computed side by side, see `tile.tile_origin`.
 GROUP_M = 8
+
+# Bytes that a row of an operand is a multiple of, where TMA loads it (CUDA driver API,
+# cuTensorMapEncodeTiled, "globalStrides").
+TMA_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,20 @@ class Launch:
         tiles: of the result: one, or those that Inductor is to choose from.
         arguments: tensors, sizes or None, by the function's parameters.
         constants: its compile-time parameters, but for those of a tile.
+        device: where it runs.
     """
 
     kernel: str
     tiles: tuple[Tile, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
+    device: Device
+
+    def programs(self, constants: Mapping[str, Any]) -> int:
+        """Return how many programs compute the result, by the parameters of its tile."""
+        M, N = self.arguments["M"], self.arguments["N"]
+        tiles: int = -(-M // constants["BLOCK_M"]) * -(-N // constants["BLOCK_N"])
+        return min(tiles, self.device.processors) if constants.get("PERSISTENT") else tiles
 
 
 def function(kernel: str) -> Any:
@@ -70,16 +83,18 @@ def run(launch: Launch) -> None:
     While AOTAutograd traces, the launch becomes a node, which Inductor compiles and launches. Of
     several tiles it times each in the first call, for each M, N and K, and keeps the fastest.
     """
-    M, N, K = (launch.arguments[name] for name in "MNK")
+    K = launch.arguments["K"]
     arguments = launch.arguments | launch.constants
     if isinstance(launch.arguments["out_ptr"], FunctionalTensor):
         kernel = torch.library.wrap_triton(_timed(launch.kernel, launch.tiles, K))
-        kernel[lambda meta: (-(-M // meta["BLOCK_M"]) * -(-N // meta["BLOCK_N"]),)](**arguments)
+        kernel[lambda meta: (launch.programs(meta),)](**arguments)
         return
     tile = launch.tiles[0]
-    arguments |= tile_constants(tile, K) | {"num_warps": tile.warps, "num_stages": tile.stages}
+    arguments |= tile_constants(launch.kernel, tile, K)
     with torch.cuda.device_of(launch.arguments["out_ptr"]):
-        function(launch.kernel)[(tile.count(M, N),)](**arguments)
+        function(launch.kernel)[(launch.programs(arguments),)](
+            **arguments, num_warps=tile.warps, num_stages=tile.stages
+        )
 
 
 @cache
@@ -88,20 +103,23 @@ def _timed(kernel: str, tiles: tuple[Tile, ...], K: int) -> Any:
     import triton
 
     configs = [
-        triton.Config(tile_constants(tile, K), num_warps=tile.warps, num_stages=tile.stages)
+        triton.Config(tile_constants(kernel, tile, K), num_warps=tile.warps, num_stages=tile.stages)
         for tile in tiles
     ]
     return triton.autotune(configs, key=[])(function(kernel))
 
 
-def tile_constants(tile: Tile, K: int) -> dict[str, Any]:
-    """Return the compile-time parameters that a tile decides."""
-    return {
+def tile_constants(kernel: str, tile: Tile, K: int) -> dict[str, Any]:
+    """Return the compile-time parameters of a kernel that a tile decides."""
+    constants = {
         "EVEN_K": K % tile.block_k == 0,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }
+    if kernel == "row_scaled_gemm":
+        constants["PERSISTENT"] = tile.persistent
+    return constants
 
 
 def times_tiles(out: Tensor) -> bool:
@@ -199,7 +217,11 @@ def _launch(
     M = out.numel() // N
     sizes = tiles, device.arch, M, N, device.processors
     chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
-    fitted = (dataclasses.replace(tile, block_k=gcd(tile.block_k, step)) for tile in chosen)
+    fitted = (
+        dataclasses.replace(tile, block_k=gcd(tile.block_k, step))
+        for tile in chosen
+        if not tile.persistent or K % TMA_ALIGNMENT == 0
+    )
     arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}
     constants |= {"GROUP_M": GROUP_M}
-    return Launch(f"{kernel}_gemm", tuple(dict.fromkeys(fitted)), arguments, constants)
+    return Launch(f"{kernel}_gemm", tuple(dict.fromkeys(fitted)), arguments, constants, device)

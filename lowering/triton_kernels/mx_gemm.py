@@ -79,7 +79,7 @@ def mx_gemm(
     """
     A_PACK: tl.constexpr = 2 if A_ELEMENT == "e2m1" else 1
     B_PACK: tl.constexpr = 2 if B_ELEMENT == "e2m1" else 1
-    m0, n0 = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = clamped(m0, M, BLOCK_M)
     columns = clamped(n0, N, BLOCK_N)
     a_at = a_ptr + m0.to(tl.int64) * (K // A_PACK) + (rows * (K // A_PACK))[:, None]

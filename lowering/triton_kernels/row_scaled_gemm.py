@@ -13,6 +13,20 @@ def as_fnuz(codes):
     return tl.where(byte == 0x80, 0, byte).to(tl.float8e4b8, bitcast=True)
 
 
+@triton.jit
+def store_scaled(
+    out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,
+    FNUZ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's sums times the scales of its rows and columns, with bias."""
+    a_scale = tl.load(a_scale_ptr + m0 + clamped(m0, M, BLOCK_M))
+    if FNUZ:
+        a_scale *= 4
+    real = sums.to(tl.float32) * a_scale[:, None]
+    real *= tl.load(b_scale_ptr + n0 + clamped(n0, N, BLOCK_N))[None, :]
+    store_tile(out_ptr, bias_ptr, real, m0, n0, M, N, BLOCK_M, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["M"])
 def row_scaled_gemm(
     a_ptr,
@@ -31,36 +45,53 @@ def row_scaled_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """Multiply a ``[M, K]`` by b ``[N, K]``, scales ``[M]`` and ``[N]``, bias ``[N]`` or None.
 
     INTEGER: int8 codes, summed exactly in int32. e4m3 products are summed as the tensor cores do,
     Hopper's with about 14 bits, like the fast accumulation of `torch._scaled_mm`. FNUZ: e4m3 codes,
-    multiplied as fnuz ones.
+    multiplied as fnuz ones. PERSISTENT: each program computes several tiles, which the copy engine
+    of Hopper (TMA) loads: K is a multiple of 16, and what lies outside reads as zero.
     """
-    m0, n0 = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = clamped(m0, M, BLOCK_M)
-    columns = clamped(n0, N, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_at = a_ptr + m0.to(tl.int64) * K + rows[:, None] * K + k[None, :]
-    b_at = b_ptr + n0.to(tl.int64) * K + columns[None, :] * K + k[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
-            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
-        if FNUZ:
-            a = as_fnuz(a)
-            b = as_fnuz(b)
-        sums = tl.dot(a, b, sums, out_dtype=sums.dtype)
-        a_at += BLOCK_K
-        b_at += BLOCK_K
-    a_scale = tl.load(a_scale_ptr + m0 + rows)
-    if FNUZ:
-        a_scale *= 4
-    real = sums.to(tl.float32) * a_scale[:, None]
-    real *= tl.load(b_scale_ptr + n0 + columns)[None, :]
-    store_tile(out_ptr, bias_ptr, real, m0, n0, M, N, BLOCK_M, BLOCK_N)
+    sums_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    if PERSISTENT:
+        a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+        b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
+            for k0 in range(0, K, BLOCK_K):
+                a = a_tiles.load([m0, k0])
+                b = b_tiles.load([n0, k0])
+                sums = tl.dot(a, b.T, sums, out_dtype=sums_type)
+            store_scaled(
+                out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,
+                FNUZ, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        rows = clamped(m0, M, BLOCK_M)
+        columns = clamped(n0, N, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        a_at = a_ptr + m0.to(tl.int64) * K + rows[:, None] * K + k[None, :]
+        b_at = b_ptr + n0.to(tl.int64) * K + columns[None, :] * K + k[:, None]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
+        for k0 in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_at)
+                b = tl.load(b_at)
+            else:
+                a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
+                b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
+            if FNUZ:
+                a = as_fnuz(a)
+                b = as_fnuz(b)
+            sums = tl.dot(a, b, sums, out_dtype=sums_type)
+            a_at += BLOCK_K
+            b_at += BLOCK_K
+        store_scaled(
+            out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,
+            FNUZ, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

@@ -8,17 +8,16 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_origin(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return the first row and column of this program's tile.
+def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Return the first row and column of a tile by its number.
 
-    Programs that run at the same time share GROUP_M rows of tiles, so that the tiles of a and b
-    that they read stay in the L2 cache.
+    Those that are computed at the same time share GROUP_M rows of tiles, so that the tiles of a and
+    b that they read stay in the L2 cache.
     """
-    program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    inside = program % (GROUP_M * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
+    inside = tile % (GROUP_M * tiles_n)
     rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     tile_m = group * GROUP_M + inside % rows
     tile_n = inside // rows

@@ -17,6 +17,8 @@ class Tile:
     """A tile of the result, ``block_m x block_n``, summed over ``block_k`` at a time.
 
     ``stages`` is how many steps of K are loaded ahead, one included that is being multiplied.
+    ``persistent``: one program an SM computes several tiles, and TMA loads them, see
+    `row_scaled_gemm`.
     """
 
     block_m: int
@@ -24,6 +26,7 @@ class Tile:
     block_k: int
     warps: int
     stages: int
+    persistent: bool = False
 
     def count(self, M: int, N: int) -> int:
         """Return how many tiles cover ``[M, N]``."""
@@ -74,14 +77,16 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("decoded_scaled", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
 }  # fmt: skip
 
-# What is tried beside those, where tiles are timed: other shapes of much the same size.
+# What is tried beside those, where tiles are timed: other shapes of much the same size, and TMA.
 _TRIED: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _AMPERE): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
     ("row_scaled", _ADA + _RTX): (Tile(128, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
     ("row_scaled", _HOPPER): (
         Tile(128, 256, 128, 8, 4),
-        Tile(256, 128, 128, 8, 4),
         Tile(64, 128, 128, 4, 5),
+        Tile(128, 256, 128, 8, 3, persistent=True),
+        Tile(256, 128, 128, 8, 3, persistent=True),
+        Tile(128, 128, 128, 8, 4, persistent=True),
     ),
     ("row_scaled", _BLACKWELL): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 4)),
     ("row_scaled", _CDNA3): (Tile(256, 128, 64, 8, 2),),
