@@ -72,15 +72,16 @@ def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
 def is_resumed() -> bool:
     """Say whether the graph being compiled continues a function after a graph break.
 
-    Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 and 2.13.
+    Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 to 2.13: outside a compile
+    there is no frame, which 2.12 says with None.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         frame = InstructionTranslator.current_tx()
     except AttributeError:
-        return False  # outside a compile there is no frame
-    return bool(frame.f_code.co_name.startswith("torch_dynamo_resume"))
+        return False
+    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume")
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

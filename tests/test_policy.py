@@ -12,6 +12,7 @@ from conftest import Holder, dequantized, error, run
 from torch import nn
 
 from omniq_compile import explain
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.sites import Kind
 
 COMPUTED = "its weight is computed in the graph (option 'matmul': True quantizes both operands)"
@@ -214,3 +215,18 @@ def test_the_number_of_tokens_has_no_minimum() -> None:
         assert site.decision.method == "int8"
         assert result.shape == (tokens, 19)
         assert torch.allclose(result.double(), dequantized(x, 1) @ dequantized(model.w).T)
+
+
+@pytest.mark.parametrize("outside", [None, AttributeError("current_tx")])
+def test_outside_a_compile_nothing_is_resumed(
+    monkeypatch: pytest.MonkeyPatch, outside: AttributeError | None
+) -> None:
+    """PyTorch 2.12 says so with None, 2.11 and 2.13 raise."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    def current_tx() -> None:
+        if outside is not None:
+            raise outside
+
+    monkeypatch.setattr(InstructionTranslator, "current_tx", staticmethod(current_tx))
+    assert dynamo.is_resumed() is False

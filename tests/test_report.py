@@ -110,7 +110,11 @@ def run(tmp_path: Path, **environment: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("name", ["omniq", "omniq_compile"])
+# Earlier versions of PyTorch read the variable before omniq can make its name known.
+LOGS = ["omniq_compile", *(["omniq"] if torch.__version__ >= "2.13" else [])]
+
+
+@pytest.mark.parametrize("name", LOGS)
 def test_torch_logs_gives_one_line_a_compile(tmp_path: Path, name: str) -> None:
     lines = [line for line in run(tmp_path, TORCH_LOGS=name).splitlines() if "sites:" in line]
     assert len(lines) == 1
