@@ -124,8 +124,11 @@ def tile_constants(kernel: str, tile: Tile, K: int) -> dict[str, Any]:
 
 def times_tiles(out: Tensor) -> bool:
     """Return whether Inductor is to time tiles: it was told to, and traces this launch."""
-    config = torch._inductor.config
-    return isinstance(out, FunctionalTensor) and (config.max_autotune or config.max_autotune_gemm)
+    if not isinstance(out, FunctionalTensor):
+        return False
+    from torch._inductor import config
+
+    return config.max_autotune or config.max_autotune_gemm
 
 
 @cache
