@@ -29,6 +29,10 @@ _DTYPES = {
 # How FX ends a line: it frees each variable after its last use.
 _FREE = re.compile(r";  (\w+ = )+None$")
 
+# What Dynamo puts before the name of an argument, or of a module's attribute that is a tensor: from
+# torch 2.12 on with "dict".
+_DYNAMOS = re.compile(r"^l_(kwargs_)?(self_(dict_)?modules_)?")
+
 # Under this key a node's metadata may hold a function from the names of all nodes to the lines
 # that stand for the node, for what FX has no words for, such as a loop.
 LINES = "omniq_lines"
@@ -166,7 +170,7 @@ def readable_name(node: fx.Node) -> str:
     if weight is not None:
         return identifier(weight)
     if node.op == "placeholder":
-        return node.name.removeprefix("l_").removeprefix("kwargs_").removesuffix("_") or node.name
+        return _DYNAMOS.sub("", node.name).removesuffix("_") or node.name
     return re.sub(r"_default(_\d+)?$", r"\1", node.name)
 
 
