@@ -86,7 +86,7 @@ def run(launch: Launch) -> None:
     K = launch.arguments["K"]
     arguments = launch.arguments | launch.constants
     if isinstance(launch.arguments["out_ptr"], FunctionalTensor):
-        kernel = torch.library.wrap_triton(_timed(launch.kernel, launch.tiles, K))
+        kernel = torch.library.wrap_triton(_configured(launch.kernel, launch.tiles, K))
         kernel[lambda meta: (launch.programs(meta),)](**arguments)
         return
     tile = launch.tiles[0]
@@ -98,7 +98,7 @@ def run(launch: Launch) -> None:
 
 
 @cache
-def _timed(kernel: str, tiles: tuple[Tile, ...], K: int) -> Any:
+def _configured(kernel: str, tiles: tuple[Tile, ...], K: int) -> Any:
     """Return a kernel with its configurations, in the form that Inductor takes from users."""
     import triton
 
