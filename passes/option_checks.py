@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omniq_compile.lowering.errors import OptionError, unknown
+import torch
+
+from omniq_compile.lowering.errors import OptionError, nearest, unknown
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import Target
 
@@ -92,6 +94,16 @@ def _inductor(value: Any) -> Mapping[str, Any]:
             f"option 'inductor' must be a dict of Inductor settings, not {value!r}; "
             "torch._inductor.list_options() lists them."
         )
+    # Inductor is slow to import, and most configurations leave its settings alone.
+    known = torch._inductor.list_options() if value else []
+    for name in value:
+        if name not in known:
+            close = nearest(str(name), known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise OptionError(
+                f"option 'inductor' has {name!r}, which is no setting of Inductor.{hint} "
+                "torch._inductor.list_options() lists them."
+            )
     return dict(value)
 
 

@@ -68,6 +68,8 @@ def test_missing_options_say_how_to_give_them(options: Any) -> None:
         ({"ignored_layers": None}, ["'ignored_layers'", "None"]),
         ({"ignored_layers": ["re:a("]}, ["'re:a('", "not a regular expression"]),
         ({"inductor": "max-autotune"}, ["'inductor'", "a dict", "list_options()"]),
+        ({"inductor": {"max_autotun": True}}, ["'inductor'", "'max_autotun'", "list_options()",
+                                               "Did you mean 'max_autotune'?"]),
         ({"target": 3}, ["'target'", "not 3"]),
         ({"target": "cpv"}, ["unknown target device 'cpv'", "Did you mean 'cpu'"]),
         ({"target": "cpu:generik"}, ["unknown cpu architecture 'generik'",
