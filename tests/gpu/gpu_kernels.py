@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from omniq_compile.lowering import reference, registry
@@ -13,6 +14,8 @@ from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme, w4a8
 from omniq_compile.lowering.target import Target
+from omniq_compile.lowering.triton_kernels import launch, ops
+from omniq_compile.lowering.triton_kernels.tiles import Tile
 
 # M, K and N all different: aligned, ragged, with one block of K left over, few rows, long K.
 SHAPES = [
@@ -114,3 +117,25 @@ def _compare(
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_int8_tile(tile: Tile, device: str, patch: pytest.MonkeyPatch) -> None:
+    """Compare int8 products with integers, in one kind of tile: more of them than SMs."""
+    import triton
+
+    patch.setattr(launch, "choose", lambda *sizes: tile)
+    # Inductor gives memory for TMA's descriptors before each launch.
+    triton.set_allocator(
+        lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device)
+    )
+    generator = torch.Generator().manual_seed(7)
+    a, b = (
+        torch.randint(-127, 128, (rows, 272), generator=generator, dtype=torch.int8)
+        for rows in (9000, 301)
+    )
+    ones = [torch.ones(len(codes), device=device) for codes in (a, b)]
+    out = ops.row_scaled_gemm(
+        a.to(device), ones[0], b.to(device), ones[1], None, torch.float32, False
+    )
+    # The sums are under 2**24, so that float32 holds them.
+    assert torch.equal(out.double().cpu(), a.double() @ b.double().t())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from omniq_compile.lowering.target import detect
+from omniq_compile.lowering.triton_kernels import tiles
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this machine has no CUDA or ROCm device"
@@ -19,6 +20,7 @@ PLACE = checks.Place("cuda")
 GRAPHS = {"mode": "reduce-overhead"}
 HERE = detect("cuda") if torch.cuda.is_available() else None
 KERNELS = gpu_kernels.kernels_on(HERE) if HERE else []
+INT8_TILES = tiles.candidates("row_scaled", HERE.arch, 4096, 3072, 132) if HERE else ()
 
 by_method = pytest.mark.parametrize("method", checks.METHODS)
 by_family = pytest.mark.parametrize("family", checks.FAMILY_NAMES)
@@ -28,6 +30,17 @@ with_graphs = pytest.mark.parametrize("more", [{}, GRAPHS], ids=["eager launch",
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_kernel_multiplies_as_the_reference_does(kernel: gpu_kernels.Kernel) -> None:
     assert gpu_kernels.check_kernel(kernel, "cuda", "inductor") > 0
+
+
+@pytest.mark.parametrize("tile", INT8_TILES, ids=str)
+def test_each_tile_that_inductor_may_time_is_exact(
+    tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_kernels.check_int8_tile(tile, "cuda", monkeypatch)
+
+
+def test_tiles_are_timed() -> None:
+    checks.whole(checks.FAMILY_NAMES[0], "int8", PLACE, mode="max-autotune-no-cudagraphs")
 
 
 @by_family
