@@ -31,9 +31,13 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(valid), n=count, cutoff=0.4)
 
 
+def hint(name: object, valid: Iterable[str]) -> str:
+    """Ask whether the nearest of ``valid`` was meant, after a space; "" where none is near."""
+    close = nearest(str(name), valid, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def unknown(what: str, name: object, valid: Iterable[str]) -> str:
     """Word the error for an unknown ``name``: the nearest match, then all valid ones."""
     names = list(valid)
-    close = nearest(str(name), names, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r}.{hint} Valid: {', '.join(names)}."
+    return f"unknown {what} {name!r}.{hint(name, names)} Valid: {', '.join(names)}."

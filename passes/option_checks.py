@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omniq_compile.lowering.errors import OptionError, nearest, unknown
+from omniq_compile.lowering.errors import OptionError, hint, unknown
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import Target
 
@@ -98,11 +98,9 @@ def _inductor(value: Any) -> Mapping[str, Any]:
     known = torch._inductor.list_options() if value else []
     for name in value:
         if name not in known:
-            close = nearest(str(name), known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise OptionError(
-                f"option 'inductor' has {name!r}, which is no setting of Inductor.{hint} "
-                "torch._inductor.list_options() lists them."
+                f"option 'inductor' has {name!r}, which is no setting of Inductor."
+                f"{hint(name, known)} torch._inductor.list_options() lists them."
             )
     return dict(value)
 

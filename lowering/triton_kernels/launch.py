@@ -18,7 +18,7 @@ from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import mx as mx_blocks
 from omniq_compile.lowering.formats.mxfp4_dualscale import RUN
 from omniq_compile.lowering.target import detect
-from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose
+from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose, count
 
 # Rows of tiles that are computed side by side, see `tile.tile_origin`.
 GROUP_M = 8
@@ -56,8 +56,8 @@ class Launch:
 
     def programs(self, constants: Mapping[str, Any]) -> int:
         """Return how many programs compute the result, by the parameters of its tile."""
-        M, N = self.arguments["M"], self.arguments["N"]
-        tiles: int = -(-M // constants["BLOCK_M"]) * -(-N // constants["BLOCK_N"])
+        sizes = self.arguments["M"], self.arguments["N"]
+        tiles = count(*sizes, constants["BLOCK_M"], constants["BLOCK_N"])
         return min(tiles, self.device.processors) if constants.get("PERSISTENT") else tiles
 
 

@@ -30,7 +30,12 @@ class Tile:
 
     def count(self, M: int, N: int) -> int:
         """Return how many tiles cover ``[M, N]``."""
-        return -(-M // self.block_m) * -(-N // self.block_n)
+        return count(M, N, self.block_m, self.block_n)
+
+
+def count(M: int, N: int, block_m: int, block_n: int) -> int:
+    """Return how many tiles of ``[block_m, block_n]`` cover ``[M, N]``."""
+    return -(-M // block_m) * -(-N // block_n)
 
 
 # Architectures that share rows. AMD's "warps" are wavefronts of 64.

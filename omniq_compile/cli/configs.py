@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from omniq_compile.cli.families import PRESETS
 from omniq_compile.cli.model_configs import find_configs
 from omniq_compile.cli.models import LoadedModel, make_inputs, preset_config, preset_of, resolve
-from omniq_compile.lowering.errors import OmniqError, nearest
+from omniq_compile.lowering.errors import OmniqError, hint
 
 
 def resolve_shapes(text: str, *, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
@@ -49,9 +49,7 @@ def _build(
     known = inspect.signature(cls.__init__).parameters
     for key in config:
         if key not in known:
-            close = nearest(key, known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise OmniqError(f"{name}: {class_name} has no setting {key!r}.{hint}")
+            raise OmniqError(f"{name}: {class_name} has no setting {key!r}.{hint(key, known)}")
     # Tensors without values, which Dynamo traces like others.
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
