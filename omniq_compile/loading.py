@@ -21,7 +21,7 @@ from torch import nn
 
 from omniq_compile.foreign import refuse_foreign
 from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
-from omniq_compile.lowering.errors import CheckpointError, OptionError, nearest
+from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
@@ -194,9 +194,10 @@ def _class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:
     if cls is None:
         found = getattr(diffusers, str(name), None)
         if found is None:
-            close = nearest(str(name), [n for n in dir(diffusers) if n.endswith("Model")], 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise CheckpointError(f"{folder} is of class {name!r}, which diffusers lacks.{hint}")
+            models = [n for n in dir(diffusers) if n.endswith("Model")]
+            raise CheckpointError(
+                f"{folder} is of class {name!r}, which diffusers lacks.{hint(name, models)}"
+            )
         cls = found
     elif name not in (None, cls.__name__):
         raise OptionError(f"{folder} is a {name}, not a {cls.__name__}.")

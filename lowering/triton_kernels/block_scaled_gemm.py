@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from omniq_compile.lowering.triton_kernels.row_scaled_gemm import as_fnuz
+from omniq_compile.lowering.triton_kernels.codes import codes_at, load_codes
 from omniq_compile.lowering.triton_kernels.tile import clamped, store_tile, tile_origin
 
 
@@ -38,9 +38,7 @@ def block_scaled_gemm(
     m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = clamped(m0, M, BLOCK_M)
     columns = clamped(n0, N, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_at = a_ptr + m0.to(tl.int64) * K + rows[:, None] * K + k[None, :]
-    b_at = b_ptr + n0.to(tl.int64) * K + columns[None, :] * K + k[:, None]
+    a_at, b_at = codes_at(a_ptr, b_ptr, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     a_scale_at = a_scale_ptr + (m0 + rows) * tl.cdiv(K, A_COLUMNS)
     # Where a tile lies in one block of rows, its columns share a scale.
     ONE_ROW: tl.constexpr = B_ROWS % BLOCK_N == 0
@@ -50,15 +48,7 @@ def block_scaled_gemm(
         b_scale_at = b_scale_ptr + (n0 + columns) // B_ROWS * tl.cdiv(K, B_COLUMNS)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
-            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
-        if FNUZ:
-            a = as_fnuz(a)
-            b = as_fnuz(b)
+        a, b = load_codes(a_at, b_at, K - k0, FNUZ, EVEN_K, BLOCK_K)
         a_scale = tl.load(a_scale_at + k0 // A_COLUMNS)
         b_scale = tl.load(b_scale_at + k0 // B_COLUMNS)
         step = tl.dot(a, b)

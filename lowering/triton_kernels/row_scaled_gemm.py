@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
+from omniq_compile.lowering.triton_kernels.codes import codes_at, load_codes
 from omniq_compile.lowering.triton_kernels.tile import clamped, store_tile, tile_origin
-
-
-@triton.jit
-def as_fnuz(codes):
-    """Read e4m3 as e4m3fnuz: the same bits are half the value, but negative zero, fnuz's NaN."""
-    byte = codes.to(tl.uint8, bitcast=True)
-    return tl.where(byte == 0x80, 0, byte).to(tl.float8e4b8, bitcast=True)
 
 
 @triton.jit
@@ -72,22 +66,10 @@ def row_scaled_gemm(
             )  # fmt: skip
     else:
         m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        rows = clamped(m0, M, BLOCK_M)
-        columns = clamped(n0, N, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        a_at = a_ptr + m0.to(tl.int64) * K + rows[:, None] * K + k[None, :]
-        b_at = b_ptr + n0.to(tl.int64) * K + columns[None, :] * K + k[:, None]
+        a_at, b_at = codes_at(a_ptr, b_ptr, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
         sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
         for k0 in range(0, K, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(a_at)
-                b = tl.load(b_at)
-            else:
-                a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
-                b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
-            if FNUZ:
-                a = as_fnuz(a)
-                b = as_fnuz(b)
+            a, b = load_codes(a_at, b_at, K - k0, FNUZ, EVEN_K, BLOCK_K)
             sums = tl.dot(a, b, sums, out_dtype=sums_type)
             a_at += BLOCK_K
             b_at += BLOCK_K

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from omniq_compile.cli.families import FAMILIES, PRESETS, Family, InputSize
-from omniq_compile.lowering.errors import OmniqError, OptionError, nearest, unknown
+from omniq_compile.lowering.errors import OmniqError, OptionError, hint, unknown
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,7 @@ def _is_class_name(name: str) -> bool:
 def _not_found(name: str) -> str:
     if os.sep in name or name.startswith("."):
         folders = [str(p) for p in Path(name).parent.glob("*/")]
-        close = nearest(name, folders, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return f"no folder {name}.{hint}"
+        return f"no folder {name}.{hint(name, folders)}"
     return (
         f"no folder {name} here, and {unknown('transformer class', name, FAMILIES)} "
         f"Write Class:preset with preset {' or '.join(PRESETS)}, or module:function for a "
