@@ -21,6 +21,19 @@ from omniq_compile.passes import dynamo
 # A tensor method and its positional arguments, applied to an operand or to the result.
 Step = tuple[str, tuple[Any, ...]]
 
+# Of torch.ops.aten, which exported models are made of.
+_MOVING_OPERATORS = (
+    "_to_copy", "alias", "cat", "chunk", "clone", "contiguous", "detach", "expand", "flatten",
+    "narrow", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "stack", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+)  # fmt: skip
+
+
+def _overloads(name: str) -> list[Any]:
+    packet = getattr(torch.ops.aten, name)
+    return [getattr(packet, overload) for overload in packet.overloads()]
+
+
 # Operations that only move or select elements, or cast them: cheap to repeat, and without effect
 # on anything else.
 MOVES: frozenset[Any] = frozenset(
@@ -32,6 +45,7 @@ MOVES: frozenset[Any] = frozenset(
         torch.cat, torch.chunk, torch.clone, torch.concat, torch.flatten, torch.narrow,
         torch.permute, torch.reshape, torch.select, torch.split, torch.squeeze, torch.stack,
         torch.t, torch.transpose, torch.unbind, torch.unsqueeze,
+        *(overload for name in _MOVING_OPERATORS for overload in _overloads(name)),
     }
 )  # fmt: skip
 

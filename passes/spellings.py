@@ -119,6 +119,13 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
 )
 
+# Of torch.ops.aten, which exported models are made of.
+_OPERATORS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}
+
 SPELLINGS: dict[Any, tuple[str, Reader]] = {
     target: (name, reader) for name, targets, reader in _ROWS for target in targets
+} | {
+    getattr(torch.ops.aten, name).default: (name, reader)
+    for name, _, reader in _ROWS
+    if name in _OPERATORS
 }
