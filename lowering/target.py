@@ -67,11 +67,11 @@ class Target:
             OptionError: the device or the architecture is not one omniq lowers to, or a bare
                 device is not in this machine.
         """
-        device, _, arch = text.strip().lower().partition(":")
+        device, colon, arch = text.strip().lower().partition(":")
         if device not in ARCHITECTURES:
             raise OptionError(unknown("target device", device, ARCHITECTURES))
         archs = ARCHITECTURES[device]
-        if arch:
+        if colon:
             if arch not in archs:
                 raise OptionError(unknown(f"{device} architecture", arch, archs))
             return cls(device, arch)

@@ -77,13 +77,16 @@ class QuantConfig:
         """
         if isinstance(options, QuantConfig):
             return options
+        if isinstance(options, Mapping):
+            for name in options:
+                if name not in CHECKS:
+                    raise OptionError(unknown("option", name, CHECKS))
         if not isinstance(options, Mapping) or "method" not in options:
+            given = "none" if options is None else repr(options)
             raise OptionError(
-                'omniq needs options={"method": ...}. Methods: ' + ", ".join(METHODS) + "."
+                f'omniq needs options={{"method": ...}}. Methods: {", ".join(METHODS)}. Given: '
+                f"{given}."
             )
-        for name in options:
-            if name not in CHECKS:
-                raise OptionError(unknown("option", name, CHECKS))
         checked = {name: CHECKS[name](value) for name, value in options.items()}
         method = checked["method"]
         for name in checked:

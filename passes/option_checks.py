@@ -6,6 +6,7 @@ Adding an option is adding a field to `QuantConfig` and a row to `CHECKS`.
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,7 +86,7 @@ def _layers(name: str) -> Callable[[Any], tuple[str, ...]]:
 
 
 def _iterate(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [None]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset, range)) else [None]
 
 
 def _inductor(value: Any) -> Mapping[str, Any]:
@@ -96,11 +97,18 @@ def _inductor(value: Any) -> Mapping[str, Any]:
         )
     # Inductor is slow to import, and most configurations leave its settings alone.
     known = torch._inductor.list_options() if value else []
-    for name in value:
+    for name, setting in value.items():
         if name not in known:
             raise OptionError(
                 f"option 'inductor' has {name!r}, which is no setting of Inductor."
                 f"{hint(name, known)} torch._inductor.list_options() lists them."
+            )
+        # As torch.compile checks its own options, private, on torch 2.11 to 2.13.
+        kind = torch._inductor.config.get_type(name)  # type: ignore[attr-defined]
+        if typing.get_origin(kind) is None and not isinstance(setting, kind):
+            raise OptionError(
+                f"option 'inductor' has {name!r}: {setting!r}, and Inductor takes a "
+                f"{kind.__name__}."
             )
     return dict(value)
 

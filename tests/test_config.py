@@ -39,8 +39,22 @@ def test_every_option_is_taken() -> None:
 
 @pytest.mark.parametrize("options", [None, {}, {"min_features": 3}, "int8", ["int8"]])
 def test_missing_options_say_how_to_give_them(options: Any) -> None:
-    with pytest.raises(OptionError, match=r'options=\{"method": \.\.\.\}\. Methods: int8'):
+    given = "none" if options is None else repr(options)
+    with pytest.raises(
+        OptionError, match=r'options=\{"method": \.\.\.\}\. Methods: int8'
+    ) as caught:
         QuantConfig.from_options(options)
+    assert str(caught.value).endswith(f"Given: {given}.")
+
+
+def test_an_option_is_found_wrong_before_the_missing_method() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'Method'\. Did you mean 'method'\?"):
+        QuantConfig.from_options({"Method": "int8"})
+
+
+def test_steps_may_be_a_range() -> None:
+    config = QuantConfig.from_options({"method": "mxfp4", "w4a8_fallback_steps": range(3)})
+    assert config.w4a8_fallback_steps == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +84,10 @@ def test_missing_options_say_how_to_give_them(options: Any) -> None:
         ({"inductor": "max-autotune"}, ["'inductor'", "a dict", "list_options()"]),
         ({"inductor": {"max_autotun": True}}, ["'inductor'", "'max_autotun'", "list_options()",
                                                "Did you mean 'max_autotune'?"]),
+        ({"inductor": {"max_autotune": "yes"}}, ["'max_autotune': 'yes'", "takes a bool"]),
+        ({"inductor": {"triton.cudagraphs": None}}, ["'triton.cudagraphs': None", "a bool"]),
+        ({"w4a8_fallback_steps": [-1]}, ["zero-based", "not [-1]"]),
+        ({"target": "cpu:"}, ["unknown cpu architecture ''", "Valid: "]),
         ({"target": 3}, ["'target'", "not 3"]),
         ({"target": "cpv"}, ["unknown target device 'cpv'", "Did you mean 'cpu'"]),
         ({"target": "cpu:generik"}, ["unknown cpu architecture 'generik'",
