@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from omniq_compile.lowering import scaled_mm
-from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering import gpu_quantize, scaled_mm
 from omniq_compile.lowering.registry import Kernel
 
 SCALED_MM = Kernel(
@@ -13,7 +12,7 @@ SCALED_MM = Kernel(
     archs=("sm_120", "sm_100", "sm_90", "sm_89"),
     native=True,
     about="torch._scaled_mm, a scale per row of both, scales and bias in its epilogue",
-    quantize=lambda x, format: get_format(format).quantize(x),
+    quantize=gpu_quantize.quantize,
     gemm=scaled_mm.gemm_rows,
     refuse=scaled_mm.refuse_rows,
     as_matrix=True,
@@ -26,7 +25,7 @@ SCALED_MM_BLOCKS = Kernel(
     archs=("sm_120", "sm_100"),
     native=True,
     about="torch._scaled_mm (cuBLASLt mxf8f6f4), an e8m0 scale per 1 x 32, bias in its epilogue",
-    quantize=lambda x, format: get_format(format).quantize(x),
+    quantize=gpu_quantize.quantize,
     gemm=scaled_mm.gemm_blocks,
     refuse=scaled_mm.refuse_blocks,
     as_matrix=True,

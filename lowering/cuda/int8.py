@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniq_compile.lowering import int8_gemms, padded_int_mm
+from omniq_compile.lowering import gpu_quantize, padded_int_mm
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.lowering.target import ARCHITECTURES
@@ -22,7 +22,7 @@ INT_MM = Kernel(
     archs=ARCHITECTURES["cuda"],
     native=True,
     about="torch._int_mm (cuBLASLt s8 GEMM), epilogue by Inductor",
-    quantize=int8_gemms.quantize,
+    quantize=gpu_quantize.quantize,
     gemm=padded_int_mm.gemm,
     refuse=refuse,
     as_matrix=True,

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq_compile.lowering import gpu_quantize
 from omniq_compile.lowering.errors import OmniqError
-from omniq_compile.lowering.formats import get_format, mx
+from omniq_compile.lowering.formats import mx
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.rocm.mx import add_bias
@@ -130,7 +131,7 @@ GEMM_A4W4 = Kernel(
     native=True,
     about="AITER where it is installed: gemm_a4w4, bias added afterwards; the weight's codes are "
     "shuffled in each call",
-    quantize=lambda x, format: get_format(format).quantize(x),
+    quantize=gpu_quantize.quantize,
     gemm=gemm,
     refuse=refuse,
 )

@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 
-from omniq_compile.lowering import scaled_mm
-from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering import gpu_quantize, scaled_mm
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -31,7 +30,7 @@ def to_fnuz(parts: Parts) -> Parts:
 
 def quantize_fnuz(x: torch.Tensor, format: str) -> Parts:
     """Return e4m3 fnuz codes ``[..., K]`` and scale ``[...]``, the values of omniq's fp8."""
-    return to_fnuz(get_format(format).quantize(x))
+    return to_fnuz(gpu_quantize.quantize(x, format))
 
 
 def gemm_fnuz(
@@ -50,7 +49,7 @@ SCALED_MM = Kernel(
     archs=("gfx950",),
     native=True,
     about="torch._scaled_mm (hipBLASLt), a scale per row of both, scales and bias in its epilogue",
-    quantize=lambda x, format: get_format(format).quantize(x),
+    quantize=gpu_quantize.quantize,
     gemm=_gemm_rows,
     refuse=scaled_mm.refuse_rows,
     as_matrix=True,

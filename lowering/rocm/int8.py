@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniq_compile.lowering import int8_gemms, padded_int_mm
+from omniq_compile.lowering import gpu_quantize, padded_int_mm
 from omniq_compile.lowering.registry import Kernel
 from omniq_compile.lowering.target import ARCHITECTURES
 
@@ -14,7 +14,7 @@ INT_MM = Kernel(
     native=True,
     about="torch._int_mm (hipBLASLt s8 GEMM; reported slower than BF16 on MI300X), epilogue by "
     "Inductor",
-    quantize=int8_gemms.quantize,
+    quantize=gpu_quantize.quantize,
     gemm=padded_int_mm.gemm,
     refuse=padded_int_mm.refuse,
     as_matrix=True,

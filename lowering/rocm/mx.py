@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omniq_compile.lowering.formats import get_format, mx
+from omniq_compile.lowering import gpu_quantize
+from omniq_compile.lowering.formats import mx
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -97,7 +98,7 @@ def _scaled_mm(method: str, element: str) -> Kernel:
         archs=("gfx950",),
         native=True,
         about=f"torch._scaled_mm (hipBLASLt) of {element}, a scale per 1 x 32; bias added after",
-        quantize=lambda x, format: get_format(format).quantize(x),
+        quantize=gpu_quantize.quantize,
         gemm=gemm,
         refuse=refuse,
     )

@@ -9,8 +9,8 @@ from math import gcd
 import torch
 
 from omniq_compile.lowering import decoded as decoded_float32
-from omniq_compile.lowering import int8_gemms
-from omniq_compile.lowering.formats import block_size, get_format
+from omniq_compile.lowering import gpu_quantize, int8_gemms
+from omniq_compile.lowering.formats import block_size
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -18,11 +18,6 @@ from omniq_compile.lowering.triton_kernels import ops  # noqa: F401  (defines th
 
 # The shortest step along K that tensor cores multiply 8-bit elements in.
 SHORTEST_STEP = 32
-
-
-def quantize(x: torch.Tensor, format: str) -> Parts:
-    """Return the format's parts of an activation."""
-    return get_format(format).quantize(x)
 
 
 def b_format(problem: Problem, scheme: Scheme) -> str:
@@ -72,7 +67,7 @@ def int8(device: str, archs: Sequence[str], how: str) -> Kernel:
         archs=tuple(archs),
         native=True,
         about=f"Triton ({how}), scales and bias in its epilogue: no int32 matrix is stored",
-        quantize=int8_gemms.quantize,
+        quantize=gpu_quantize.quantize,
         gemm=_gemm_rows(fnuz=False),
         refuse=_refuse_int8,
         source="triton_kernels/row_scaled_gemm.py",
@@ -94,7 +89,7 @@ def fp8(device: str, archs: Sequence[str], how: str, fnuz: bool = False) -> Kern
         archs=tuple(archs),
         native=True,
         about=f"Triton ({how}), a scale per row of both, scales and bias in its epilogue",
-        quantize=quantize,
+        quantize=gpu_quantize.quantize,
         gemm=_gemm_rows(fnuz),
         refuse=_refuse_fp8_rows,
         source="triton_kernels/row_scaled_gemm.py",
@@ -138,7 +133,7 @@ def fp8_blocks(device: str, archs: Sequence[str], how: str, fnuz: bool = False) 
         archs=tuple(archs),
         native=True,
         about=f"Triton ({how}), a scale per block of both, applied to float32 sums along K",
-        quantize=quantize,
+        quantize=gpu_quantize.quantize,
         gemm=_gemm_blocks(fnuz),
         refuse=_refuse_fp8_blocks,
         source="triton_kernels/block_scaled_gemm.py",
@@ -179,7 +174,7 @@ def mx(device: str, archs: Sequence[str], method: str, how: str, mixed: bool = T
         archs=tuple(archs),
         native=True,
         about=f"Triton dot_scaled ({how}), an e8m0 scale per 1 x 32{coarse}, bias in its epilogue",
-        quantize=quantize,
+        quantize=gpu_quantize.quantize,
         gemm=_gemm_mx,
         refuse=_refuse_mx if mixed else _refuse_mixed,
         source="triton_kernels/mx_gemm.py",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from omniq_compile.lowering import scaled_mm
-from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering import gpu_quantize, scaled_mm
 from omniq_compile.lowering.registry import Kernel
 
 SCALED_MM = Kernel(
@@ -15,7 +14,7 @@ SCALED_MM = Kernel(
     archs=("xe",),
     native=True,
     about="torch._scaled_mm (oneDNN), a scale per row of both, scales and bias in its epilogue",
-    quantize=lambda x, format: get_format(format).quantize(x),
+    quantize=gpu_quantize.quantize,
     # XPU warns of fast accumulation in each call, and has none.
     gemm=partial(scaled_mm.gemm_rows, fast_accum=False),
     refuse=scaled_mm.refuse_rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniq_compile.lowering import int8_gemms
+from omniq_compile.lowering import gpu_quantize, int8_gemms
 from omniq_compile.lowering.registry import Kernel
 
 # ``_int_mm_xpu`` checks that both are int8 matrices that fit, and asks for no alignment
@@ -14,7 +14,7 @@ INT_MM = Kernel(
     archs=("xe",),
     native=True,
     about="torch._int_mm (oneDNN s8 GEMM), epilogue by Inductor",
-    quantize=int8_gemms.quantize,
+    quantize=gpu_quantize.quantize,
     gemm=int8_gemms.gemm_int_mm,
     refuse=int8_gemms.refuse,
     as_matrix=True,
