@@ -13,7 +13,7 @@ from omniq_compile.lowering import reference, registry
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme, w4a8
-from omniq_compile.lowering.target import Target
+from omniq_compile.lowering.target import Target, detect
 from omniq_compile.lowering.triton_kernels import launch, ops
 from omniq_compile.lowering.triton_kernels.tiles import Tile
 
@@ -24,8 +24,14 @@ SHAPES = [
 ]  # fmt: skip
 
 # Operands are the same codes, so what is left is the rounding of the result and the order of the
-# sums. fp8 GEMMs of Hopper keep partial sums to about 14 bits.
+# sums.
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}
+
+# The fp8 tensor cores of Ada and Hopper cut the products of a step, and the sum so far, to 13 bits
+# after the first; omniq's kernels leave the sums of a row or block to them. A model of that, in
+# `test_gpu_checks_on_cpu.py`, is off by 2.1e-4 over 256 products and by 1.2e-3 over 3072.
+SHORT_SUMS = {"sm_89", "sm_90"}
+SHORT_SUMS_LIMIT = 2e-3
 
 # A compiled kernel on a GPU multiplies by 1 / 127 and divides with an error of 2 units in the last
 # place, so that a value midway between two codes may take the other one.
@@ -57,6 +63,12 @@ def problems(kernel: Kernel, shapes: Any) -> Iterator[tuple[Scheme, Problem, tup
                     problem = Problem(math.prod(rows), K, N, 1 + len(rows), 2, dtype)
                     if kernel.refuse(problem, scheme) is None:
                         yield scheme, problem, rows
+
+
+def limit_of(kernel: Kernel, dtype: torch.dtype, arch: str) -> float:
+    """Return the worst error that results of a dtype may have on an architecture."""
+    short = kernel.native and kernel.method == "fp8" and arch in SHORT_SUMS
+    return max(LIMITS[dtype], SHORT_SUMS_LIMIT if short else 0)
 
 
 def check_kernel(kernel: Kernel, device: str, compiler: str, shapes: Any = SHAPES) -> int:
@@ -94,7 +106,7 @@ def _compare(
     out, found = torch.compile(run, backend=compiler, fullgraph=True)(x, parts, bias)
     codes = form.quantize(x)
     where = f"{kernel.name}, {scheme}, {problem}"
-    limit = LIMITS[problem.dtype]
+    limit = limit_of(kernel, problem.dtype, detect(x.device.type).arch)
     if len(found) == 1 and torch.equal(found[0], x):  # weights only
         weight = get_format(scheme.weight).dequantize(parts)[..., : problem.K]
         expected = x.double() @ weight.double().t() + (0 if bias is None else bias)

@@ -10,7 +10,7 @@ import gpu_kernels
 import pytest
 import torch
 
-from omniq_compile.lowering.target import detect
+from omniq_compile.lowering.target import Target, detect
 
 PLACE = checks.Place("cpu", compiler="eager", width=64, tokens=(16, 8))
 QWEN = "QwenImageTransformer2DModel"
@@ -61,3 +61,34 @@ def test_a_kernel_that_is_off_by_a_little_is_found(kernel: gpu_kernels.Kernel) -
         gpu_kernels.check_kernel(
             dataclasses.replace(kernel, gemm=gemm), "cpu", "eager", [(17, 257, 48)]
         )
+
+
+def cut(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Drop what is below 13 bits after the first of ``largest``, as tensor cores do."""
+    unit = torch.exp2(largest.log2().floor() - 13)
+    return (values / unit).trunc() * unit
+
+
+def short_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply float64 ``[M, K]`` by ``[N, K]`` with sums as Hopper's fp8 tensor cores have."""
+    sums = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for k in range(0, a.shape[1], 32):
+        products = a[:, None, k : k + 32] * b[None, :, k : k + 32]
+        terms = torch.cat([products, sums.unsqueeze(-1)], -1)
+        sums = cut(terms, terms.abs().amax(-1, keepdim=True)).sum(-1)
+        sums = cut(sums, sums.abs())
+    return sums
+
+
+def limit(arch: str, name: str) -> float:
+    (kernel,) = (k for k in gpu_kernels.kernels_on(Target("cuda", arch)) if k.name == name)
+    return gpu_kernels.limit_of(kernel, torch.float32, arch)
+
+
+@pytest.mark.parametrize("K", [256, 3072])
+def test_a_limit_holds_what_fp8_sums_lose_and_only_there(K: int) -> None:
+    a, b = (torch.randn(rows, K).to(torch.float8_e4m3fn).double() for rows in (16, 24))
+    lost = checks.relative(short_sums(a, b), a @ b.t())
+    for arch in ("sm_90", "sm_89"):
+        assert limit(arch, "cuda_fp8_float32") < lost < limit(arch, "cuda_fp8_triton")
+    assert lost > limit("sm_100", "cuda_fp8_triton")
