@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import gpu_checks as checks
 import gpu_kernels
@@ -52,12 +53,37 @@ def test_kernels(kernel: gpu_kernels.Kernel) -> None:
     assert gpu_kernels.check_kernel(kernel, "cpu", "eager", [(17, 257, 48)]) > 0
 
 
+def dtypes_of(kernel: gpu_kernels.Kernel, shape: tuple[int, int, int]) -> list[set[torch.dtype]]:
+    schemes = gpu_kernels.schemes_of(kernel.method)
+    return [{p.dtype for p, _ in gpu_kernels.problems(kernel, s, shape)} for s in schemes]
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_100", "cuda:sm_120", "rocm:gfx950"])
+def test_the_short_run_has_each_kernel_with_all_that_it_takes(target: str) -> None:
+    for kernel in gpu_kernels.kernels_on(Target.parse(target)):
+        short = dtypes_of(kernel, gpu_kernels.ragged_shape(kernel))
+        for shape in gpu_kernels.SHAPES:
+            for here, there in zip(dtypes_of(kernel, shape), short, strict=True):
+                assert here <= there, kernel.name
+
+
+def test_one_program_has_all_dtypes_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: programs.append(a) or compile(*a, **k))
+    (kernel,) = (k for k in KERNELS if k.name == "cpu_s8_float32")
+    assert gpu_kernels.check_kernel(kernel, "cpu", "eager", [(17, 40, 48), (3, 64, 32)]) == 12
+    assert len(programs) == 2
+
+
 @pytest.mark.parametrize("kernel", KERNELS[:2], ids=lambda kernel: kernel.name)
 def test_a_kernel_that_is_off_by_a_little_is_found(kernel: gpu_kernels.Kernel) -> None:
-    def gemm(*args: object) -> torch.Tensor:
-        return kernel.gemm(*args) * 1.01  # type: ignore[arg-type]
+    """The last of those that one program has."""
 
-    with pytest.raises(AssertionError, match=kernel.name):
+    def gemm(a: Any, b: Any, bias: Any, problem: Any, scheme: Any) -> torch.Tensor:
+        off = problem.dtype is torch.float32 and problem.a_rank == 3
+        return kernel.gemm(a, b, bias, problem, scheme) * (1.01 if off else 1)
+
+    with pytest.raises(AssertionError, match=rf"{kernel.name}.*a_rank=3.*float32.*: error"):
         gpu_kernels.check_kernel(
             dataclasses.replace(kernel, gemm=gemm), "cpu", "eager", [(17, 257, 48)]
         )
