@@ -22,7 +22,7 @@ def console():
 
 
 def recording(name, log):
-    def build(model):
+    def build(model, inputs):
         def call(**inputs):
             log.append(name)
             return model(**inputs)
@@ -33,7 +33,7 @@ def recording(name, log):
 
 
 def failing(name, calls_before):
-    def build(model):
+    def build(model, inputs):
         left = [calls_before]
 
         def call(**inputs):
@@ -47,7 +47,7 @@ def failing(name, calls_before):
     return Variant(name, build)
 
 
-def omniq_eager(model):
+def omniq_eager(model, inputs):
     return torch.compile(model, backend="omniq", options=OMNIQ_EAGER)
 
 
@@ -61,8 +61,8 @@ def test_variants_take_turns():
 
 def test_variants_share_weights_and_inputs():
     variants = [
-        Variant("eager", lambda model: model),
-        Variant(BASELINE, lambda model: torch.compile(model, backend="eager")),
+        Variant("eager", lambda model, inputs: model),
+        Variant(BASELINE, lambda model, inputs: torch.compile(model, backend="eager")),
         Variant("omniq int8", omniq_eager),
     ]
     result = run_bench(SMALL, console(), variants)
@@ -80,7 +80,7 @@ def test_variants_share_weights_and_inputs():
 
 
 def test_omniq_that_rewrites_nothing_is_noted():
-    result = run_bench(SMALL, console(), [Variant("omniq int8", lambda model: model)])
+    result = run_bench(SMALL, console(), [Variant("omniq int8", lambda model, inputs: model)])
     assert "nothing was rewritten" in result.notes[0]
 
 

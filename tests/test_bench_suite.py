@@ -28,17 +28,17 @@ from omniq_compile.quantize_weights import quantize_
 INT8 = {"method": "int8", "min_features": 32, "compiler": "eager"}
 
 
-def omniq(model: nn.Module) -> Any:
+def omniq(model: nn.Module, inputs: Any) -> Any:
     quantize_(model, INT8)
     return torch.compile(model, backend="omniq", options=INT8)
 
 
-def broken(model: nn.Module) -> Any:
+def broken(model: nn.Module, inputs: Any) -> Any:
     raise RuntimeError("out of | luck\n\nmuch advice")
 
 
 VARIANTS = [
-    Variant(BASELINE, lambda model: model),
+    Variant(BASELINE, lambda model, inputs: model),
     Variant("broken", broken),
     Variant("omniq int8", omniq, INT8),
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omniq_compile import inductor
+from omniq_compile.cli.bench_linears import linear_calls
 from omniq_compile.cli.bench_machine import seconds_of
 from omniq_compile.cli.bench_suites import Suite
 from omniq_compile.lowering import registry
@@ -60,18 +61,10 @@ class GemmRate:
 
 def linear_shapes(model: nn.Module, call: Callable[[], Any]) -> Counter[Shape]:
     """Count the shapes of the linears that a call runs, those that matter for its time."""
-    shapes: Counter[Shape] = Counter()
-
-    def note(module: Any, args: Any, output: torch.Tensor) -> None:
-        x = args[0]
-        shapes[x.numel() // x.shape[-1], module.out_features, module.in_features] += 1
-
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    shapes: Counter[Shape] = Counter(
+        (rows, linear.out_features, linear.in_features)
+        for linear, rows in linear_calls(model, call)
+    )
     total = _operations(shapes)
     return Counter({s: n for s, n in shapes.items() if _operations({s: n}) >= LEAST_PART * total})
 

@@ -63,6 +63,7 @@ def run_bench(
     notes: list[str] = []
     if variants is None:
         variants, notes = default_variants(config)
+    notes += dict.fromkeys(note for variant in variants for note in variant.notes)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.compiler.reset()
@@ -155,7 +156,7 @@ def _first_calls(
     resident = weights.resident_bytes()
     synchronize(device)
     start = time.perf_counter()
-    function = variant.build(model)
+    function = variant.build(model, inputs)
     output = function(**inputs)
     synchronize(device)
     m.first_call_seconds = time.perf_counter() - start
