@@ -2,13 +2,22 @@
 
 import argparse
 import io
+import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from omniq_compile.cli import bench
-from omniq_compile.cli.bench_machine import peak_of_call, peak_rss, state_bytes
+from omniq_compile.cli import bench, bench_machine
+from omniq_compile.cli.bench_machine import (
+    environment,
+    peak_of_call,
+    peak_rss,
+    state_bytes,
+    time_calls,
+)
 from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
 from omniq_compile.lowering.errors import OmniqError
@@ -22,7 +31,7 @@ def console():
 
 
 def recording(name, log):
-    def build(model):
+    def build(model, inputs):
         def call(**inputs):
             log.append(name)
             return model(**inputs)
@@ -33,7 +42,7 @@ def recording(name, log):
 
 
 def failing(name, calls_before):
-    def build(model):
+    def build(model, inputs):
         left = [calls_before]
 
         def call(**inputs):
@@ -47,7 +56,7 @@ def failing(name, calls_before):
     return Variant(name, build)
 
 
-def omniq_eager(model):
+def omniq_eager(model, inputs):
     return torch.compile(model, backend="omniq", options=OMNIQ_EAGER)
 
 
@@ -61,8 +70,8 @@ def test_variants_take_turns():
 
 def test_variants_share_weights_and_inputs():
     variants = [
-        Variant("eager", lambda model: model),
-        Variant(BASELINE, lambda model: torch.compile(model, backend="eager")),
+        Variant("eager", lambda model, inputs: model),
+        Variant(BASELINE, lambda model, inputs: torch.compile(model, backend="eager")),
         Variant("omniq int8", omniq_eager),
     ]
     result = run_bench(SMALL, console(), variants)
@@ -80,7 +89,7 @@ def test_variants_share_weights_and_inputs():
 
 
 def test_omniq_that_rewrites_nothing_is_noted():
-    result = run_bench(SMALL, console(), [Variant("omniq int8", lambda model: model)])
+    result = run_bench(SMALL, console(), [Variant("omniq int8", lambda model, inputs: model)])
     assert "nothing was rewritten" in result.notes[0]
 
 
@@ -101,6 +110,53 @@ def test_failing_variant_is_reported_and_the_others_go_on(calls_before):
     bench.print_table(result, screen)
     assert "bad failed: ValueError: out of [luck]\n" in screen.file.getvalue()
     assert "advice" not in screen.file.getvalue()
+
+
+def test_a_timing_is_the_mean_of_calls_in_a_row():
+    log = []
+    result = run_bench(replace(SMALL, calls=3), console(), [recording(name, log) for name in "AB"])
+    assert log == [*"AABB", *"AAAABBBB" * 2]
+    assert result.environment["calls_per_timing"] == 3
+    assert [len(m.seconds) for m in result.measurements] == [2, 2]
+    assert result.measurements[0].median_host_seconds is None
+
+
+class Device:
+    """A GPU's queue: the host asks for a call in ``host`` seconds, and it runs for ``device``."""
+
+    def __init__(self, host, device):
+        self.host, self.device = host, device
+        self.now = self.free = 0.0
+
+    def call(self):
+        self.now += self.host
+        self.free = max(self.free, self.now) + self.device
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", max(self.free, self.now))
+        event.elapsed_time = lambda end: (end.at - event.at) * 1e3
+        return event
+
+
+@pytest.mark.parametrize(("host", "device", "seconds"), [(0.2, 1.0, 1.0), (2.0, 1.0, 2.0)])
+def test_a_gpu_is_timed_by_its_own_clock_behind_earlier_work(monkeypatch, host, device, seconds):
+    gpu = Device(host, device)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
+    monkeypatch.setattr(bench_machine, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
+    gpu.call()
+    timing = time_calls(gpu.call, torch.device("cuda"), 10)
+    assert timing.seconds == pytest.approx(seconds)
+    assert timing.host_seconds == pytest.approx(host)
+
+
+def test_host_seconds_are_in_the_table_and_the_json():
+    m = Measurement(BASELINE, [1.0, 1.0], host_seconds=[0.0011, 0.0013, 0.0099])
+    result = BenchResult(SMALL, environment(SMALL), [m])
+    assert json.loads(result.to_json())["summary"][BASELINE]["median_host_seconds"] == 0.0013
+    screen = console()
+    bench.print_table(result, screen)
+    assert "1.30 ms" in screen.file.getvalue()
 
 
 def test_speedups_by_round_and_of_medians():
@@ -137,6 +193,7 @@ def test_arguments_become_a_config():
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--rounds", "0"], "rounds 0"),
         (["--threads", "0"], "threads 0"),
+        (["--calls", "0"], "calls 0"),
         (["--model", "QwenImage"], "Did you mean 'QwenImageTransformer2DModel'?"),
         (
             ["--json", "no/such/folder/x.json"],

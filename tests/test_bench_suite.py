@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from torch import nn
 
 from omniq_compile.cli import bench_gemm, bench_suite, main
 from omniq_compile.cli.bench_gemm import gemm_rate, linear_shapes, measure_peaks
+from omniq_compile.cli.bench_machine import Timing
 from omniq_compile.cli.bench_markdown import COLUMNS, markdown
 from omniq_compile.cli.bench_result import BASELINE
 from omniq_compile.cli.bench_suite import SuiteResult, run_suite
@@ -28,17 +33,17 @@ from omniq_compile.quantize_weights import quantize_
 INT8 = {"method": "int8", "min_features": 32, "compiler": "eager"}
 
 
-def omniq(model: nn.Module) -> Any:
+def omniq(model: nn.Module, inputs: Any) -> Any:
     quantize_(model, INT8)
     return torch.compile(model, backend="omniq", options=INT8)
 
 
-def broken(model: nn.Module) -> Any:
+def broken(model: nn.Module, inputs: Any) -> Any:
     raise RuntimeError("out of | luck\n\nmuch advice")
 
 
 VARIANTS = [
-    Variant(BASELINE, lambda model: model),
+    Variant(BASELINE, lambda model, inputs: model),
     Variant("broken", broken),
     Variant("omniq int8", omniq, INT8),
 ]
@@ -97,6 +102,33 @@ def test_json_and_markdown_hold_every_figure(result: SuiteResult) -> None:
     assert "advice" not in page
     assert "Failed: OmniqError: width 65" in page
     assert "`omniq bench`" in page
+
+
+def test_gemms_of_a_gpu_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that are captured are those that one replay stands for."""
+    log: list[str] = []
+
+    @contextmanager
+    def entered(name: Any) -> Iterator[None]:
+        log.append(f"{name} begins")
+        yield
+        log.append(f"{name} ends")
+
+    graph = SimpleNamespace(replay=lambda: log.append("replay"))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": lambda: graph, "graph": lambda graph: entered("capture"),
+             "Stream": lambda: stream, "current_stream": lambda: stream,
+             "stream": lambda stream: entered("warm-up")}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(bench_gemm, "time_calls", lambda run, device: Timing(run() or 3.0, None))
+    seconds = bench_gemm._seconds(lambda: log.append("call"), replace(TINY, device="cuda"))
+    calls = ["call"] * TINY.gemm_calls
+    assert log[: -2 * bench_gemm.REPEATS] == [
+        "warm-up begins", *calls, "warm-up ends", "capture begins", *calls, "capture ends"
+    ]  # fmt: skip
+    assert log[-2 * bench_gemm.REPEATS :] == ["replay"] * 2 * bench_gemm.REPEATS
+    assert seconds == 3.0 / TINY.gemm_calls
 
 
 def test_only_linears_that_matter_are_timed() -> None:

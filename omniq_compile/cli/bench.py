@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="untimed calls before each timed one, as a denoising loop calls one model again and "
         "again; default: %(default)s",
     )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        help="calls in a row that one timing is the mean of; default: 1, on a GPU 10, so that the "
+        "device does not wait for the host",
+    )
     parser.add_argument("--method", default=default.method, help="omniq's method")
     parser.add_argument("--dtype", default=default.dtype, help=", ".join(DTYPES))
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
@@ -126,16 +132,18 @@ def _speed_table(result: BenchResult) -> Table:
     table = Table(
         title=f"One forward of the whole model, no_grad, {result.config.rounds} rounds in turn",
         caption=f"speed-up: {BASELINE}'s time by the variant's, as the median of the rounds' "
-        "ratios, and as the ratio of the medians; the first call compiles",
+        "ratios, and as the ratio of the medians; the first call compiles; host: what the host "
+        "takes to ask a GPU for a call",
     )
     table.add_column("variant")
-    for title in ("median", "min", "speed-up", "of medians", "first call"):
+    for title in ("median", "min", "host", "speed-up", "of medians", "first call"):
         table.add_column(title, justify="right")
     for m in result.measurements:
         by_round, of_medians = result.speedups(m.name) or (None, None)
         cells = [
             _format(m.median_seconds, "{:.1f} ms", 1e3),
             _format(m.min_seconds, "{:.1f} ms", 1e3),
+            _format(m.median_host_seconds, "{:.2f} ms", 1e3),
             _format(by_round, "{:.2f}x"),
             _format(of_medians, "{:.2f}x"),
             _format(m.first_call_seconds, "{:.1f} s"),

@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omniq_compile import inductor
-from omniq_compile.cli.bench_machine import seconds_of
+from omniq_compile.cli.bench_linears import linear_calls
+from omniq_compile.cli.bench_machine import time_calls
 from omniq_compile.cli.bench_suites import Suite
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import get_format
@@ -60,18 +61,10 @@ class GemmRate:
 
 def linear_shapes(model: nn.Module, call: Callable[[], Any]) -> Counter[Shape]:
     """Count the shapes of the linears that a call runs, those that matter for its time."""
-    shapes: Counter[Shape] = Counter()
-
-    def note(module: Any, args: Any, output: torch.Tensor) -> None:
-        x = args[0]
-        shapes[x.numel() // x.shape[-1], module.out_features, module.in_features] += 1
-
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    shapes: Counter[Shape] = Counter(
+        (rows, linear.out_features, linear.in_features)
+        for linear, rows in linear_calls(model, call)
+    )
     total = _operations(shapes)
     return Counter({s: n for s, n in shapes.items() if _operations({s: n}) >= LEAST_PART * total})
 
@@ -158,15 +151,32 @@ def _gemm(
 
 
 def _seconds(call: Callable[[], Any], suite: Suite) -> float:
-    """Return the median seconds of a call among several in a row."""
+    """Return the seconds of a call, the median of several times many in a row."""
 
     def calls() -> None:
         for _ in range(suite.gemm_calls):
             call()
 
     device = torch.device(suite.device)
-    calls()
-    return statistics.median(seconds_of(calls, device) for _ in range(REPEATS)) / suite.gemm_calls
+    run = _captured(calls) if device.type == "cuda" else calls
+    seconds = []
+    for _ in range(REPEATS):
+        run()  # on a GPU the next one, which is timed, is queued behind it
+        seconds.append(time_calls(run, device).seconds)
+    return statistics.median(seconds) / suite.gemm_calls
+
+
+def _captured(calls: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph: a GEMM can be shorter than the host takes to launch it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls()  # what is made in a first call may not be made while a graph is captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    return graph.replay
 
 
 def _operations(shapes: Any) -> int:

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def environment(config: BenchConfig) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dtype": config.dtype,
+        "calls_per_timing": config.calls_per_timing,
         "load_average": round(os.getloadavg()[0], 2),
     }
 
@@ -47,19 +49,36 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call: on the device's own clock where it has one."""
-    synchronize(device)
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of a call, and on a GPU those that the host takes to ask for it, else None."""
+
+    seconds: float
+    host_seconds: float | None
+
+
+def time_calls(call: Callable[[], Any], device: torch.device, count: int = 1) -> Timing:
+    """Call ``count`` times in a row, and return the mean times of a call.
+
+    A GPU does later what it is asked for, and is timed by its own clock. It is not waited for
+    first: while it has work from before, what the host does ahead of the first call costs as little
+    as it does ahead of the next ones. Where the host is the slower of the two, both times are its.
+    """
+    if device.type != "cuda":
+        return Timing(_host_seconds(call, count), None)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    host = _host_seconds(call, count)
+    end.record()
+    end.synchronize()
+    return Timing(float(start.elapsed_time(end)) / 1e3 / count, host)
+
+
+def _host_seconds(call: Callable[[], Any], count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
         call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+    return (time.perf_counter() - began) / count
 
 
 def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:

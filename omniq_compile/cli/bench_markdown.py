@@ -9,8 +9,9 @@ from omniq_compile.cli.bench_suite import CaseResult, SuiteResult
 
 PACKAGES = ("torch", "cuda", "hip", "triton", "torchao", "diffusers")
 COLUMNS = (
-    "variant", "median, ms", "fastest, ms", "speed-up", "of medians", "error to float32",
-    "error to BF16", "weights, MB", "peak of a call, MB", "GEMMs, TOPS", "of the peak", "kernels",
+    "variant", "median, ms", "fastest, ms", "host, ms", "speed-up", "of medians",
+    "error to float32", "error to BF16", "weights, MB", "peak of a call, MB", "GEMMs, TOPS",
+    "of the peak", "kernels",
 )  # fmt: skip
 
 
@@ -25,10 +26,12 @@ def markdown(result: SuiteResult) -> str:
         f"{where['python']}. Run with `{result.command}`.",
         "",
         f"Speed-up is {BASELINE} BF16's time by the variant's: the median of the rounds' ratios, "
-        "and the ratio of the medians. Variants take turns, call by call. Errors are "
-        "||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, and "
-        "compared with a large square GEMM: native kernels with that of their precision, emulated "
-        "ones with BF16's.",
+        "and the ratio of the medians. Variants take turns; each time is the mean of "
+        f"{where['calls_per_timing']} call(s) in a row, on a GPU by its own clock. Host is what "
+        "the host takes to ask a GPU for a call: where that is as long, it sets the pace. Errors "
+        "are ||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, on a "
+        "GPU in a CUDA graph, and compared with a large square GEMM: native kernels with that of "
+        "their precision, emulated ones with BF16's.",
         "",
         *_table(
             ("peak", "TOPS"),
@@ -63,6 +66,7 @@ def _row(case: CaseResult, m: Measurement) -> tuple[str, ...]:
         m.name,
         "failed" if m.error else _number(m.median_seconds, 1e3, 3),
         _number(m.min_seconds, 1e3, 3),
+        _number(m.median_host_seconds, 1e3, 3),
         _number(by_round, 1, 2),
         _number(of_medians, 1, 2),
         _number(m.error_to_float32, 1, 4),

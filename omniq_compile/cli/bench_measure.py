@@ -1,9 +1,10 @@
 """Measures compiled variants of one model side by side, in one process.
 
 The variants take turns (A B C D A B C D ...), so that a machine that slows down slows all of them,
-and each round gives a ratio of its own. Timed is one forward of the whole model under
+and each round gives a ratio of its own. Timed is the forward of the whole model under
 ``torch.no_grad()``, as diffusers pipelines call it, right after an untimed one of the same variant:
-a denoising loop calls one model again and again, and finds caches and memory as it left them.
+a denoising loop calls one model again and again, and finds caches and memory as it left them. A GPU
+is timed over several forwards in a row: it starts on one while the host is asked for the next.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from omniq_compile.cli.bench_machine import (
     environment,
     peak_of_call,
     peak_rss,
-    seconds_of,
     state_bytes,
     synchronize,
+    time_calls,
 )
 from omniq_compile.cli.bench_result import DTYPES, BenchConfig, BenchResult, Measurement
 from omniq_compile.cli.bench_variants import Variant, default_variants
@@ -63,6 +64,7 @@ def run_bench(
     notes: list[str] = []
     if variants is None:
         variants, notes = default_variants(config)
+    notes += dict.fromkeys(note for variant in variants for note in variant.notes)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.compiler.reset()
@@ -92,11 +94,11 @@ def run_bench(
         for number in range(config.rounds):
             progress.update(task, description=f"round {number + 1} of {config.rounds}")
             for m in measurements:
-                _attempt(m, _timed_call, calls, device, config.settle)
+                _attempt(m, _timed_calls, calls, device, config)
                 progress.advance(task)
         after = weights.statistics()
 
-    count = config.rounds * (1 + config.settle)
+    count = config.rounds * (config.settle + config.calls_per_timing)
     lookups = (after["lookups"] - before["lookups"]) / count
     if not lookups and any(m.name.startswith("omniq") and not m.error for m in measurements):
         notes.append("omniq looked up no quantized weight: nothing was rewritten")
@@ -155,7 +157,7 @@ def _first_calls(
     resident = weights.resident_bytes()
     synchronize(device)
     start = time.perf_counter()
-    function = variant.build(model)
+    function = variant.build(model, inputs)
     output = function(**inputs)
     synchronize(device)
     m.first_call_seconds = time.perf_counter() - start
@@ -172,12 +174,18 @@ def _first_calls(
         m.peak_call_bytes = peak_of_call(calls[m.name], device)
 
 
-def _timed_call(
-    m: Measurement, calls: dict[str, Callable[[], Any]], device: torch.device, settle: int
+def _timed_calls(
+    m: Measurement,
+    calls: dict[str, Callable[[], Any]],
+    device: torch.device,
+    config: BenchConfig,
 ) -> None:
-    for _ in range(settle):
+    for _ in range(config.settle):
         calls[m.name]()
-    m.seconds.append(seconds_of(calls[m.name], device))
+    timing = time_calls(calls[m.name], device, config.calls_per_timing)
+    m.seconds.append(timing.seconds)
+    if timing.host_seconds is not None:
+        m.host_seconds.append(timing.host_seconds)
 
 
 def _flat(output: Any) -> Tensor:

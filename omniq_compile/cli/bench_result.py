@@ -13,13 +13,16 @@ from omniq_compile.lowering.errors import OptionError, unknown
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINE = "Inductor"
+CALLS = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """What to measure; ``width`` None is the class's released width.
 
-    ``warmup`` counts untimed calls once before all rounds, ``settle`` those before each timed one.
+    ``warmup`` counts untimed calls once before all rounds, ``settle`` those before each timing,
+    ``calls`` those in a row that one timing is the mean of: by default 1 on the CPU, and 10 on a
+    GPU, which would wait for the host before a single one.
 
     Raises:
         OptionError: an unknown dtype, too few rounds, or a device that is not there.
@@ -34,6 +37,7 @@ class BenchConfig:
     rounds: int = 7
     warmup: int = 1
     settle: int = 1
+    calls: int | None = None
     dtype: str = "bfloat16"
     seed: int = 0
     eager: bool = True
@@ -47,18 +51,28 @@ class BenchConfig:
         for name, least in (("rounds", 1), ("warmup", 0), ("settle", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} {getattr(self, name)}: it must be at least {least}")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads {self.threads}: it must be at least 1")
+        for name in ("threads", "calls"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} {value}: it must be at least 1")
         if self.device not in ("cpu", "cuda"):
             raise OptionError(unknown("device", self.device, ("cpu", "cuda")))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise OptionError("device 'cuda': this PyTorch sees no CUDA or ROCm device; use cpu")
+
+    @property
+    def calls_per_timing(self) -> int:
+        """``calls``, or the default of the device."""
+        return self.calls or CALLS[self.device]
 
 
 @dataclass
 class Measurement:
     """What one variant did. Times are in seconds, memory in bytes.
 
+    seconds are of one call, the mean of those of a timing; on a GPU they are the device's, and
+    host_seconds those that the host takes to ask for one. Where the host is the slower of the two,
+    or a call has more launches than the device queues (about 1000), both are about the same.
     first_call_seconds holds compilation, and quantization of the weights. The errors are
     ||y - reference|| / ||reference|| over the whole output, in float32. weight_bytes is the
     module's own state, quantized_bytes what omniq keeps beside it. peak_call_bytes is the most
@@ -71,6 +85,7 @@ class Measurement:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
     first_call_seconds: float | None = None
     error_to_float32: float | None = None
     error_to_eager: float | None = None
@@ -84,6 +99,12 @@ class Measurement:
     @property
     def median_seconds(self) -> float | None:
         return statistics.median(self.seconds) if self.seconds and not self.error else None
+
+    @property
+    def median_host_seconds(self) -> float | None:
+        return (
+            statistics.median(self.host_seconds) if self.host_seconds and not self.error else None
+        )
 
     @property
     def min_seconds(self) -> float | None:
@@ -130,6 +151,7 @@ class BenchResult:
             summary[m.name] = {
                 "median_seconds": m.median_seconds,
                 "min_seconds": m.min_seconds,
+                "median_host_seconds": m.median_host_seconds,
                 "speedup_median_of_rounds": by_round,
                 "speedup_of_medians": of_medians,
             }

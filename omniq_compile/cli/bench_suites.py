@@ -22,7 +22,7 @@ class Suite:
 
     Attributes:
         peak_size: M, N and K of the square GEMMs whose rate counts as the device's peak.
-        gemm_calls: how often a GEMM is called for one timing, so that launches overlap.
+        gemm_calls: how often a GEMM is called for one timing, on a GPU in one CUDA graph.
     """
 
     about: str

@@ -11,31 +11,56 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.cli.bench_linears import linear_calls
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig
 from omniq_compile.passes.option_checks import METHODS_OF
 from omniq_compile.quantize_weights import quantize_
 
+Inputs = dict[str, Any]
+
+# The settings of Inductor that torchao recommends, and would set for whatever is compiled after it
+# in the process, omniq too: its `recommended_inductor_config_setter`, from 0.14 to 0.18 the same.
+TORCHAO_SETTINGS: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "fx_graph_cache": True,
+    "triton.unique_kernel_names": True,
+}
+SETTINGS_NOTE = (
+    "torchao is compiled with the settings of Inductor that it recommends, such as "
+    "coordinate_descent_tuning, and nothing else is"
+)
+
+# `torch._int_mm`, which torchao's int8 calls however many rows there are, takes no fewer on CUDA.
+FEWEST_ROWS = {"cuda": 17}
+ROWS_NOTE = (
+    "on a GPU torchao int8 leaves linears of up to 16 rows, such as those of the timestep, in "
+    "BF16: torch._int_mm takes no fewer than 17 there"
+)
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, and how to turn a model, which it may change, into what is called.
+    """A name, and how to turn a model, which it may change, and its inputs into what is called.
 
-    ``options`` are omniq's, None for any other variant.
+    ``options`` are omniq's, None for any other variant. ``notes`` say what its figures depend on.
     """
 
     name: str
-    build: Callable[[nn.Module], Callable[..., Any]]
+    build: Callable[[nn.Module, Inputs], Callable[..., Any]]
     options: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def default_variants(config: BenchConfig) -> tuple[list[Variant], list[str]]:
     """Return the variants that ``config`` asks for, and a note for each that is not installed."""
-    variants = [Variant("eager", lambda model: model)] if config.eager else []
+    variants = [Variant("eager", lambda model, inputs: model)] if config.eager else []
     variants.append(Variant(BASELINE, _inductor))
     variants.append(Variant(f"omniq {config.method}", partial(_bound, options=_of(config.method))))
     notes = []
     if config.torchao and importlib.util.find_spec("torchao"):
-        variants.append(Variant("torchao int8", _torchao_int8))
+        variants.append(TORCHAO_INT8)
     elif config.torchao:
         notes.append("torchao is not installed, so it was left out: pip install torchao")
     return variants, notes
@@ -54,8 +79,8 @@ def suite_variants() -> list[Variant]:
     }
     return [
         Variant(BASELINE, _inductor),
-        Variant("torchao fp8", _torchao_fp8),
-        Variant("torchao int8", _torchao_int8),
+        TORCHAO_FP8,
+        TORCHAO_INT8,
         *(Variant(name, partial(_stored, options=o), o) for name, o in omniq.items()),
     ]
 
@@ -68,33 +93,53 @@ def _of(method: str) -> dict[str, Any]:
     return options
 
 
-def _inductor(model: nn.Module) -> Callable[..., Any]:
+def _inductor(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(model)
     return compiled
 
 
-def _bound(model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+def _bound(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(model, backend="omniq", options=options)
     return compiled
 
 
-def _stored(model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+def _stored(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> Callable[..., Any]:
     quantize_(model, options)
-    return _bound(model, options)
+    return _bound(model, inputs, options)
 
 
-def _torchao_int8(model: nn.Module) -> Callable[..., Any]:
+def _torchao_int8(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-    from torchao.quantization import quantize_ as torchao_quantize_
 
-    torchao_quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return _inductor(model)
+    device = next(model.parameters()).device.type
+    few = {
+        linear
+        for linear, rows in linear_calls(model, lambda: model(**inputs))
+        if rows < FEWEST_ROWS.get(device, 1)
+    }
+    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    return _torchao(model, config, few)
 
 
-def _torchao_fp8(model: nn.Module) -> Callable[..., Any]:
+def _torchao_fp8(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), set_inductor_config=False
+    )
+    return _torchao(model, config, set())
+
+
+def _torchao(model: nn.Module, config: Any, left_out: set[nn.Linear]) -> Callable[..., Any]:
     from torchao.quantization import quantize_ as torchao_quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-    torchao_quantize_(model, config)
-    return _inductor(model)
+    def taken(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module not in left_out
+
+    torchao_quantize_(model, config, filter_fn=taken)
+    compiled: Callable[..., Any] = torch.compile(model, options=TORCHAO_SETTINGS)
+    return compiled
+
+
+TORCHAO_INT8 = Variant("torchao int8", _torchao_int8, notes=(SETTINGS_NOTE, ROWS_NOTE))
+TORCHAO_FP8 = Variant("torchao fp8", _torchao_fp8, notes=(SETTINGS_NOTE,))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import gpu_checks as checks
 import gpu_kernels
@@ -18,16 +20,42 @@ pytestmark = pytest.mark.skipif(
 
 PLACE = checks.Place("cuda")
 GRAPHS = {"mode": "reduce-overhead"}
+ROWS = [
+    (method, K, N, dynamic)
+    for method in checks.METHODS
+    for K, N in checks.LAYERS
+    for dynamic in (None, True)
+]
 HERE = detect("cuda") if torch.cuda.is_available() else None
 KERNELS = gpu_kernels.kernels_on(HERE) if HERE else []
 INT8_TILES = tiles.candidates("row_scaled", HERE.arch, 4096, 3072, 132) if HERE else ()
 
-by_method = pytest.mark.parametrize("method", checks.METHODS)
-by_family = pytest.mark.parametrize("family", checks.FAMILY_NAMES)
+
+def of_all(names: str, rows: list[Any], *smoke: Any) -> pytest.MarkDecorator:
+    """Parametrize with all rows, and mark those that the short run has too."""
+    assert set(smoke) <= set(rows)
+    short = pytest.mark.gpu_smoke
+    params = [pytest.param(*row, marks=short if row in smoke else ()) for row in rows]
+    return pytest.mark.parametrize(names, params)
+
+
+def of_all_models(family: str, method: str) -> pytest.MarkDecorator:
+    rows = list(itertools.product(checks.FAMILY_NAMES, checks.METHODS))
+    return of_all("family, method", rows, (family, method))
+
+
 with_graphs = pytest.mark.parametrize("more", [{}, GRAPHS], ids=["eager launch", "CUDA graphs"])
+by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.gpu_smoke
+@by_kernel
+def test_a_kernel_multiplies_a_ragged_shape(kernel: gpu_kernels.Kernel) -> None:
+    shapes = [gpu_kernels.ragged_shape(kernel)]
+    assert gpu_kernels.check_kernel(kernel, "cuda", "inductor", shapes) > 0
+
+
+@by_kernel
 def test_a_kernel_multiplies_as_the_reference_does(kernel: gpu_kernels.Kernel) -> None:
     assert gpu_kernels.check_kernel(kernel, "cuda", "inductor") > 0
 
@@ -43,44 +71,40 @@ def test_tiles_are_timed() -> None:
     checks.whole(checks.FAMILY_NAMES[0], "int8", PLACE, mode="max-autotune-no-cudagraphs")
 
 
-@by_family
-@by_method
+@of_all_models("QwenImageTransformer2DModel", "int8")
 @with_graphs
 def test_a_whole_model_stays_near_bf16(family: str, method: str, more: dict[str, str]) -> None:
     checks.whole(family, method, PLACE, **more)
 
 
-@by_family
-@by_method
+@of_all_models("FluxTransformer2DModel", "fp8")
 @with_graphs
 def test_repeated_blocks_stay_near_bf16(family: str, method: str, more: dict[str, str]) -> None:
     checks.regional(family, method, PLACE, **more)
 
 
-@by_family
-@by_method
+@of_all_models("WanTransformer3DModel", "mxfp8")
 def test_a_new_resolution_gets_its_own_answer(family: str, method: str) -> None:
     checks.resolutions(family, method, PLACE)
 
 
-@by_method
-@pytest.mark.parametrize(("K", "N"), checks.LAYERS)
-@pytest.mark.parametrize("dynamic", [None, True])
+@of_all("method, K, N, dynamic", ROWS, ("int8", 257, 131, True), ("fp8", 264, 136, None))
 def test_any_number_of_rows(method: str, K: int, N: int, dynamic: bool | None) -> None:
     checks.rows(method, K, N, dynamic, PLACE)
 
 
-@by_family
-@by_method
+@of_all_models("ZImageTransformer2DModel", "mxfp4")
 def test_stored_weights(family: str, method: str, tmp_path: Path) -> None:
     checks.stored(family, method, PLACE, tmp_path)
 
 
+@pytest.mark.gpu_smoke
 @with_graphs
 def test_changed_weights_are_quantized_anew(more: dict[str, str]) -> None:
     checks.changed_weights(PLACE, **more)
 
 
+@pytest.mark.gpu_smoke
 def test_steady_calls_do_not_wait_for_the_device() -> None:
     """PyTorch raises for every call that makes the host wait."""
     _, call = checks.steady_calls(PLACE)
@@ -95,6 +119,7 @@ def test_steady_calls_do_not_wait_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu_smoke
 def test_a_caller_may_capture_a_call() -> None:
     _, call = checks.steady_calls(PLACE)
     with torch.no_grad():
@@ -112,6 +137,7 @@ def test_a_caller_may_capture_a_call() -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.gpu_smoke
 def test_cuda_graphs_do_not_copy_weights() -> None:
     """A replay of blocks with 32 MB of weights may need no second 32 MB."""
     model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(2)))
