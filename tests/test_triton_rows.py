@@ -215,3 +215,10 @@ def test_operands_on_a_cpu_are_an_error() -> None:
     codes, scale = torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)
     with pytest.raises(OmniqError, match="operands are on 'cpu'"):
         torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, None, BF16, False)
+
+
+def test_a_bias_of_one_element_is_an_error_where_n_would_be_read() -> None:
+    codes, scale = torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)
+    said = r"omniq::triton_row_scaled_gemm: the bias is \[1\].*N = 3"
+    with pytest.raises(OmniqError, match=said):
+        torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, scale[:1], BF16, False)
