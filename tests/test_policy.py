@@ -164,6 +164,17 @@ def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul
     assert error(result, function(x, y)) < 0.03
 
 
+def test_products_of_activations_in_a_deep_model_are_all_quantized() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for _ in range(400):
+            y = torch.relu(x @ y) * 0.5 + y
+        return y
+
+    _, sites = run(Holder(function), torch.randn(19, 19), torch.randn(19, 7), matmul=True)
+    assert len(sites) == 400
+    assert {(site.kind, site.decision.method) for site in sites} == {(Kind.ACTIVATION, "int8")}
+
+
 @pytest.mark.parametrize(
     ("dtype", "reason"),
     [
