@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.formats.mxfp4 import name_suffix
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _fp8(scale_alg: int, weight_block_size: Sequence[int] | None) -> Scheme:
 
 def _mxfp4(method: str) -> Callable[..., Scheme]:
     def scheme(scale_alg: int, weight_block_size: Sequence[int] | None) -> Scheme:
-        name = f"{method}_uos" if scale_alg == 2 else method
+        name = method + name_suffix(scale_alg)
         return Scheme(method, name, name)
 
     return scheme
@@ -68,7 +69,7 @@ def get_scheme(
         weight_block_size: ``(rows, columns)`` that share a scale, fp8 only.
 
     Raises:
-        OptionError: no such method.
+        OptionError: no such method, or no such ``scale_alg`` of mxfp4.
     """
     if method not in _ROWS:
         raise OptionError(unknown("method", method, METHODS))

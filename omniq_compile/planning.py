@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from omniq_compile.folded_trace import folded_sites
-from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import Target
 from omniq_compile.meta_run import run_on_meta
 from omniq_compile.passes import dynamo, policy
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.sites import Kind, Site
+from omniq_compile.passes.sites import Site
 from omniq_compile.regional import module_blocks
+from omniq_compile.summary import site_bytes
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,16 @@ def _rows(sites: Sequence[Site]) -> tuple[PlanRow, ...]:
         shape = (problem.M, problem.K, problem.N) if problem else (0, 0, 0)
         key = (_kind(site.layer), shape, decision.method, decision.kernel, decision.reason)
         groups.setdefault(key, []).append(site)
-    counted: set[str] = set()
+    counted: set[Any] = set()
     rows = []
     for (kind, (M, K, N), method, kernel, reason), members in groups.items():
-        weights = {s.weight_name: s for s in members if s.weight_name not in counted}
-        counted |= set(weights)
-        sizes = [_weight_bytes(site) for site in weights.values()]
+        sizes = []
+        for site in members:
+            # Slices of one parameter, such as a fused qkv, share its name and not its bytes.
+            weight = site.weight and (site.weight_name, site.weight.key)
+            if weight and weight not in counted:
+                counted.add(weight)
+                sizes.append(site_bytes(site) or (0, 0))
         rows.append(
             PlanRow(
                 kind=kind,
@@ -157,16 +161,6 @@ def _flops(site: Site) -> int:
     if site.problem is None:
         return 0
     return 2 * int(dynamo.value(site.node).numel()) * site.problem.K
-
-
-def _weight_bytes(site: Site) -> tuple[int, int]:
-    """Return the bytes of a site's weight before and after; nothing where it has none."""
-    if site.kind is not Kind.WEIGHT or site.problem is None:
-        return 0, 0
-    elements, K = _elements(site), site.problem.K
-    before = elements * site.dtype.itemsize
-    scheme = site.decision.scheme
-    return before, get_format(scheme.weight).nbytes(elements // K, K) if scheme else before
 
 
 def _elements(site: Site) -> int:

@@ -66,17 +66,18 @@ def _is_one(size: Any) -> bool:
 
 
 def _letters(equation: str, ranks: tuple[int, int]) -> tuple[str, str, str] | None:
-    """Spell out an equation: the ellipsis becomes letters, a missing output is derived."""
+    """Spell out an equation of two operands: the ellipsis becomes letters.
+
+    None where two operands have an ellipsis, a term has a letter twice, or the output is implied.
+    """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if len(terms) != 2 or equation.count("...") > 2 + (not arrow):
+    has_dots = ["..." in term for term in terms]
+    # With dots on both sides the two would broadcast against each other.
+    if len(terms) != 2 or all(has_dots) or not arrow:
         return None
     free = [c for c in string.ascii_letters if c not in equation]
     dots = [r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True)]
-    has_dots = ["..." in term for term in terms]
-    # With dots on both sides the two would broadcast against each other.
-    if all(has_dots) or not arrow:
-        return None
     spelled = "".join(free[: max((d for d, h in zip(dots, has_dots, strict=True) if h), default=0)])
     a, b, out = (term.replace("...", spelled) for term in (*terms, out))
     if any(len(set(term)) != len(term) for term in (a, b, out)):

@@ -118,12 +118,20 @@ def is_expression(node: Any) -> bool:
     """Say whether the node is computed from parameters by moves alone."""
     if not isinstance(node, fx.Node):
         return False
-    if dynamo.is_weight(node):
-        return True
-    if node.op not in ("call_function", "call_method") or node.target not in MOVES:
-        return False
-    inputs = node.all_input_nodes
-    return bool(inputs) and all(is_expression(n) for n in inputs)
+    # No recursion: a chain of moves may be longer than Python's stack.
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if dynamo.is_weight(current):
+            continue
+        inputs = current.all_input_nodes
+        if current.op not in ("call_function", "call_method") or current.target not in MOVES:
+            return False
+        if not inputs:
+            return False
+        stack += [n for n in inputs if n not in seen]
+        seen.update(inputs)
+    return True
 
 
 def changed_in_graph(node: fx.Node) -> bool:
@@ -188,15 +196,15 @@ def evaluate(expression: WeightExpression, leaves: Sequence[torch.Tensor]) -> to
 
 
 def _topological(node: fx.Node) -> list[fx.Node]:
+    """Return what the expression is made of, each node after its arguments, the first one first."""
     order: dict[fx.Node, None] = {}
-
-    def visit(current: fx.Node) -> None:
-        if current in order:
-            return
-        if not dynamo.is_weight(current):
-            for argument in current.all_input_nodes:
-                visit(argument)
-        order[current] = None
-
-    visit(node)
+    stack = [node]
+    while stack:
+        current = stack[-1]
+        inputs = [] if dynamo.is_weight(current) else current.all_input_nodes
+        missing = [n for n in inputs if n not in order]
+        if missing:
+            stack += reversed(missing)
+        else:
+            order[stack.pop()] = None
     return list(order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
         name, reader = SPELLINGS[node.target]
         product = reader(node)
         if product is not None:
+            if node.kwargs.get("out") is not None:
+                # Rewritten, it would return a new tensor and leave that one as it was.
+                product = replace(product, unsupported="it writes into out=")
             site = _site(node, name, product)
             node.meta["omniq_site"] = site
             sites.append(site)

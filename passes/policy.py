@@ -108,7 +108,7 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         return f"dtype {str(site.dtype).removeprefix('torch.')} is not quantized"
     if site.dtype is torch.float32 and low_precision:
         return FLOAT32_REASON
-    if expression.changed_in_graph(site.product.b.node) and site.kind is Kind.WEIGHT:
+    if site.kind is Kind.WEIGHT and expression.changed_in_graph(site.product.b.node):
         return "the graph changes its weight in place"
     assert site.problem is not None
     return too_small(site.problem.K, site.problem.N, config.min_features)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.schemes import Scheme
@@ -81,7 +82,7 @@ def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node:
 
 
 def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> fx.Node:
-    bias = product.bias if _bias_in_epilogue(product) else None
+    bias = product.bias if _bias_in_epilogue(site, product) else None
     scheme = _scheme(site)
     b_format = scheme.activation if site.weight is None else scheme.weight
     arguments = (a, b, bias, scheme.activation, b_format, site.dtype)
@@ -106,11 +107,16 @@ def _is_one(number: Any) -> bool:
     return not isinstance(number, fx.Node) and number == 1
 
 
-def _bias_in_epilogue(product: Product) -> bool:
-    """The epilogue adds a vector along N to ``a @ b.T`` as it stands."""
+def _bias_in_epilogue(site: Site, product: Product) -> bool:
+    """The epilogue adds a vector of N elements to ``a @ b.T`` as it stands."""
+    if product.bias is None or site.problem is None:
+        return False
+    bias = dynamo.value(product.bias)
+    # PyTorch broadcasts a bias of one element, kernels read N. Where sizes are symbolic, a plain
+    # comparison would tie the compiled graph to its answer.
     return (
-        product.bias is not None
-        and dynamo.value(product.bias).dim() == 1
+        bias.dim() == 1
+        and statically_known_true(bias.shape[0] == site.problem.N)
         and _is_one(product.alpha)
         and _is_one(product.beta)
         and TRANSPOSE not in product.out_steps

@@ -22,7 +22,7 @@ def share(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if is_in_place(node):
             seen.clear()
-        if "omniq_added" not in node.meta or not _is_shareable(node):
+        if not _is_shareable(node):
             continue
         key = (node.op, node.target, node.args)
         if key in seen:
@@ -34,7 +34,11 @@ def share(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 
 def _is_shareable(node: fx.Node) -> bool:
-    """Quantize nodes, and the steps that lead to nothing but quantize nodes."""
+    """Quantize nodes, and the steps of a rewrite that lead to nothing but quantize nodes."""
+    if "omniq_added" not in node.meta:
+        return False
     if node.target is QUANTIZE:
         return True
-    return bool(node.users) and all(_is_shareable(user) for user in node.users)
+    # A step is a method call. Products are not followed: what they lead to has no end.
+    users = node.users if node.op == "call_method" else ()
+    return bool(users) and all(_is_shareable(user) for user in users)

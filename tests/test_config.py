@@ -11,6 +11,7 @@ from conftest import OPTIONS, Holder
 from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile import OptionError, QuantConfig, explain
+from omniq_compile.lowering.schemes import get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
 
@@ -160,3 +161,12 @@ def test_the_target_of_explain_wins_over_the_option() -> None:
         assert explain(model, inputs, OPTIONS, target=target).target == target
     with pytest.raises(OptionError, match="unknown target device 'tpu'"):
         explain(model, inputs, OPTIONS, target="tpu")
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale"])
+def test_a_scheme_has_the_scale_algorithms_that_its_format_has(method: str) -> None:
+    names = [get_scheme(method, scale_alg).weight for scale_alg in (0, 2)]
+    assert names == [method, f"{method}_uos"]
+    for scale_alg in (1, 7, -2):
+        with pytest.raises(OptionError, match=rf"scale_alg {scale_alg}\. Valid: 0 \(OCP\), 2"):
+            get_scheme(method, scale_alg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,15 @@ class Model(nn.Module):
 
     def forward(self, x, scale=1.0):
         return self.down(torch.relu(self.up(x))) * scale
+
+class Parted(Model):
+    def forward(self, x):
+        x = self.up(x)
+        torch._dynamo.graph_break()
+        return self.down(torch.relu(x))
+
+def parted():
+    return Parted(), (torch.randn(7, 38),)
 
 def named():
     return Model(), {"x": torch.randn(7, 38), "scale": 2.0}
@@ -199,3 +209,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert [name for name in ("dump", "bench", "kernels") if name not in out] == []
+
+
+@pytest.mark.parametrize(("layer", "graph"), [("up", 0), ("down", 1)])
+def test_a_layer_is_shown_in_the_graph_that_it_is_in(
+    here: str, layer: str, graph: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"{here}:parted", "--method", "int8", "--min-features", "1", "--layer", layer)
+    code, text, _ = dump(capsys, *arguments, "--stage", "lowered")
+    assert code == 0
+    assert re.findall(r"^# graph (\d), lowered", text, re.MULTILINE) == [str(graph)]
+    # What the whole report says of the layer does not depend on what is shown.
+    document = json.loads(dump(capsys, *arguments, "--format", "json")[1])
+    of_layer = {site["layer"]: site["graph"] for site in document["report"]["sites"]}
+    assert of_layer == {"up": 0, "down": 1}
+    (part,) = document["parts"]
+    assert [site["site"]["layer"] for site in part["sites"]] == [layer]
+    assert part["graph"] == part["sites"][0]["site"]["graph"] == graph

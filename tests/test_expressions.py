@@ -128,6 +128,33 @@ def test_a_weight_selected_by_an_input_is_not_one_weight() -> None:
         assert torch.equal(call(x, torch.tensor(i)), x @ model.w[i])
 
 
+def test_a_weight_may_be_moved_more_often_than_python_recurses() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(1001):
+            w = w.t()
+        return x @ w
+
+    model = Holder(function, w=torch.randn(19, 38))
+    x = torch.randn(7, 38)
+    result, (site,) = run(model, x)
+    assert (site.kind, site.decision.method) == (Kind.WEIGHT, "int8")
+    assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
+
+
+def test_a_parameter_is_read_once_however_many_ways_lead_to_it() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):  # 2**40 ways
+            upper, lower = w.chunk(2)
+            w = torch.cat([lower, upper])
+        return F.linear(x, w)
+
+    model = Holder(function, w=torch.randn(20, 38))
+    x = torch.randn(7, 38)
+    result, (site,) = run(model, x)
+    assert (site.kind, site.decision.method) == (Kind.WEIGHT, "int8")
+    assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
+
+
 # name: a weight that depends on more than parameters and moves
 COMPUTED: dict[str, Tensors] = {
     "scaled": lambda x, w: w * 2,

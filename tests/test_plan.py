@@ -151,6 +151,30 @@ def test_blocks_that_differ_are_not_taken_for_one_another(
     assert planned(model, {"x": x}, **options)[1] == expected.sites
 
 
+class Fused(nn.Module):
+    """Reads one parameter of q, k and v in slices, the last one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 3 * 64, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv.weight.chunk(3)
+        mixed = nn.functional.linear(x, q) * nn.functional.linear(x, k)
+        return self.out(mixed + nn.functional.linear(x, v) * nn.functional.linear(mixed, v))
+
+
+def test_slices_of_a_parameter_are_counted_each_and_once() -> None:
+    model, x = Fused().requires_grad_(False), torch.randn(3, 7, 64)
+    plan, sites = planned(model, {"x": x}, method="int8")
+    assert [site.weight for site in sites] == ["qkv.weight"] * 4 + ["out.weight"]
+    assert sum(row.count for row in plan.rows) == 5
+    before = model.qkv.weight.nbytes + model.out.weight.nbytes
+    assert sum(row.bytes_before for row in plan.rows) == plan.weight_bytes_before == before
+    omniq.quantize_(model, {"method": "int8", "min_features": 1})
+    assert sum(row.bytes_after for row in plan.rows) == plan.weight_bytes_after == stored(model)
+
+
 def test_the_peak_of_activations_is_what_is_alive_at_once() -> None:
     class Chain(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

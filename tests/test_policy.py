@@ -64,6 +64,42 @@ def test_a_near_miss_is_one_site_kept_bitwise(name: str) -> None:
     assert torch.equal(result, model(x))
 
 
+# name: a product of an activation [7, 38] and another operand [38, 19] that takes out=
+INTO: dict[str, Callable[..., torch.Tensor]] = {
+    "matmul": torch.matmul,
+    "mm": torch.mm,
+    "linalg": torch.linalg.matmul,
+    "inner": lambda x, y, out: torch.inner(x, y.T.contiguous(), out=out),
+    "addmm": lambda x, y, out: torch.addmm(x[:, :1], x, y, out=out),
+}
+
+
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("name", INTO)
+def test_a_product_into_out_is_kept_and_writes_there(name: str, weight: bool) -> None:
+    def function(x: torch.Tensor, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        INTO[name](x, y, out=out)
+        return out * 2
+
+    x, y = torch.randn(7, 38), torch.randn(38, 19)
+    model = Holder(function, y=y) if weight else Holder(lambda x, y, out: function(x, out, y))
+    inputs = (x,) if weight else (x, y)
+    out, expected = torch.zeros(7, 19), torch.zeros(7, 19)
+    result, (site,) = run(model, *inputs, out, matmul=True)
+    assert site.kind is (Kind.WEIGHT if weight else Kind.ACTIVATION)
+    assert (site.decision.method, site.decision.reason) == (None, "it writes into out=")
+    assert torch.equal(result, model(*inputs, expected))
+    assert torch.equal(out, expected)
+    assert out.any()
+
+
+def test_out_that_is_none_is_no_out() -> None:
+    x, y = torch.randn(7, 38), torch.randn(38, 19)
+    result, (site,) = run(Holder(lambda x, y: torch.matmul(x, y, out=None)), x, y, matmul=True)
+    assert site.decision.method == "int8"
+    assert error(result, dequantized(x) @ dequantized(y, -2)) < 5e-7
+
+
 # name: the function of an activation and a weight; no site at all
 NO_SITE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "elementwise": lambda x, w: x * w[:7],
@@ -126,6 +162,17 @@ def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul
     assert result.shape == exact.shape
     assert error(result, exact) < 5e-7
     assert error(result, function(x, y)) < 0.03
+
+
+def test_products_of_activations_in_a_deep_model_are_all_quantized() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for _ in range(400):
+            y = torch.relu(x @ y) * 0.5 + y
+        return y
+
+    _, sites = run(Holder(function), torch.randn(19, 19), torch.randn(19, 7), matmul=True)
+    assert len(sites) == 400
+    assert {(site.kind, site.decision.method) for site in sites} == {(Kind.ACTIVATION, "int8")}
 
 
 @pytest.mark.parametrize(

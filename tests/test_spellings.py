@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPTIONS, Holder, compiled, dequantized, error, run
-from torch import nn
+from conftest import OPTIONS, Holder, compiled, dequantized, error, run, traced
+from torch import fx, nn
 
+from omniq_compile import QuantConfig
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.passes import pipeline
+from omniq_compile.passes.context import Context
+from omniq_compile.passes.rewrite import GEMM
 from omniq_compile.passes.sites import Kind
 
 Axes = tuple[int, ...]
+
+
+def quantized(model: nn.Module, x: torch.Tensor, **options: Any) -> fx.GraphModule:
+    """Return the graph of a call before it is lowered."""
+    config = QuantConfig.from_options(OPTIONS | options)
+    context = Context(config, config.target, stages={})
+    ((gm, _),) = traced(model, x)
+    pipeline.run(gm, pipeline.build(config), context)
+    assert context.stages is not None
+    return context.stages["quantized"]
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,42 @@ def test_a_linear_module_is_one_site_named_after_it(bias: bool) -> None:
     b = model[1].bias.double() if bias else 0
     exact = dequantized(F.gelu(x)) @ dequantized(model[1].weight).T + b
     assert error(result, exact) < 5e-7
+
+
+@pytest.mark.parametrize("target", ["cpu:generic", "cpu:avx512_bf16"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("spelling", ["addmm", "linear"])
+@pytest.mark.parametrize(("N", "size"), [(19, 1), (19, 19), (1, 1)])
+def test_a_kernel_adds_a_bias_of_n_elements_and_no_other(
+    N: int, size: int, spelling: str, method: str, target: str
+) -> None:
+    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(b, x, w.T) if spelling == "addmm" else F.linear(x, w, b)
+
+    x, w, b = torch.randn(7, 38), torch.randn(N, 38), torch.randn(size)
+    options = {"method": method, "target": target}
+    model = Holder(function, w=w, b=b)
+    result, (site,) = run(model, x, **options)
+    # omniq.gemm (a, b, bias, ...) and, where it has no bias, torch.add.
+    assert site.decision.method == method
+    biases = [n.args[2] for n in quantized(model, x, **options).graph.nodes if n.target is GEMM]
+    assert [bias is not None for bias in biases] == [size == N]
+
+    form = get_format(method)
+    real, weight = (form.dequantize(form.quantize(t))[:, :38].double() for t in (x, w))
+    exact = real @ weight.T + b.double()
+    assert result.shape == (7, N)
+    assert error(result, exact) < 5e-7
+
+
+def test_the_size_of_a_bias_may_be_symbolic() -> None:
+    model = Holder(lambda x, y, b: torch.addmm(b, x, y))
+    call = torch.compile(model, backend="omniq", options=OPTIONS | {"matmul": True}, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for N in (19, 23, 40):
+            x, y, b = torch.randn(7, 38), torch.randn(38, N), torch.randn(N)
+            exact = dequantized(x) @ dequantized(y, -2) + b.double()
+            assert error(call(x, y, b), exact) < 5e-7
 
 
 @pytest.mark.parametrize("spelling", ["addmm", "baddbmm"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from omniq_compile.lowering.cpu import library, tile_gemm
+from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format, mx
 
 gemm: Callable[..., Tensor] = torch.ops.omniq.cpu_tile_gemm
@@ -155,6 +156,15 @@ def test_no_rows_with_scales_of_their_own(path: str, leading: tuple[int, ...]) -
     a, a_scale, b_scale = torch.ones(*leading, 70).bfloat16(), torch.ones(leading), torch.ones(45)
     out = gemm(a, a_scale, codes, None, b_scale, None, 0, 1, 0, torch.bfloat16)
     assert (out.shape, out.dtype) == ((*leading, 45), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(1,), (44,), (46,), (1, 45), ()])
+def test_a_bias_of_other_than_n_elements_is_an_error(path: str, shape: tuple[int, ...]) -> None:
+    codes, a = random_codes((45, 70)).view(torch.float8_e4m3fn), torch.ones(3, 70).bfloat16()
+    with pytest.raises(OmniqError, match=r"cpu_tile_gemm: the bias is .* N = 45 columns.*expand"):
+        gemm(
+            a, torch.ones(3), codes, None, torch.ones(45), torch.ones(shape), 0, 1, 0, torch.float32
+        )  # fmt: skip
 
 
 def test_a_library_that_cannot_be_built_is_said_and_replaced(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from conftest import Holder
 import omniq_compile as omniq
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Problem
-from omniq_compile.lowering.schemes import Scheme, get_scheme, w4a8
-from omniq_compile.lowering.target import ARCHITECTURES, Target
+from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme, w4a8
+from omniq_compile.lowering.target import Target
 from omniq_compile.lowering.triton_kernels import launch, tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -172,15 +174,36 @@ def test_what_is_timed_are_the_chosen_tile_and_others_that_fit(M: int, N: int) -
     assert {t.persistent for t in many} == {True, False}
 
 
-def test_every_architecture_that_a_row_names_has_tiles() -> None:
-    needs = {"s8": "row_scaled", "fp8": "row_scaled", "fp8_block": "block_scaled"}
+def test_every_architecture_that_a_row_names_has_tiles_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_up: set[tuple[str, str]] = set()
+
+    def choose(kernel: str, arch: str, *sizes: int) -> tiles.Tile:
+        looked_up.add((kernel, arch))
+        return tiles.choose(kernel, arch, *sizes)
+
+    monkeypatch.setattr(launch, "choose", choose)
+    monkeypatch.setattr(launch, "run", lambda launched: None)
+    schemes = [get_scheme(method) for method in METHODS]
+    schemes += [get_scheme("mxfp4", scale_alg=2), w4a8(MXFP4), w4a8(DUALSCALE), blocks(128, 128)]
     for device in ("cuda", "rocm"):
-        for arch in ARCHITECTURES[device]:
-            for method in ("int8", "fp8"):
-                for kernel in registry.candidates(method, Target(device, arch)):
-                    middle = kernel.name.removeprefix(f"{device}_").removesuffix("_triton")
-                    if kernel.name.endswith("triton") and middle in needs:
-                        assert (needs[middle], arch) in tiles.TILES
+        for kernel in registry.kernels_of(device):
+            if not kernel.source.startswith("triton_kernels/"):
+                continue
+            ran = 0
+            for arch, scheme, M in product(kernel.archs, schemes, (4, 200)):
+                problem = Problem(M, 512, 64, 2, 2, BF16)
+                if scheme.method != kernel.method or kernel.refuse(problem, scheme) is not None:
+                    continue
+                place = launch.Device(arch, 132)
+                monkeypatch.setattr(launch, "device_of", lambda device, place=place: place)
+                weight = get_format(scheme.weight).quantize(torch.randn(64, 512))
+                x = kernel.quantize(torch.randn(M, 512).to(BF16), scheme.activation)
+                assert kernel.gemm(x, weight, None, problem, scheme).shape == (M, 64)
+                ran += 1
+            assert ran >= len(kernel.archs), kernel.name
+    assert looked_up == set(tiles.TILES)
 
 
 def test_a_machine_without_triton_lowers_and_says_so_where_it_would_run(
@@ -215,3 +238,10 @@ def test_operands_on_a_cpu_are_an_error() -> None:
     codes, scale = torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)
     with pytest.raises(OmniqError, match="operands are on 'cpu'"):
         torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, None, BF16, False)
+
+
+def test_a_bias_of_one_element_is_an_error_where_n_would_be_read() -> None:
+    codes, scale = torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)
+    said = r"omniq::triton_row_scaled_gemm: the bias is \[1\].*N = 3"
+    with pytest.raises(OmniqError, match=said):
+        torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, scale[:1], BF16, False)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniq_compile.lowering.bias import check_bias
 from omniq_compile.lowering.cpu import library
 from omniq_compile.lowering.formats import mxfp4, mxfp8
 from omniq_compile.lowering.formats.blocks import repeat
@@ -65,9 +66,11 @@ def cpu_tile_gemm(
         ``[..., M, N]``.
 
     Raises:
+        OmniqError: the bias is not ``[N]``.
         RuntimeError: the C++ reports an error, with its message.
     """
     N, K = codes.shape[0], a.shape[-1]
+    check_bias("omniq::cpu_tile_gemm", bias, N)
     out = a.new_empty((*a.shape[:-1], N), dtype=dtype)
     if out.numel() == 0:
         return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._pytree import tree_leaves
 
+from omniq_compile.lowering.bias import check_bias
 from omniq_compile.lowering.triton_kernels import launch
 
 Operator = TypeVar("Operator", bound=Callable[..., Tensor])
@@ -186,7 +187,11 @@ def _multiply(make: Callable[..., launch.Launch], out: Tensor, **operands: Any) 
     """Launch what ``make`` says about contiguous operands; returns ``out``, filled.
 
     They keep their leading dimensions: Inductor would store what it computes once for each view.
+
+    Raises:
+        OmniqError: the bias is not ``[N]``, or the operands are not on a GPU.
     """
+    check_bias(f"omniq::triton_{make.__name__}_gemm", operands["bias"], out.shape[-1])
     if out.numel():
         operands = {name: _contiguous(operand) for name, operand in operands.items()}
         device = launch.device_of(out.device)

@@ -74,12 +74,12 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     # BF16 activations by codes that become BF16, and the same with scales that change along K.
     ("decoded", _AMPERE): (Tile(128, 128, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("decoded", _ADA + _RTX): (Tile(128, 128, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
-    ("decoded", _HOPPER + _BLACKWELL): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-    ("decoded", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded", _HOPPER): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
     ("decoded_scaled", _AMPERE): (Tile(128, 64, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
-    ("decoded_scaled", _ADA + _RTX): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
-    ("decoded_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-    ("decoded_scaled", _CDNA3 + _CDNA4): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded_scaled", _ADA): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
+    ("decoded_scaled", _HOPPER): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
 }  # fmt: skip
 
 # What is tried beside those, where tiles are timed: other shapes of much the same size, and TMA.
@@ -99,8 +99,8 @@ _TRIED: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("block_scaled", _HOPPER + _BLACKWELL): (Tile(64, 128, 128, 4, 4),),
     ("mx_e4m3", _BLACKWELL): (Tile(128, 128, 256, 8, 3),),
     ("mx_e2m1", _BLACKWELL): (Tile(128, 128, 512, 8, 3),),
-    ("decoded", _HOPPER + _BLACKWELL): (Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
-    ("decoded_scaled", _HOPPER + _BLACKWELL): (Tile(64, 128, 64, 4, 4),),
+    ("decoded", _HOPPER): (Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
+    ("decoded_scaled", _HOPPER): (Tile(64, 128, 64, 4, 4),),
 }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def inspect(
         OptionError: unknown options or target, or ``layer`` names no layer.
     """
     config, contexts = trace(model, inputs, options, target)
-    graphs = [dict(context.stages or {}) for context in contexts]
+    graphs = {index: dict(context.stages or {}) for index, context in enumerate(contexts)}
     if layer is not None:
         graphs = _restricted(graphs, layer)
     report = report_of(config, contexts)
@@ -134,7 +134,7 @@ def inspect(
         for context, views in zip(contexts, _by_graph(report, len(contexts)), strict=True)
         for site, view in zip(context.sites, views, strict=True)
     }
-    folded = fold(graphs)
+    folded = fold(list(graphs.values()))
     no_kernels = None
     if kernels:
         lowered = [graph.stages["lowered"] for graph in folded]
@@ -144,7 +144,7 @@ def inspect(
     parts: list[Part] = []
     imports: dict[str, set[str]] = {stage: set() for stage in STAGES}
     shown: set[int] = set()
-    for index, graph in enumerate(folded):
+    for index, graph in zip(graphs, folded, strict=True):
         things: list[FoldedGraph | Block] = [graph, *graph.blocks()]
         for thing in things:
             if id(thing) not in shown:
@@ -172,21 +172,21 @@ def _own_kernels(contexts: Sequence[Context]) -> list[GeneratedCode]:
 
 
 def _restricted(
-    graphs: list[dict[str, fx.GraphModule]], pattern: str
-) -> list[dict[str, fx.GraphModule]]:
-    """Restrict every graph to a pattern's layers; a graph that has none of them is left out."""
-    named = [layer_names([stages["traced"]]) for stages in graphs]
-    everywhere = [name for names in named for name in names]
+    graphs: dict[int, dict[str, fx.GraphModule]], pattern: str
+) -> dict[int, dict[str, fx.GraphModule]]:
+    """Restrict graphs, by their index, to a pattern's layers; one that has none is left out."""
+    named = {index: layer_names([stages["traced"]]) for index, stages in graphs.items()}
+    everywhere = [name for names in named.values() for name in names]
     for wrong, near in unmatched([pattern], everywhere).items():
         raise OptionError(
             f"--layer {wrong!r} names no layer of this model; nearest: "
             f"{', '.join(near) or ', '.join(everywhere[:3])}."
         )
-    return [
-        {stage: restrict(gm, pattern) for stage, gm in stages.items()}
-        for stages, names in zip(graphs, named, strict=True)
-        if any(matches(pattern, name) for name in names)
-    ]
+    return {
+        index: {stage: restrict(gm, pattern) for stage, gm in stages.items()}
+        for index, stages in graphs.items()
+        if any(matches(pattern, name) for name in named[index])
+    }
 
 
 def _by_graph(report: Report, count: int) -> list[list[Site]]:

@@ -96,10 +96,13 @@ def _quantized_linear(
     layer: nn.Linear, weight: QuantizedTensor, scheme: Scheme, target: Target
 ) -> Linear:
     N, K = weight.shape
-    chosen: dict[int, tuple[registry.Kernel, registry.Problem, Parts]] = {}
+    chosen: dict[Any, tuple[registry.Kernel, registry.Problem, Parts]] = {}
+    wide: dict[Any, Parts] = {}
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if x.dim() not in chosen:
+        # What a kernel takes, and how it goes about it, may depend on any of the sizes.
+        key = x.shape[:-1], x.dtype
+        if key not in chosen:
             problem = registry.Problem(x.shape[:-1].numel(), K, N, x.dim(), 2, x.dtype)
             kernel, refusals = registry.choose(scheme, target, problem)
             if kernel is None:
@@ -107,10 +110,12 @@ def _quantized_linear(
             parts: Parts = weight.parts
             if kernel.gemm in _DECODERS:
                 # In eager code decoding takes far longer than the product; here it happens once.
-                parts = _DECODERS[kernel.gemm](parts, scheme.weight)
+                if kernel.gemm not in wide:
+                    wide[kernel.gemm] = _DECODERS[kernel.gemm](parts, scheme.weight)
+                parts = wide[kernel.gemm]
                 problem = dataclasses.replace(problem, b_is_weight=False)
-            chosen[x.dim()] = kernel, problem, parts
-        kernel, problem, parts = chosen[x.dim()]
+            chosen[key] = kernel, problem, parts
+        kernel, problem, parts = chosen[key]
         return kernel.gemm(
             kernel.quantize(x, scheme.activation), parts, layer.bias, problem, scheme
         )
