@@ -47,17 +47,17 @@ def omniq(
         mode: one of ``torch.compile``'s modes, in place of the option of that name.
 
     Raises:
-        OptionError: unknown options, a device without kernels, or a layer pattern that needs the
-            name of a block compiled on its own.
+        OptionError: unknown options or mode, a mode that the compiler does not read, a device
+            without kernels, or a layer pattern that needs the name of a block compiled on its own.
         GradientError: gradients are enabled and an input requires them.
     """
-    config = QuantConfig.from_options(options)
+    config = QuantConfig.from_options(options).with_mode(mode)
     _refuse_gradients(example_inputs)
     refuse_full_names(config)
-    usual = _compile_graph(gm, example_inputs, config, mode)
+    usual = _compile_graph(gm, example_inputs, config)
     if not config.w4a8_fallback_steps:
         return usual
-    fallback = _compile_graph(gm, example_inputs, config.with_mxfp8_activations(), mode)
+    fallback = _compile_graph(gm, example_inputs, config.with_mxfp8_activations())
 
     def run(*arguments: Any) -> Any:
         in_fallback = current_step() in config.w4a8_fallback_steps
@@ -67,7 +67,7 @@ def omniq(
 
 
 def _compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, mode: str | None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
@@ -77,7 +77,7 @@ def _compile_graph(
     _log(context, seconds)
     if traced:
         structured_trace.publish(context, summary_line(context, seconds))
-    return bind(gm, rewritten, context, example_inputs, mode)
+    return bind(gm, rewritten, context, example_inputs)
 
 
 def bind(
@@ -85,7 +85,6 @@ def bind(
     rewritten: fx.GraphModule,
     context: Context,
     example_inputs: Sequence[Any],
-    mode: str | None = None,
 ) -> Compiled:
     """Compile a rewritten graph, and give it the weights that each call's parameters stand for."""
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
@@ -93,7 +92,7 @@ def bind(
     kept = [names.index(n.name) for n in left if n.name in names]
     added = [dynamo.value(n) for n in left if n.name not in names]
     inputs = [example_inputs[i] for i in kept] + added
-    compiled = _compile(rewritten, inputs, context.config, mode)
+    compiled = _compile(rewritten, inputs, context.config)
     if not context.bindings:
         return lambda *arguments: compiled(*[arguments[i] for i in kept])
     weights = BoundWeights(context.bindings, names)
@@ -108,11 +107,9 @@ def bind(
     return run
 
 
-def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
-) -> Compiled:
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> Compiled:
     if config.compiler == "inductor":
-        return inductor.compile(gm, inputs, inductor.settings_of(config, mode))
+        return inductor.compile(gm, inputs, inductor.settings_of(config))
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]

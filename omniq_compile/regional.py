@@ -36,16 +36,18 @@ def compile(
     Args:
         model: any module with repeated blocks.
         options: see `QuantConfig`.
-        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``.
+        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``; ``mode`` goes
+            in place of the option of that name.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: unknown options, a model without repeated blocks, or so many different
-            policies that PyTorch would stop compiling.
+        OptionError: unknown options or mode, a mode that the compiler does not read, a model
+            without repeated blocks, or so many different policies that PyTorch would stop
+            compiling.
     """
-    config = QuantConfig.from_options(options)
+    config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
     blocks = module_blocks(model)
     if not blocks:
         raise OptionError(
@@ -95,7 +97,7 @@ class _Regions:
         place = self._order.setdefault(name, len(self._order))
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
-            self._backends[config] = partial(_backend, config=config)
+            self._backends[config] = partial(omniq, options=config)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
             self._own_function(type(block)), backend=self._backends[config], **self._arguments
@@ -134,10 +136,6 @@ class _Regions:
 def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     # Past `__call__`, which would find the compiled form again; the hooks run in here.
     return block._call_impl(*args, **kwargs)
-
-
-def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig, mode: str | None = None) -> Any:
-    return omniq(gm, example_inputs, options=config, mode=mode)
 
 
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:

@@ -133,6 +133,15 @@ def test_a_model_without_repeated_blocks_is_an_error() -> None:
         omniq_compile.compile(nn.Sequential(nn.Linear(64, 64), nn.GELU()), {"method": "int8"})
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("max-autotune", "only compiler 'inductor' reads"), ("max_autotune", "'max-autotune'")],
+)
+def test_a_mode_that_does_nothing_is_an_error(mode: str, words: str) -> None:
+    with pytest.raises(omniq_compile.OptionError, match=words):
+        omniq_compile.compile(tower(), OPTIONS | {"method": "int8"}, mode=mode)
+
+
 def test_too_many_policies_are_an_error() -> None:
     ignored = [f"late.{i}.net.{i % 2}" for i in range(2)]
     with (
