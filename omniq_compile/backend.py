@@ -19,8 +19,8 @@ from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.patterns import unmatched
 from omniq_compile.summary import summary_line
+from omniq_compile.unmatched import warn_unmatched
 from omniq_compile.weights import BoundWeights
 
 # Below `omniq_compile`, which TORCH_LOGS="omniq" and TORCH_LOGS="omniq_compile" set; see
@@ -52,12 +52,35 @@ def omniq(
         GradientError: gradients are enabled and an input requires them.
     """
     config = QuantConfig.from_options(options).with_mode(mode)
+    return compile_graph(gm, example_inputs, config, check_patterns=True)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: QuantConfig,
+    *,
+    check_patterns: bool,
+) -> Compiled:
+    """Compile one graph of Dynamo's by a checked configuration; see `omniq`.
+
+    Args:
+        gm: the traced graph, which is left as it is.
+        example_inputs: its inputs, parameters included.
+        config: what to do.
+        check_patterns: whether to refuse layer patterns that need a name which the graph does not
+            show, and to warn of those that name nothing in it.
+
+    Raises:
+        OptionError, GradientError: as `omniq` does.
+    """
     _refuse_gradients(example_inputs)
-    refuse_full_names(config)
-    usual = _compile_graph(gm, example_inputs, config)
+    if check_patterns:
+        refuse_full_names(config)
+    usual = _compile_for_steps(gm, example_inputs, config, check_patterns)
     if not config.w4a8_fallback_steps:
         return usual
-    fallback = _compile_graph(gm, example_inputs, config.with_mxfp8_activations())
+    fallback = _compile_for_steps(gm, example_inputs, config.with_mxfp8_activations(), False)
 
     def run(*arguments: Any) -> Any:
         in_fallback = current_step() in config.w4a8_fallback_steps
@@ -66,8 +89,8 @@ def omniq(
     return run
 
 
-def _compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig
+def _compile_for_steps(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, check_patterns: bool
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
@@ -75,6 +98,9 @@ def _compile_graph(
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
     _log(context, seconds)
+    layers = [site.layer for site in context.sites]
+    if check_patterns and layers:
+        warn_unmatched(config, layers, f"none of this graph's {len(layers)} layers")
     if traced:
         structured_trace.publish(context, summary_line(context, seconds))
     return bind(gm, rewritten, context, example_inputs)
@@ -147,21 +173,3 @@ def _log(context: Context, seconds: float) -> None:
     for site in context.sites:
         if site.decision.method is None:
             logger.debug("kept %s (%s): %s", site.layer, site.spelling, site.decision.reason)
-    layers = [site.layer for site in context.sites]
-    named = {
-        "ignored_layers": context.config.ignored_layers,
-        "w4a8_fallback_layers": context.config.w4a8_fallback_layers,
-    }
-    for option, pattern, close in (
-        (option, *found)
-        for option, given in named.items()
-        for found in unmatched(given, layers).items()
-    ):
-        if layers:
-            logger.warning(
-                "%s pattern %r matches none of this graph's %d layers; nearest: %s",
-                option,
-                pattern,
-                len(layers),
-                ", ".join(close) or ", ".join(layers[:3]),
-            )

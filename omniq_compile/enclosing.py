@@ -11,8 +11,6 @@ from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import matches
 
-_PATTERN_OPTIONS = ("ignored_layers", "w4a8_fallback_layers")
-
 
 def refuse_full_names(config: QuantConfig) -> None:
     """Check the patterns of a compile against the names that its graph does not show.
@@ -27,7 +25,7 @@ def refuse_full_names(config: QuantConfig) -> None:
         OptionError: a pattern names a layer of the compiled module, or of one of its class that
             would share the compiled code, only by its full name.
     """
-    patterns = [(option, p) for option in _PATTERN_OPTIONS for p in getattr(config, option)]
+    patterns = [(option, p) for option, given in config.layer_patterns.items() for p in given]
     calls = list(_modules_being_called()) if patterns else []
     if not calls or calls[0] is calls[-1]:
         return

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.backend import omniq
+from omniq_compile.backend import compile_graph
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.patterns import first_match, unmatched
+from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
 from omniq_compile.passes.regions import find_blocks
+from omniq_compile.unmatched import warn_unmatched
 
 logger = logging.getLogger("omniq")
 
@@ -54,7 +55,7 @@ def compile(
             f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
             "torch.compile(model, backend='omniq', options=...)."
         )
-    warn_unmatched(config, model)
+    warn_unmatched_in(model, config)
     _Regions(model, blocks, config, compile_arguments)
     return model
 
@@ -97,7 +98,8 @@ class _Regions:
         place = self._order.setdefault(name, len(self._order))
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
-            self._backends[config] = partial(omniq, options=config)
+            # The patterns are names of this block's modules now, which no user has to hear of.
+            self._backends[config] = partial(compile_graph, config=config, check_patterns=False)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
             self._own_function(type(block)), backend=self._backends[config], **self._arguments
@@ -168,14 +170,6 @@ def _leaf_names(module: nn.Module) -> list[str]:
     return [name for name, child in children if next(child.children(), None) is None]
 
 
-def warn_unmatched(config: QuantConfig, model: nn.Module) -> None:
-    """Log the layer patterns that name no layer of the model, with the nearest names."""
-    layers = _leaf_names(model)
-    for option in ("ignored_layers", "w4a8_fallback_layers"):
-        for pattern, close in unmatched(getattr(config, option), layers).items():
-            logger.warning(
-                "%s pattern %r matches no layer of the model; nearest: %s",
-                option,
-                pattern,
-                ", ".join(close) or ", ".join(layers[:3]),
-            )
+def warn_unmatched_in(model: nn.Module, config: QuantConfig) -> None:
+    """Log the layer patterns that name no layer of a model, with the nearest names."""
+    warn_unmatched(config, _leaf_names(model), "no layer of the model")

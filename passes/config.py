@@ -80,6 +80,14 @@ class QuantConfig:
         """The formats that the method multiplies in."""
         return get_scheme(self.method, self.mxfp4_scale_alg, self.weight_block_size)
 
+    @property
+    def layer_patterns(self) -> dict[str, tuple[str, ...]]:
+        """The patterns of layers, by the option that holds them."""
+        return {
+            "ignored_layers": self.ignored_layers,
+            "w4a8_fallback_layers": self.w4a8_fallback_layers,
+        }
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QuantConfig | None) -> QuantConfig:
         """Check a user's options.

@@ -157,6 +157,15 @@ def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFix
     assert "'erly.0' matches no layer of the model; nearest: early" in caplog.text
 
 
+def test_patterns_that_match_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Inside a block they are names of its modules, of which some, such as a norm, are no site."""
+    options = {"method": "mxfp4", "ignored_layers": ["late"], "w4a8_fallback_layers": ["early.0"]}
+    with caplog.at_level(logging.WARNING, "omniq"):
+        omniq_compile.compile(tower(), OPTIONS | options)(torch.randn(7, 38))
+    assert [r.getMessage() for r in caplog.records if r.name == "omniq"] == []
+    assert graphs() == 3
+
+
 @pytest.mark.parametrize(
     ("class_name", "containers"),
     [
