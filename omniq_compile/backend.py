@@ -75,8 +75,6 @@ def compile_graph(
         OptionError, GradientError: as `omniq` does.
     """
     _refuse_gradients(example_inputs)
-    if check_patterns:
-        refuse_full_names(config)
     usual = _compile_for_steps(gm, example_inputs, config, check_patterns)
     if not config.w4a8_fallback_steps:
         return usual
@@ -97,6 +95,8 @@ def _compile_for_steps(
     context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
+    if check_patterns:
+        refuse_full_names(config, context.sites)
     _log(context, seconds)
     layers = [site.layer for site in context.sites]
     if check_patterns and layers:

@@ -13,7 +13,7 @@ from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.regional import warn_unmatched_in
+from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 

@@ -16,10 +16,11 @@ from torch import nn
 from omniq_compile.backend import compile_graph
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.layer_names import possible_names
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
 from omniq_compile.passes.regions import find_blocks
-from omniq_compile.unmatched import warn_unmatched
+from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 
@@ -149,11 +150,10 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         block: the module.
         place: zero-based, in the order the model runs its blocks.
     """
-    layers = _leaf_names(block)
+    names = possible_names(block, name)
 
     def inside(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        named = [layer for layer in layers if first_match(patterns, f"{name}.{layer}")]
-        return tuple(f"re:{re.escape(layer)}" for layer in named)
+        return tuple(f"re:{re.escape(own)}" for own, full in names if first_match(patterns, full))
 
     return dataclasses.replace(
         config,
@@ -163,13 +163,3 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         keep_all=config.keep_all
         or (leading_reason(config) if place < config.num_bf16_fallback_layers else ""),
     )
-
-
-def _leaf_names(module: nn.Module) -> list[str]:
-    children = list(module.named_modules())[1:]
-    return [name for name, child in children if next(child.children(), None) is None]
-
-
-def warn_unmatched_in(model: nn.Module, config: QuantConfig) -> None:
-    """Log the layer patterns that name no layer of a model, with the nearest names."""
-    warn_unmatched(config, _leaf_names(model), "no layer of the model")
