@@ -19,8 +19,8 @@ from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.patterns import unmatched
 from omniq_compile.summary import summary_line
+from omniq_compile.unmatched import warn_unmatched
 from omniq_compile.weights import BoundWeights
 
 # Below `omniq_compile`, which TORCH_LOGS="omniq" and TORCH_LOGS="omniq_compile" set; see
@@ -47,17 +47,38 @@ def omniq(
         mode: one of ``torch.compile``'s modes, in place of the option of that name.
 
     Raises:
-        OptionError: unknown options, a device without kernels, or a layer pattern that needs the
-            name of a block compiled on its own.
+        OptionError: unknown options or mode, a mode that the compiler does not read, a device
+            without kernels, or a layer pattern that needs the name of a block compiled on its own.
         GradientError: gradients are enabled and an input requires them.
     """
-    config = QuantConfig.from_options(options)
+    config = QuantConfig.from_options(options).with_mode(mode)
+    return compile_graph(gm, example_inputs, config, check_patterns=True)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: QuantConfig,
+    *,
+    check_patterns: bool,
+) -> Compiled:
+    """Compile one graph of Dynamo's by a checked configuration; see `omniq`.
+
+    Args:
+        gm: the traced graph, which is left as it is.
+        example_inputs: its inputs, parameters included.
+        config: what to do.
+        check_patterns: whether to refuse layer patterns that need a name which the graph does not
+            show, and to warn of those that name nothing in it.
+
+    Raises:
+        OptionError, GradientError: as `omniq` does.
+    """
     _refuse_gradients(example_inputs)
-    refuse_full_names(config)
-    usual = _compile_graph(gm, example_inputs, config, mode)
+    usual = _compile_for_steps(gm, example_inputs, config, check_patterns)
     if not config.w4a8_fallback_steps:
         return usual
-    fallback = _compile_graph(gm, example_inputs, config.with_mxfp8_activations(), mode)
+    fallback = _compile_for_steps(gm, example_inputs, config.with_mxfp8_activations(), False)
 
     def run(*arguments: Any) -> Any:
         in_fallback = current_step() in config.w4a8_fallback_steps
@@ -66,18 +87,23 @@ def omniq(
     return run
 
 
-def _compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, mode: str | None
+def _compile_for_steps(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, check_patterns: bool
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
     context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
+    if check_patterns:
+        refuse_full_names(config, context.sites)
     _log(context, seconds)
+    layers = [site.layer for site in context.sites]
+    if check_patterns and layers:
+        warn_unmatched(config, layers, f"none of this graph's {len(layers)} layers")
     if traced:
         structured_trace.publish(context, summary_line(context, seconds))
-    return bind(gm, rewritten, context, example_inputs, mode)
+    return bind(gm, rewritten, context, example_inputs)
 
 
 def bind(
@@ -85,7 +111,6 @@ def bind(
     rewritten: fx.GraphModule,
     context: Context,
     example_inputs: Sequence[Any],
-    mode: str | None = None,
 ) -> Compiled:
     """Compile a rewritten graph, and give it the weights that each call's parameters stand for."""
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
@@ -93,7 +118,7 @@ def bind(
     kept = [names.index(n.name) for n in left if n.name in names]
     added = [dynamo.value(n) for n in left if n.name not in names]
     inputs = [example_inputs[i] for i in kept] + added
-    compiled = _compile(rewritten, inputs, context.config, mode)
+    compiled = _compile(rewritten, inputs, context.config)
     if not context.bindings:
         return lambda *arguments: compiled(*[arguments[i] for i in kept])
     weights = BoundWeights(context.bindings, names)
@@ -108,11 +133,9 @@ def bind(
     return run
 
 
-def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig, mode: str | None
-) -> Compiled:
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> Compiled:
     if config.compiler == "inductor":
-        return inductor.compile(gm, inputs, inductor.settings_of(config, mode))
+        return inductor.compile(gm, inputs, inductor.settings_of(config))
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
@@ -150,21 +173,3 @@ def _log(context: Context, seconds: float) -> None:
     for site in context.sites:
         if site.decision.method is None:
             logger.debug("kept %s (%s): %s", site.layer, site.spelling, site.decision.reason)
-    layers = [site.layer for site in context.sites]
-    named = {
-        "ignored_layers": context.config.ignored_layers,
-        "w4a8_fallback_layers": context.config.w4a8_fallback_layers,
-    }
-    for option, pattern, close in (
-        (option, *found)
-        for option, given in named.items()
-        for found in unmatched(given, layers).items()
-    ):
-        if layers:
-            logger.warning(
-                "%s pattern %r matches none of this graph's %d layers; nearest: %s",
-                option,
-                pattern,
-                len(layers),
-                ", ".join(close) or ", ".join(layers[:3]),
-            )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.patterns import matches
+from omniq_compile.passes.patterns import first_match
+from omniq_compile.passes.sites import Site
 
-_PATTERN_OPTIONS = ("ignored_layers", "w4a8_fallback_layers")
 
-
-def refuse_full_names(config: QuantConfig) -> None:
+def refuse_full_names(config: QuantConfig, sites: Sequence[Site]) -> None:
     """Check the patterns of a compile against the names that its graph does not show.
 
     diffusers' ``compile_repeated_blocks`` compiles one block for all of its class, and Dynamo
@@ -23,26 +22,32 @@ def refuse_full_names(config: QuantConfig) -> None:
     layer it names would be quantized. The model is found as the outermost module whose call is in
     progress.
 
+    Args:
+        config: whose patterns to check.
+        sites: of the graph, as decided by the configuration.
+
     Raises:
-        OptionError: a pattern names a layer of the compiled module, or of one of its class that
-            would share the compiled code, only by its full name.
+        OptionError: a pattern names a layer that is quantized, of the compiled module or of one of
+            its class that would share the compiled code, only by its full name.
     """
-    patterns = [(option, p) for option in _PATTERN_OPTIONS for p in getattr(config, option)]
-    calls = list(_modules_being_called()) if patterns else []
+    quantized = [site for site in sites if site.decision.method is not None]
+    given = any(config.layer_patterns.values())
+    calls = list(_modules_being_called()) if given and quantized else []
     if not calls or calls[0] is calls[-1]:
         return
     compiled, model = calls[0], calls[-1]
     for name, module in model.named_modules():
         if type(_original(module)) is not type(compiled) or not name:
             continue
-        place = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        for layer, _ in compiled.named_modules():
-            for option, pattern in patterns:
-                if layer and matches(pattern, f"{place}.{layer}") and not matches(pattern, layer):
+        for site in quantized:
+            full = site.layer_in(name)
+            for option, patterns in config.layer_patterns.items():
+                pattern = first_match(patterns, full)
+                if pattern is not None and first_match(patterns, site.layer) is None:
                     raise OptionError(
-                        f"{option} pattern {pattern!r} names {place}.{layer} of "
-                        f"{type(model).__name__}, and {type(compiled).__name__} is compiled on its "
-                        f"own here, once for all of them, where that layer is only {layer!r}. Use "
+                        f"{option} pattern {pattern!r} names {full} of {type(model).__name__}, and "
+                        f"{type(compiled).__name__} is compiled on its own here, once for all of "
+                        f"them, where that layer is only {site.layer!r}. Use "
                         "omniq_compile.compile(model, options), which knows the full name of "
                         "every block's layers; or a pattern that means the same layer of each."
                     )

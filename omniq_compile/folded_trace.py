@@ -114,7 +114,7 @@ def _renamed(site: Site, block: str, model: nn.Module) -> Site:
     names = [_join(block, name) for name in site.weight_name.split(" + ") if name]
     return dataclasses.replace(
         site,
-        layer=_join(block, site.layer),
+        layer=site.layer_in(block),
         weight_name=" + ".join(names),
         around=tuple(around),
     )

@@ -15,14 +15,9 @@ from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.passes.config import QuantConfig
 
 
-def settings_of(config: QuantConfig, mode: str | None = None) -> dict[str, Any]:
-    """Return the settings of Inductor that a configuration asks for, by its mode and by name.
-
-    Args:
-        config: its ``mode`` and ``inductor``.
-        mode: in place of the first.
-    """
-    return {**torch._inductor.list_mode_options(mode or config.mode), **config.inductor}
+def settings_of(config: QuantConfig) -> dict[str, Any]:
+    """Return the settings of Inductor that a configuration asks for, by its mode and by name."""
+    return {**torch._inductor.list_mode_options(config.mode), **config.inductor}
 
 
 def compile(

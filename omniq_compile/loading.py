@@ -25,10 +25,10 @@ from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
-from omniq_compile.regional import warn_unmatched
 from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving import make_savable, quantization_config
 from omniq_compile.state import VERSION, join_parts, read_metadata, stored_names
+from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 
@@ -233,7 +233,7 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def _fill_quantized(
     model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
 ) -> None:
-    warn_unmatched(config, model)
+    warn_unmatched_in(model, config)
     if config.target is None and detectable(device.type):
         config = dataclasses.replace(config, target=detect(device.type))
     rows = plan_layers(model, config)

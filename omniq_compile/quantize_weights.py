@@ -13,7 +13,7 @@ from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.regional import warn_unmatched
+from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 
@@ -62,7 +62,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
             quantized already.
     """
     config = QuantConfig.from_options(options)
-    warn_unmatched(config, model)
+    warn_unmatched_in(model, config)
     rows = plan_layers(model, config)
     layers: dict[int, list[Any]] = {}  # by weight, which several may share
     names: dict[int, str] = {}

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.backend import omniq
+from omniq_compile.backend import compile_graph
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.patterns import first_match, unmatched
+from omniq_compile.passes.layer_names import possible_names
+from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
 from omniq_compile.passes.regions import find_blocks
+from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 
@@ -36,23 +38,25 @@ def compile(
     Args:
         model: any module with repeated blocks.
         options: see `QuantConfig`.
-        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``.
+        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``; ``mode`` goes
+            in place of the option of that name.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: unknown options, a model without repeated blocks, or so many different
-            policies that PyTorch would stop compiling.
+        OptionError: unknown options or mode, a mode that the compiler does not read, a model
+            without repeated blocks, or so many different policies that PyTorch would stop
+            compiling.
     """
-    config = QuantConfig.from_options(options)
+    config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
     blocks = module_blocks(model)
     if not blocks:
         raise OptionError(
             f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
             "torch.compile(model, backend='omniq', options=...)."
         )
-    warn_unmatched(config, model)
+    warn_unmatched_in(model, config)
     _Regions(model, blocks, config, compile_arguments)
     return model
 
@@ -95,7 +99,8 @@ class _Regions:
         place = self._order.setdefault(name, len(self._order))
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
-            self._backends[config] = partial(_backend, config=config)
+            # The patterns are names of this block's modules now, which no user has to hear of.
+            self._backends[config] = partial(compile_graph, config=config, check_patterns=False)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
             self._own_function(type(block)), backend=self._backends[config], **self._arguments
@@ -136,10 +141,6 @@ def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)
 
 
-def _backend(gm: Any, example_inputs: Any, *, config: QuantConfig, mode: str | None = None) -> Any:
-    return omniq(gm, example_inputs, options=config, mode=mode)
-
-
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:
     """Return the configuration of one block, with names as the block itself sees them.
 
@@ -149,11 +150,10 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         block: the module.
         place: zero-based, in the order the model runs its blocks.
     """
-    layers = _leaf_names(block)
+    names = possible_names(block, name)
 
     def inside(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        named = [layer for layer in layers if first_match(patterns, f"{name}.{layer}")]
-        return tuple(f"re:{re.escape(layer)}" for layer in named)
+        return tuple(f"re:{re.escape(own)}" for own, full in names if first_match(patterns, full))
 
     return dataclasses.replace(
         config,
@@ -163,21 +163,3 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
         keep_all=config.keep_all
         or (leading_reason(config) if place < config.num_bf16_fallback_layers else ""),
     )
-
-
-def _leaf_names(module: nn.Module) -> list[str]:
-    children = list(module.named_modules())[1:]
-    return [name for name, child in children if next(child.children(), None) is None]
-
-
-def warn_unmatched(config: QuantConfig, model: nn.Module) -> None:
-    """Log the layer patterns that name no layer of the model, with the nearest names."""
-    layers = _leaf_names(model)
-    for option in ("ignored_layers", "w4a8_fallback_layers"):
-        for pattern, close in unmatched(getattr(config, option), layers).items():
-            logger.warning(
-                "%s pattern %r matches no layer of the model; nearest: %s",
-                option,
-                pattern,
-                ", ".join(close) or ", ".join(layers[:3]),
-            )

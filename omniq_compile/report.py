@@ -73,7 +73,7 @@ class Report:
         sites: in the order of the model.
         graphs: more than one where Dynamo had to break the model.
         weight_bytes_before, weight_bytes_after: of the weights that are quantized.
-        unmatched: ``ignored_layers`` patterns that match nothing, with the nearest layers.
+        unmatched: layer patterns that match nothing, of any option, with the nearest layers.
     """
 
     options: dict[str, Any]
@@ -169,6 +169,7 @@ def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
     }
     sizes = [weight_bytes(binding) for binding in bindings.values()]
     layers = [site.layer for c in contexts for site in c.sites]
+    patterns = [p for given in config.layer_patterns.values() for p in given]
     return Report(
         options=dataclasses.asdict(config),
         target=str(contexts[0].target),
@@ -176,7 +177,7 @@ def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
         graphs=[_graph(i, c) for i, c in enumerate(contexts)],
         weight_bytes_before=sum(before for before, _ in sizes),
         weight_bytes_after=sum(after for _, after in sizes),
-        unmatched=unmatched(config.ignored_layers, layers),
+        unmatched=unmatched(patterns, layers),
     )
 
 

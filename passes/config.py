@@ -44,6 +44,9 @@ class QuantConfig:
         w4a8_fallback_layers: mxfp4: patterns of layers whose activations are mxfp8.
         w4a8_fallback_steps: mxfp4: zero-based denoising steps in which all activations are mxfp8.
         keep_all: not an option: why every site keeps its own precision, set for whole blocks.
+
+    Raises:
+        OptionError: ``inductor`` or ``mode`` for another compiler, which would not read them.
     """
 
     method: str
@@ -62,10 +65,28 @@ class QuantConfig:
     w4a8_fallback_steps: tuple[int, ...] = ()
     keep_all: str = ""
 
+    def __post_init__(self) -> None:
+        if self.compiler == "inductor":
+            return
+        for name, is_set in (("inductor", self.inductor), ("mode", self.mode != "default")):
+            if is_set:
+                raise OptionError(
+                    f"option {name!r} is {getattr(self, name)!r}, which only compiler 'inductor' "
+                    f"reads, and option 'compiler' is {self.compiler!r}. Leave out one of the two."
+                )
+
     @property
     def scheme(self) -> Scheme:
         """The formats that the method multiplies in."""
         return get_scheme(self.method, self.mxfp4_scale_alg, self.weight_block_size)
+
+    @property
+    def layer_patterns(self) -> dict[str, tuple[str, ...]]:
+        """The patterns of layers, by the option that holds them."""
+        return {
+            "ignored_layers": self.ignored_layers,
+            "w4a8_fallback_layers": self.w4a8_fallback_layers,
+        }
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QuantConfig | None) -> QuantConfig:
@@ -99,6 +120,14 @@ class QuantConfig:
         if method == "mxfp4_dualscale":
             checked.setdefault("num_bf16_fallback_layers", DUALSCALE_FALLBACK_LAYERS)
         return cls(**checked)
+
+    def with_mode(self, mode: str | None) -> QuantConfig:
+        """Return the configuration with one of ``torch.compile``'s modes; None leaves its own.
+
+        Raises:
+            OptionError: an unknown mode, or one that the compiler does not read.
+        """
+        return self if mode is None else dataclasses.replace(self, mode=CHECKS["mode"](mode))
 
     def with_mxfp8_activations(self) -> QuantConfig:
         """Return the configuration of a denoising step listed in ``w4a8_fallback_steps``."""

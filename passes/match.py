@@ -13,6 +13,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.passes import dynamo, expression
 from omniq_compile.passes.expression import WeightExpression
+from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.metadata import fake_mode
 from omniq_compile.passes.sites import Kind, Operand, Product, Site
 from omniq_compile.passes.spellings import SPELLINGS
@@ -55,7 +56,7 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
     return Site(
         node=node,
         spelling=spelling,
-        layer=_layer(node, names),
+        layer=layer_name(names, dynamo.layer_name(node)),
         kind=kind,
         product=product,
         problem=None if product.unsupported else _problem(node, product, weight is not None),
@@ -69,13 +70,6 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
 def _stored(weight: WeightExpression | None) -> QuantizedTensor | None:
     value = dynamo.value(weight.leaves[0]) if weight and weight.is_parameter else None
     return value if isinstance(value, QuantizedTensor) else None
-
-
-def _layer(node: fx.Node, weight_names: list[str]) -> str:
-    """Name a site by the module that owns its weight, or else by the module that multiplies."""
-    if len(weight_names) == 1:
-        return weight_names[0].removesuffix(".weight")
-    return dynamo.layer_name(node)
 
 
 def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:

@@ -13,6 +13,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes.expression import Step, WeightExpression
+from omniq_compile.passes.layer_names import layer_name
 
 TRANSPOSE: Step = ("transpose", (-1, -2))
 
@@ -90,3 +91,8 @@ class Site:
         """The dtype of the site's result."""
         dtype: torch.dtype = self.node.meta["example_value"].dtype
         return dtype
+
+    def layer_in(self, place: str) -> str:
+        """Return the layer's name in a model that has the traced module at ``place``."""
+        weights = [name for name in self.weight_name.split(" + ") if name]
+        return layer_name(weights, self.layer, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from conftest import OPTIONS, Holder
 from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile import OptionError, QuantConfig, explain
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.schemes import get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
@@ -29,11 +31,13 @@ def test_defaults_are_those_of_the_docs() -> None:
 def test_every_option_is_taken() -> None:
     config = check(
         ignored_layers=["img_mod", "re:.*attn"], activation_scheme="dynamic", min_features=1,
-        matmul=True, compiler="eager", inductor={"max_autotune": False}, target="cpu:generic",
+        matmul=True, compiler="inductor", inductor={"max_autotune": False}, mode="reduce-overhead",
+        target="cpu:generic",
     )  # fmt: skip
     assert config.ignored_layers == ("img_mod", "re:.*attn")
-    assert (config.min_features, config.matmul, config.compiler) == (1, True, "eager")
+    assert (config.min_features, config.matmul, config.compiler) == (1, True, "inductor")
     assert config.inductor == {"max_autotune": False}
+    assert config.mode == "reduce-overhead"
     assert config.target == Target("cpu", "generic")
     assert QuantConfig.from_options(config) is config
 
@@ -104,6 +108,28 @@ def test_a_wrong_option_names_the_valid_and_the_nearest(
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("mode", "reduce-overhead"), ("inductor", {"max_autotune": True})]
+)
+def test_what_the_compiler_would_not_read_is_an_error(compiler: str, name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"{name!r} is .* 'compiler' is {compiler!r}. Leave out"):
+        check(compiler=compiler, **{name: value})
+    assert getattr(check(compiler="inductor", **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_the_defaults_go_with_every_compiler(compiler: str) -> None:
+    assert check(compiler=compiler, mode="default", inductor={}) == check(compiler=compiler)
+
+
+def test_a_mode_beside_the_options_is_checked_like_one_among_them() -> None:
+    model = Holder(torch.matmul, w=torch.randn(38, 19))
+    backend = functools.partial(omniq, options=OPTIONS)
+    with pytest.raises(BackendCompilerFailed, match=r"'mode' is 'max-autotune'.* Leave out one"):
+        torch.compile(model, backend=backend, mode="max-autotune")(torch.randn(7, 38))
 
 
 @pytest.mark.parametrize(

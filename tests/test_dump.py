@@ -114,7 +114,7 @@ def test_a_pattern_that_matches_nothing_is_told(
     here: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = dump(capsys, f"{here}:named", "--method", "int8", "--ignored-layers", "downs")
-    assert "# ignored_layers 'downs' matches nothing; nearest: down" in out
+    assert "# pattern 'downs' matches nothing; nearest: down" in out
 
 
 def test_out_writes_what_would_be_printed(

@@ -9,7 +9,7 @@ import torch
 from conftest import OPTIONS, compiled
 from torch import nn
 
-from omniq_compile import explain
+from omniq_compile import denoise_step, explain
 from omniq_compile.passes.patterns import first_match, matches, unmatched
 
 LAYER = "transformer_blocks.3.img_mlp.net.2"
@@ -166,3 +166,24 @@ def test_matched_patterns_are_not_logged(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING, logger="omniq"):
         compiled(Model(), ignored_layers=["img_mod"])(torch.randn(7, 38))
     assert [r for r in caplog.records if r.name == "omniq"] == []
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "omniq"]
+
+
+def test_every_option_that_names_layers_is_reported_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where the activations depend on the step, the graph is compiled twice."""
+    model, x = Model(), torch.randn(7, 38)
+    options = {"method": "mxfp4", "ignored_layers": ["img_mods"], "w4a8_fallback_steps": [0]}
+    options |= {"w4a8_fallback_layers": ["img_nod", "img_mod2"]}
+    report = explain(model, (x,), OPTIONS | options)
+    assert list(report.unmatched) == ["img_mods", "img_nod"]
+    assert all(near[0].startswith("img_mod") for near in report.unmatched.values())
+
+    with caplog.at_level(logging.WARNING, logger="omniq"), denoise_step(1):
+        compiled(model, **options)(x)
+    starts = ["ignored_layers pattern 'img_mods'", "w4a8_fallback_layers pattern 'img_nod'"]
+    assert [text.partition(" matches")[0] for text in warnings(caplog)] == starts

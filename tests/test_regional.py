@@ -133,6 +133,15 @@ def test_a_model_without_repeated_blocks_is_an_error() -> None:
         omniq_compile.compile(nn.Sequential(nn.Linear(64, 64), nn.GELU()), {"method": "int8"})
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("max-autotune", "only compiler 'inductor' reads"), ("max_autotune", "'max-autotune'")],
+)
+def test_a_mode_that_does_nothing_is_an_error(mode: str, words: str) -> None:
+    with pytest.raises(omniq_compile.OptionError, match=words):
+        omniq_compile.compile(tower(), OPTIONS | {"method": "int8"}, mode=mode)
+
+
 def test_too_many_policies_are_an_error() -> None:
     ignored = [f"late.{i}.net.{i % 2}" for i in range(2)]
     with (
@@ -146,6 +155,15 @@ def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, "omniq"):
         omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ["erly.0"]})
     assert "'erly.0' matches no layer of the model; nearest: early" in caplog.text
+
+
+def test_patterns_that_match_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Inside a block they are names of its modules, of which some, such as a norm, are no site."""
+    options = {"method": "mxfp4", "ignored_layers": ["late"], "w4a8_fallback_layers": ["early.0"]}
+    with caplog.at_level(logging.WARNING, "omniq"):
+        omniq_compile.compile(tower(), OPTIONS | options)(torch.randn(7, 38))
+    assert [r.getMessage() for r in caplog.records if r.name == "omniq"] == []
+    assert graphs() == 3
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def _summary(report: Report) -> Iterator[str]:
     for reason, count in Counter(s.decision.reason for s in report.kept).most_common():
         yield f"# kept {count}: {reason}"
     for pattern, near in report.unmatched.items():
-        yield f"# ignored_layers {pattern!r} matches nothing; nearest: {', '.join(near) or '-'}"
+        yield f"# pattern {pattern!r} matches nothing; nearest: {', '.join(near) or '-'}"
 
 
 def _table(inspection: Inspection) -> Iterator[str]:

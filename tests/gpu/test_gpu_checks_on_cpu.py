@@ -18,7 +18,7 @@ QWEN = "QwenImageTransformer2DModel"
 
 
 def test_a_whole_model_and_its_blocks() -> None:
-    checks.whole(QWEN, "int8", PLACE, mode="reduce-overhead")
+    checks.whole(QWEN, "int8", PLACE)
     torch._dynamo.reset()
     checks.regional(QWEN, "fp8", PLACE)
 

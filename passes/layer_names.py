@@ -1,0 +1,44 @@
+"""How a layer is named, in the graph that it is traced in and in a model around that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def layer_name(weights: Sequence[str], module: str, place: str = "") -> str:
+    """Name a product by its weight, or else by the module that multiplies.
+
+    Args:
+        weights: dotted names of the parameters and buffers that its weight is made of.
+        module: the innermost one that the product was traced in; "" is the outermost.
+        place: where a model has the outermost module; "" names the layer as the graph does.
+    """
+    if len(weights) == 1:
+        return _join(place, weights[0]).removesuffix(".weight")
+    return _join(place, module)
+
+
+def possible_names(module: nn.Module, place: str = "") -> list[tuple[str, str]]:
+    """Return the names that a product in a module may have, without tracing it.
+
+    Args:
+        module: which is compiled on its own.
+        place: of the module in a model; "" is the model itself.
+
+    Returns:
+        (the name in the module, the name in the model) of each parameter, buffer and module.
+    """
+    tensors = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    tensors += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    modules = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    names = [(layer_name([name], ""), layer_name([name], "", place)) for name in tensors]
+    names += [(layer_name([], name), layer_name([], name, place)) for name in modules]
+    return list(dict.fromkeys(names))
+
+
+def _join(place: str, name: str) -> str:
+    # What `torch.compile` wraps a module in is no part of a name: see `dynamo`.
+    parts = f"{place}.{name}".split(".")
+    return ".".join(part for part in parts if part not in ("", "_orig_mod"))
