@@ -7,7 +7,7 @@ Compared in each call, without a look at memory:
 
 Adapters are fused through ``parameter.data``, which moves neither. So a sample of the values is
 compared too, spread over all rows and columns so that a low-rank update shows; a write through
-``.data`` to a handful of elements can be missed.
+``.data`` to less than a sixteenth of the rows or columns can be missed.
 
 On the CPU the sample is compared in each call. On an accelerator the host would have to wait until
 the device has run everything before it, in each call, and could not run ahead any more. There
@@ -37,6 +37,8 @@ import torch
 # Values of each parameter that are compared: on the CPU a read from memory each.
 SAMPLES = 256
 
+GOLDEN = (5**0.5 - 1) / 2
+
 # Longer than a scheduler's step on the host (1 to 3 ms), shorter than what fuses an adapter.
 PAUSE_SECONDS = 0.01
 
@@ -50,16 +52,28 @@ NEVER = -1
 
 
 class Stamp:
-    """What a parameter looked like when it was quantized."""
+    """What a parameter looked like when it was quantized.
 
-    __slots__ = ("pointer", "sample", "values", "version")
+    It holds no memory of the parameter, which may move to another device or be freed.
+    """
+
+    __slots__ = ("_parameter", "_view", "pointer", "values", "version")
 
     def __init__(self, parameter: torch.Tensor) -> None:
         self.version = _version(parameter)
         self.pointer = parameter.data_ptr()
         with torch.inference_mode(False), torch.no_grad():
-            self.sample = _sample(parameter)
-            self.values = self.sample.clone()
+            sample = _sample(parameter)
+            self.values = sample.clone()
+        self._parameter = weakref.ref(parameter)
+        self._view = sample.size(), sample.stride(), sample.storage_offset()
+
+    def sample(self) -> torch.Tensor | None:
+        """Return the elements that are compared, as integers; None where they are no more."""
+        parameter = self._parameter()
+        if parameter is None or parameter.data_ptr() != self.pointer:
+            return None
+        return torch.as_strided(parameter.detach(), *self._view).view(self.values.dtype)
 
     def has_same_memory(self, parameter: torch.Tensor) -> bool:
         """Compare the storage and the version counter alone."""
@@ -67,7 +81,8 @@ class Stamp:
 
     def has_same_values(self) -> bool:
         """Compare the sample, which on an accelerator waits for the device."""
-        return torch.equal(self.sample, self.values)
+        sample = self.sample()
+        return sample is not None and torch.equal(sample, self.values)
 
 
 def _version(parameter: torch.Tensor) -> int | None:
@@ -78,12 +93,25 @@ def _version(parameter: torch.Tensor) -> int | None:
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
     """Return a view of some elements as integers, wandering over the rows and the columns."""
     sample = parameter.detach()
-    if sample.is_contiguous():
-        # An odd stride does not fall into step with the even number of columns of most weights.
-        sample = sample.view(-1)[:: sample.numel() // SAMPLES | 1]
-    elif sample.dim() > 1:
+    order = sorted(range(sample.dim()), key=sample.stride, reverse=True)
+    dense = sample.permute(order)
+    if dense.is_contiguous():
+        K = dense.shape[-1] if order else 1
+        sample = dense.view(-1)[:: _step(sample.numel() // max(1, K), K)]
+    else:
         sample = sample.diagonal(0, -2, -1)
     return sample.view(_BIT_PATTERNS[sample.element_size()])
+
+
+def _step(rows: int, K: int) -> int:
+    """Return how many elements of ``[rows, K]`` lie between two of a sample of about `SAMPLES`.
+
+    It is some rows and the golden ratio's fraction of one, or its like of the form 1 / (n + ratio):
+    multiples of these are spread most evenly over the columns.
+    """
+    if rows < SAMPLES:
+        return max(1, round(K / (SAMPLES // max(1, rows) + GOLDEN)))
+    return round(K * (max(0, round(rows / SAMPLES - GOLDEN)) + GOLDEN))
 
 
 def is_asynchronous(tensor: torch.Tensor) -> bool:
@@ -95,20 +123,21 @@ class Comparison:
     """The samples of some parameters on one accelerator against what they were, without waiting.
 
     One gather, one comparison and one copy of a byte to the host for each dtype, queued behind the
-    work that is on the current stream.
+    work that is on the current stream of the device.
     """
 
     def __init__(self, stamps: Iterable[Stamp]) -> None:
         by_type: dict[torch.dtype, list[Stamp]] = {}
         for stamp in stamps:
-            by_type.setdefault(stamp.sample.dtype, []).append(stamp)
+            by_type.setdefault(stamp.values.dtype, []).append(stamp)
+        self._stamps = list(by_type.values())
+        # A tensor made under inference_mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._samples = [[s.sample for s in same] for same in by_type.values()]
-            self._values = [_join([s.values for s in same]) for same in by_type.values()]
-        self._device = self._values[0].device
-        self._answers = torch.zeros(
-            len(self._values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
-        )
+            self._values = [_join([s.values for s in same]) for same in self._stamps]
+            self._device = self._values[0].device
+            self._answers = torch.zeros(
+                len(self._values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
+            )
         self._event = new_event(self._device)
         self._pause = NEVER
         with _lock:
@@ -122,20 +151,29 @@ class Comparison:
         """
         if is_capturing(self._device):
             return False
-        if self._pause < _pauses:
-            _ask_all(self._device)
-        elif not self._event.query():
+        with _lock:
+            waits = self._pause < _pauses
+            if waits:
+                _ask_all(self._device)
+        if not waits and not self._event.query():
             return False
         changed = bool(self._answers.any())
         self.ask()
         return changed
 
     def ask(self) -> None:
-        """Queue the comparison on the current stream."""
-        for n, (samples, values) in enumerate(zip(self._samples, self._values, strict=True)):
-            different = (_join(samples) != values).any()
-            self._answers[n].copy_(different, non_blocking=True)
-        self._event.record()
+        """Queue the comparison on the current stream of the device.
+
+        Where a parameter has moved there is nothing to compare: `Stamp.has_same_memory` tells.
+        """
+        with torch.no_grad():
+            for n, (same, values) in enumerate(zip(self._stamps, self._values, strict=True)):
+                samples = [stamp.sample() for stamp in same]
+                here = [sample for sample in samples if sample is not None]
+                if len(here) == len(samples):
+                    different = (_join(here) != values).any()
+                    self._answers[n].copy_(different, non_blocking=True)
+        self._event.record(current_stream(self._device))
         self._pause = _pauses
 
 
@@ -145,8 +183,7 @@ def _join(samples: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _ask_all(device: torch.device) -> None:
     """Ask every comparison that was not asked since the last pause, and wait for the answers."""
-    with _lock:
-        behind = [c for c in _comparisons if c._device == device and c._pause < _pauses]
+    behind = [c for c in _comparisons if c._device == device and c._pause < _pauses]
     for comparison in behind:
         comparison.ask()
     behind[-1]._event.synchronize()  # the last in the stream's order
@@ -157,17 +194,25 @@ def new_event(device: torch.device) -> Any:
     return torch.Event(device)
 
 
+def current_stream(device: torch.device) -> Any:
+    """Return the stream of a device that work is queued on; the device need not be current."""
+    return torch.accelerator.current_stream(device)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Say whether the caller is capturing a CUDA graph, in which the host may not ask anything."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def comparisons_of(stamps: Sequence[Stamp]) -> list[Comparison]:
     """Return one comparison for each accelerator that holds some of the stamped parameters."""
     devices: dict[torch.device, list[Stamp]] = {}
     for stamp in stamps:
-        if is_asynchronous(stamp.sample):
-            devices.setdefault(stamp.sample.device, []).append(stamp)
+        if is_asynchronous(stamp.values):
+            devices.setdefault(stamp.values.device, []).append(stamp)
     return [Comparison(same) for same in devices.values()]
 
 

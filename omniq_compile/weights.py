@@ -160,7 +160,7 @@ class BoundWeights:
 
 
 def _drop(comparisons: dict[tuple[int, ...], list[Comparison]], weight: int) -> None:
-    """Forget the comparisons of a weight by its id: they hold on to its parameters' memory."""
+    """Forget the comparisons of a weight by its id, which may mean another one from now on."""
     for key in [key for key in list(comparisons) if weight in key]:
         comparisons.pop(key, None)
 

@@ -75,10 +75,25 @@ class Case:
     context: Context
 
 
-def make(model: nn.Module, inputs: Any, variant: str, target: str) -> Case:
-    """Generate the program of a model in BF16; what is expected is the reference of omniq's ops."""
+def make(
+    model: nn.Module,
+    inputs: Any,
+    variant: str,
+    target: str,
+    later: torch.Tensor | None = None,
+) -> Case:
+    """Generate the program of a model in BF16; what is expected is the reference of omniq's ops.
+
+    Args:
+        later: in place of the first input, whose number of rows the program is not to know.
+    """
     model = model.to(BF16).requires_grad_(False)
+    if later is not None:
+        torch._dynamo.mark_dynamic(inputs[0], 0)
     ((graph, values),) = traced(model, *inputs)
+    if later is not None:
+        values = [later if value is inputs[0] else value for value in values]
+        values = [v if isinstance(v, torch.Tensor) else later.shape[0] for v in values]
     config = QuantConfig.from_options({"min_features": 1} | VARIANTS[variant])
     context = Context(config, Target.parse(target), stages={})
     lowered = pipeline.run(graph, pipeline.build(config), context)

@@ -83,16 +83,18 @@ class _Launcher:
             meta = kernel.meta["inductor_meta"]
             names = [n for n in self.parameters if n not in meta["declared_constexpr_names"]]
             constants = kernel.constants | kernel.configs[-1]
+            more = meta.get("extra_launcher_args", [])
+            arguments, last = arguments[: len(names)], arguments[len(names) :]
+            symbols = dict(zip(more, last, strict=True))
             if "precomputed_grids" in meta:
                 (sizes,) = (
                     grid["python"]
                     for grid in meta["precomputed_grids"]
                     if grid["config"] == kernel.configs[-1]
                 )
-                grid: Any = tuple(map(int, sizes))
             else:
-                *arguments, x, y, z = arguments
-                grid = (x, y, z)
+                sizes = meta["fixed_grid"]
+            grid: Any = tuple(eval(size, {"min": min}, symbols) for size in sizes)
         else:
             sizes = BLOCKS | {"XBLOCK": 1024 if kernel.kind == "pointwise" else 128}
             constants = kernel.constants | blocks(kernel, sizes.__getitem__)

@@ -92,6 +92,9 @@ def test_inductor_launches_each_gemm_and_quantizes_once(variant: str, arch: str)
     # Inductor of torch 2.11 and 2.12 fuses loops of other shapes less.
     if torch.__version__ >= "2.13":
         assert generated_count == expected_count
+    # q, k and v read one activation's codes, which Inductor would store for each of them.
+    read = re.findall(r"^ +(?:row|block)_scaled_gemm_\d+\.run\((\w+),", program, re.M)
+    assert len(set(read)) == len(read) - 2 * (len(read) == 7)
     for kernel in generated_triton.kernels(program):
         assert ".target sm_" in generated_triton.compile_kernel(kernel, arch)
 
@@ -126,6 +129,14 @@ LAYERS = [
     ("mxfp4 W4A8", "sm_100"),
     ("mxfp4_dualscale", "sm_120"),
 ]
+# Traced for one number of rows, and called with another.
+SYMBOLIC = [
+    ("int8", "sm_90"),
+    ("int8 timed", "sm_90"),
+    ("fp8", "sm_80"),
+    ("fp8 block-wise", "sm_90"),
+    ("mxfp4 W4A8", "sm_100"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +148,9 @@ def cases() -> dict[str, Case]:
             torch.manual_seed(1)
             x = on_codes((rows, 192), variant)
             found[f"layer {variant} {arch} {rows}"] = make(Layer(), (x,), variant, f"cuda:{arch}")
+    for variant, arch in SYMBOLIC:
+        x, later = (on_codes((rows, 192), variant) for rows in (37, 150))
+        found[f"symbolic {variant} {arch}"] = make(Layer(), (x,), variant, f"cuda:{arch}", later)
     return found
 
 
@@ -224,12 +238,23 @@ def test_a_wrong_scale_would_be_found(cases: dict[str, Case]) -> None:
     assert error(expected * 1.01, expected) > 5e-3
 
 
-def test_a_symbolic_number_of_rows_leaves_the_tile_to_the_call() -> None:
-    layer = Layer().to(BF16).requires_grad_(False)
-    x = torch.randn(37, 192).to(BF16)
-    torch._dynamo.mark_dynamic(x, 0)
-    ((graph, _),) = traced(layer, x)
-    config = QuantConfig.from_options({"method": "int8", "min_features": 1})
+@interpreted
+@pytest.mark.parametrize(("variant", "arch"), SYMBOLIC)
+def test_a_symbolic_number_of_rows_is_launched_too(
+    cases: dict[str, Case], results: dict[str, Any], variant: str, arch: str
+) -> None:
+    name = f"symbolic {variant} {arch}"
+    (out,), case = results[name], cases[name]
+    assert not any("omniq" in called for called in launches(case.program)[1])
+    assert out.shape == (150, 112)
+    assert error(out, case.expected) < (4e-3 if variant == "fp8" else 1e-4)
+
+
+def test_symbolic_columns_leave_the_launch_to_the_call() -> None:
+    a, b = torch.randn(70, 64).to(BF16), torch.randn(90, 64).to(BF16)
+    torch._dynamo.mark_dynamic(b, 0)
+    ((graph, _),) = traced(lambda a, b: a @ b.t(), a, b)
+    config = QuantConfig.from_options({"method": "int8", "min_features": 1, "matmul": True})
     context = Context(config, Target.parse("cuda:sm_90"), stages={})
     lowered = pipeline.run(graph, pipeline.build(config), context)
     assert absent_gpu.why_not(context.target) is None

@@ -24,9 +24,12 @@ from test_weights import (
     write_low_rank_through_data,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from omniq_compile import weight_changes
 from omniq_compile.weights import statistics
+
+BF16 = torch.bfloat16
 
 
 class Device:
@@ -50,7 +53,7 @@ class Event:
         self.device = device
         self.number = 0
 
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         self.number = self.device.last = next(self.device.recorded)
 
     def query(self) -> bool:
@@ -66,6 +69,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made_up = Device()
     monkeypatch.setattr(weight_changes, "is_asynchronous", lambda tensor: True)
     monkeypatch.setattr(weight_changes, "new_event", made_up.event)
+    monkeypatch.setattr(weight_changes, "current_stream", lambda device: None)
     monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", float("inf"))
     return made_up
 
@@ -211,3 +215,64 @@ def test_tensors_of_two_widths_are_all_compared(device: Device, pause: Any) -> N
         pause()
         weight_changes.entered()
         assert comparison.has_changed()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3072, 3072), (12288, 3072), (3072, 12288), (5120, 1536), (400, 96), (64, 3072), (1, 9)],
+)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_write_through_data_to_a_sixteenth_of_rows_or_columns_shows(
+    shape: tuple[int, ...], transpose: bool
+) -> None:
+    weight = torch.zeros(shape, dtype=torch.int8).mT if transpose else torch.zeros(shape).to(BF16)
+    stamp = weight_changes.Stamp(weight)
+    assert 100 < stamp.values.numel() < 600 or weight.numel() < 600
+    for dim, size in enumerate(weight.shape):
+        for first in range(0, size, -(-size // 16)):
+            part = weight.data.narrow(dim, first, min(-(-size // 16), size - first))
+            assert stamp.has_same_values()
+            part.fill_(1)
+            assert not stamp.has_same_values(), (dim, first)
+            part.fill_(0)
+
+
+def test_what_a_stamp_was_made_of_is_freed(device: Device, pause: Any) -> None:
+    block, x = Block(), torch.randn(2, 7, 96)
+    fast = warm(block, x)
+    storages = [StorageWeakRef(p.untyped_storage()) for p in block.parameters() if p.dim() > 1]
+    for parameter in block.parameters():
+        parameter.data = parameter.data.clone()  # as a module moves to another device
+    assert all(storage.expired() for storage in storages)
+    pause()
+    assert_near(residual(fast, x), residual(block, x))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("no_grad", "inference_mode"), ("inference_mode", "no_grad")]
+)
+def test_a_model_is_called_under_either_mode(device: Device, first: str, then: str) -> None:
+    block, x = Block(), torch.randn(2, 7, 96)
+    fast = compiled(block)
+    for mode in (first, first, then, then):
+        with getattr(torch, mode)():
+            residual(fast, x)
+            device.finish()
+
+
+def test_another_thread_may_ask_between_the_look_and_the_lock(device: Device, pause: Any) -> None:
+    (comparison,) = weight_changes.comparisons_of([weight_changes.Stamp(torch.ones(40, 30))])
+    comparison.has_changed()
+    pause()
+    weight_changes.entered()
+
+    class Lock:
+        def __enter__(self) -> None:
+            weight_changes._ask_all(comparison._device)
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_changes, "_lock", Lock())
+        assert not comparison.has_changed()

@@ -43,7 +43,7 @@ class Launch:
     Attributes:
         kernel: the file and the function of its device code.
         tiles: of the result: one, or those that Inductor is to choose from.
-        arguments: tensors, sizes or None, by the function's parameters.
+        arguments: tensors, sizes or None, by the function's parameters; M may be symbolic.
         constants: its compile-time parameters, but for those of a tile.
         device: where it runs.
     """
@@ -58,7 +58,9 @@ class Launch:
         """Return how many programs compute the result, by the parameters of its tile."""
         sizes = self.arguments["M"], self.arguments["N"]
         tiles = count(*sizes, constants["BLOCK_M"], constants["BLOCK_N"])
-        return min(tiles, self.device.processors) if constants.get("PERSISTENT") else tiles
+        if not constants.get("PERSISTENT"):
+            return tiles
+        return torch.sym_min(tiles, self.device.processors)  # type: ignore[no-any-return]
 
 
 def function(kernel: str) -> Any:
@@ -129,6 +131,14 @@ def times_tiles(out: Tensor) -> bool:
     from torch._inductor import config
 
     return config.max_autotune or config.max_autotune_gemm
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """Return a size as it is in the call that is traced, without fixing it; None if not known yet.
+
+    Private, checked on torch 2.11 to 2.13.
+    """
+    return size if isinstance(size, int) else size.node.hint
 
 
 @cache
@@ -215,10 +225,15 @@ def _launch(
     device: Device,
     step: int = 0,
 ) -> Launch:
-    """Choose from a row of `TILES`; ``step``, if any, is what a tile's block of K divides."""
+    """Choose from a row of `TILES`; ``step``, if any, is what a tile's block of K divides.
+
+    A symbolic M keeps the tiles of the call that is traced.
+    """
     N = out.shape[-1]
     M = out.numel() // N
-    sizes = tiles, device.arch, M, N, device.processors
+    rows = hint(M)
+    assert rows is not None
+    sizes = tiles, device.arch, rows, N, device.processors
     chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
     fitted = (
         dataclasses.replace(tile, block_k=gcd(tile.block_k, step))

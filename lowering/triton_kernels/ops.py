@@ -1,10 +1,10 @@
 """The operators that a lowered graph calls: one a kernel, each with a fake.
 
-Lowering needs no Triton for them, and a graph prints each as one call. Where all sizes are known,
-AOTAutograd traces the launch itself, and Inductor launches it as it does its own kernels. Where M
-is known only in a call, the tile is chosen in it, and Inductor calls the operator, which takes the
-host longer. They are registered without `torch.library.custom_op`, whose wrappers took 145 of a
-call's 174 us on a slow core, and without gradients, which omniq refuses.
+Lowering needs no Triton for them, and a graph prints each as one call. Where N and K are known,
+AOTAutograd traces the launch itself, and Inductor launches it as it does its own kernels; where
+they are not, Inductor calls the operator, which takes the host longer. They are registered without
+`torch.library.custom_op`, whose wrappers took 145 of a call's 174 us on a slow core, and without
+gradients, which omniq refuses.
 """
 
 from __future__ import annotations
@@ -38,13 +38,20 @@ def _operator(function: Operator) -> Operator:
 def _traced(
     function: Callable[..., Tensor], mode: Any, operator: Any, types: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Trace the launch in place of the operator, or keep the operator where M is not known."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
-    if not known or any(tensor.device.type != "cuda" for tensor in tensors):
+    """Trace the launch in place of the operator, or keep the operator where N or K is symbolic."""
+    given = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
+    rows = [size for a in _tensors(given.pop("a")) for size in a.shape[:-1]]
+    given.pop("a_scale", None)
+    known = all(launch.hint(size) is not None for size in rows)
+    known &= all(isinstance(size, int) for b in _tensors(given) for size in b.shape)
+    if not known or any(tensor.device.type != "cuda" for tensor in _tensors((args, kwargs))):
         return mode.__torch_dispatch__(operator, types, args, kwargs)
     with mode:
         return function(*args, **kwargs)
+
+
+def _tensors(operands: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(operands) if isinstance(leaf, Tensor)]
 
 
 @_operator
