@@ -19,10 +19,13 @@ from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
+from omniq_compile.lowering.pickled import allow_loading, rebuild
 from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
 from omniq_compile.lowering.tensor_of_parts import TensorOfParts, let_go
 
 aten = torch.ops.aten
+
+allow_loading()  # again, for TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
 
 class QuantizedTensor(TensorOfParts):
@@ -147,6 +150,10 @@ class QuantizedTensor(TensorOfParts):
             f"QuantizedTensor({self.method}{form}, {list(self.shape)} of {dtype}, "
             f"{self.nbytes:,} bytes, device='{self.device}')"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the parts, and what the weight is; `rebuild` says how it comes back."""
+        return rebuild, (vars(self), self.shape, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the parts; with `__tensor_unflatten__` this makes the class traceable."""

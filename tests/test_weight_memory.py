@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from format_oracle import same_bits
 from torch import nn
 
 import omniq_compile as omniq
-from omniq_compile import WeightError
+from omniq_compile import CheckpointError, QuantizedTensor, WeightError
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -95,3 +99,63 @@ def test_it_has_no_address_of_its_own() -> None:
     q = omniq.quantize(torch.randn(8, 40), "int8")
     assert q.data_ptr() == nn.Parameter(q, requires_grad=False).data_ptr() == 0
     assert torch.equal(copy.deepcopy(q).dequantize(), q.dequantize())
+
+
+LOAD = """
+import sys
+import omniq_compile
+import torch
+
+weight = torch.load(sys.argv[1])["weight"]
+torch.save([weight.dequantize(), *weight.parts], sys.argv[2])
+print(type(weight).__name__, weight.method, weight.format, weight.dtype)
+"""
+
+
+@pytest.mark.parametrize("method", ["int8", "mxfp4"])
+def test_torch_load_reads_a_saved_weight_by_default(method: str, tmp_path: Path) -> None:
+    q = omniq.quantize(torch.randn(8, 40, dtype=torch.bfloat16), method)
+    saved, read = tmp_path / "saved.pt", tmp_path / "read.pt"
+    torch.save({"weight": q}, saved)
+    printed = run_python(LOAD, str(saved), str(read))
+    assert printed == f"QuantizedTensor {method} {q.format} torch.bfloat16"
+    for tensor, expected in zip(torch.load(read), [q.dequantize(), *q.parts], strict=True):
+        assert same_bits(tensor, expected)
+
+
+def test_without_entry_points_a_use_of_the_class_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved.pt"
+    torch.save({"weight": omniq.quantize(torch.randn(8, 40), "int8")}, saved)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    code = LOAD.replace("import torch\n", "import torch\nomniq_compile.QuantizedTensor\n")
+    assert run_python(code, str(saved), str(tmp_path / "read.pt")).startswith("QuantizedTensor")
+
+
+def test_a_pickled_module_keeps_its_parameter() -> None:
+    layer = nn.Linear(32, 8)
+    omniq.quantize_(layer, {"method": "int8", "min_features": 1})
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again.weight) is QuantizedTensor
+    assert isinstance(again.weight, nn.Parameter)
+    assert torch.equal(again.weight.dequantize(), layer.weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda q: setattr(q, "codes", q.codes[:4]), "do not fit int8: [([4, 40], torch.int8)"),
+        (lambda q: setattr(q, "scale", q.scale.double()), "torch.float64)]. Save it again"),
+        (lambda q: delattr(q, "scale"), "is damaged: KeyError('scale')"),
+        (lambda q: setattr(q, "format", "int9"), "unknown format 'int9'"),
+        (lambda q: setattr(q, "codes", 5), "'int' object has no attribute"),
+    ],
+)
+def test_a_damaged_pickle_is_refused(damage: Any, words: str, tmp_path: Path) -> None:
+    q = omniq.quantize(torch.randn(8, 40), "int8")
+    damage(q)
+    torch.save(q, tmp_path / "damaged.pt")
+    with pytest.raises(CheckpointError) as raised:
+        torch.load(tmp_path / "damaged.pt")
+    assert words in str(raised.value)
