@@ -21,6 +21,7 @@ from torch import nn
 
 from omniq_compile.foreign import refuse_foreign
 from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.load_arguments import check_device, check_dtype
 from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
@@ -40,8 +41,9 @@ def load_model(
     options: Mapping[str, Any] | QuantConfig | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    torch_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Load one diffusers model and quantize it on the way: BF16 is never resident as a whole.
 
@@ -56,17 +58,20 @@ def load_model(
         options: see `QuantConfig`; None for a checkpoint that omniq quantized.
         subfolder: the component of a pipeline's folder.
         variant: of the files, such as ``"fp16"``.
-        dtype: of what is not quantized, and of the weights before they are.
+        dtype: of what is not quantized, and of the weights before they are; None is bfloat16.
         device: to load on.
+        torch_dtype: another name for ``dtype``, as in diffusers.
 
     Raises:
-        OptionError: unknown options, a class that does not fit, or options that the quantized
-            checkpoint was not made with.
+        OptionError: unknown options, a class that does not fit, a dtype or device that is none, or
+            options that the quantized checkpoint was not made with.
         CheckpointError: files that are missing, damaged, quantized by something else, or do not
             fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
     config = None if options is None else QuantConfig.from_options(options)
+    dtype = check_dtype(dtype, torch_dtype)
+    device = check_device(device)
     cls = source if isinstance(source, type) else None
     where = folder if cls is not None else source
     if where is None:
@@ -85,11 +90,11 @@ def load_model(
     model = empty_model(cls, about, dtype)
     if stored is not None:
         check_stored(place, stored, config)
-        fill_stored(model, files, torch.device(device), place)
+        fill_stored(model, files, device, place)
     else:
         assert config is not None
         stored = quantization_config(config)
-        _fill_quantized(model, files, config, torch.device(device), place)
+        _fill_quantized(model, files, config, device, place)
     model.register_to_config(_name_or_path=str(place))
     make_savable(model, stored)
     loaded: nn.Module = model.eval()

@@ -13,6 +13,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from omniq_compile.components import PipelineQuantConfig, build_quant_config
 from omniq_compile.foreign import OWN
+from omniq_compile.load_arguments import (
+    DTYPE_KEYWORD,
+    check_device,
+    check_dtype,
+    check_pipeline_keywords,
+)
 from omniq_compile.loading import (
     load_model,
     local_folder,
@@ -32,9 +38,10 @@ def from_pretrained(
     folder: str | Path,
     quantization: Any = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    torch_dtype: torch.dtype | None = None,
     **pipeline_arguments: Any,
 ) -> Any:
     """Load a diffusers pipeline with some components quantized while they load.
@@ -45,38 +52,44 @@ def from_pretrained(
     Args:
         folder: of the pipeline, or a hub id.
         quantization: see `build_quant_config`.
-        dtype: of everything that is not quantized.
+        dtype: of everything that is not quantized; None is bfloat16.
         device: to load the quantized components on; move the pipeline for the others.
         variant: of the weight files, such as ``"fp16"``.
+        torch_dtype: another name for ``dtype``, as in diffusers.
         pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``; a component given
             here is used as it is.
 
     Raises:
-        OptionError: unknown methods, options or components (the message lists the pipeline's own),
-            or code in the folder that was not allowed to run.
+        OptionError: unknown arguments, methods, options or components (the message lists the
+            pipeline's own), a dtype or device that is none, or code in the folder that was not
+            allowed to run.
         CheckpointError: files that are missing, damaged or quantized by something else.
         WeightError: a weight holds NaN or Inf.
     """
     config = build_quant_config(quantization)
+    dtype = check_dtype(dtype, torch_dtype)
+    device = check_device(device)
     place = local_folder(str(folder))
     components = check_components(place, config)
     _check_own_code(place, pipeline_arguments)
+    cls = _pipeline_class(place)
+    check_pipeline_keywords(cls, pipeline_arguments, read_json(place / "model_index.json"))
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
         options = config.options_for(name)
         own = _is_own(place / name)
         if name in pipeline_arguments or (options is None and not own):
             continue
-        cls = component_class(library, kind, place / name)
-        if issubclass(cls, ModelMixin):
+        model = component_class(library, kind, place / name)
+        if issubclass(model, ModelMixin):
             loaded[name] = load_model(
-                cls, place / name, options=options, dtype=dtype, device=device, variant=variant
+                model, place / name, options=options, dtype=dtype, device=device, variant=variant
             )
         else:
-            loaded[name] = load_quantized(cls, place / name, options, dtype, device)
-    pipe = _pipeline_class(place).from_pretrained(
+            loaded[name] = load_quantized(model, place / name, options, dtype, device)
+    pipe = cls.from_pretrained(
         str(place),
-        torch_dtype=dtype,
+        **{DTYPE_KEYWORD: dtype},
         **({"variant": variant} if variant else {}),
         **loaded,
         **pipeline_arguments,
