@@ -28,7 +28,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
 from omniq_compile.regional import warn_unmatched
 from omniq_compile.safetensors_files import SafetensorsFiles
-from omniq_compile.saving import make_savable, quantization_config
+from omniq_compile.saving import difference, make_savable, quantization_config
 from omniq_compile.state import VERSION, join_parts, read_metadata, stored_names
 
 logger = logging.getLogger("omniq")
@@ -89,7 +89,7 @@ def load_model(
         )
     model = empty_model(cls, about, dtype)
     if stored is not None:
-        check_stored(place, stored, config)
+        check_stored(place, stored, options)
         fill_stored(model, files, device, place)
     else:
         assert config is not None
@@ -306,17 +306,24 @@ def _check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Pat
         )
 
 
-def check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | None) -> None:
-    """Check the version of omniq's own checkpoint, and that it is what was asked for."""
+def check_stored(
+    place: Path, stored: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig | None
+) -> None:
+    """Check omniq's own checkpoint against what was asked for, where anything was.
+
+    Raises:
+        CheckpointError: it is of another version.
+        OptionError: it was not made with these options.
+    """
     if stored.get("version") != VERSION:
         raise CheckpointError(
             f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "
             f"this omniq reads version {VERSION}. Quantize the original checkpoint again."
         )
-    if config is not None and config.scheme.weight != stored.get("format"):
+    differs = "" if options is None else difference(stored, options)
+    if differs:
         raise OptionError(
-            f"{place} is quantized to {stored.get('format')}, and the options ask for "
-            f"{config.scheme.weight}. Leave the options out, or load the original checkpoint."
+            f"{place} is {differs}. Leave the options out, or load the original checkpoint."
         )
 
 

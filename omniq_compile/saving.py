@@ -99,6 +99,24 @@ def stored_options(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def difference(about: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig) -> str:
+    """Word how options differ from what a model was quantized with; "" where they do not.
+
+    Of a dict only what it gives is compared, as the rest may be left out.
+    """
+    asked = quantization_config(QuantConfig.from_options(options))
+    given = [n for n in _STORED_OPTIONS if isinstance(options, QuantConfig) or n in options]
+    if about.get("format") != asked["format"]:
+        return f"quantized to {about.get('format')}, and the options ask for {asked['format']}"
+    for name in given:
+        held, wanted = about.get(name), asked[name]
+        if name == "ignored_layers":  # in any order
+            held, wanted = sorted(set(held or ())), sorted(set(wanted))
+        if held != wanted:
+            return f"quantized with {name} = {held!r}, and the options ask for {wanted!r}"
+    return ""
+
+
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
     """Let diffusers' own ``save_pretrained`` save a quantized model; others are left alone."""
     if isinstance(model, ModelMixin):

@@ -62,7 +62,7 @@ def load_quantized(
     config = None if options is None else QuantConfig.from_options(options)
     stored = about.get("quantization_config")
     if stored is not None:
-        check_stored(folder, stored, config)
+        check_stored(folder, stored, options)
         return _load_stored(cls, folder, torch.device(device))
     if config is None:
         raise CheckpointError(f"{folder} is not quantized: say how with options.")

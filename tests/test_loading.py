@@ -88,8 +88,30 @@ def test_saved_and_loaded_again(saved: Path, tmp_path: Path, size: str) -> None:
     assert same(omniq.load_model(tmp_path / "a", options=options), loaded)
     omniq.save_model(again, tmp_path / "b")
     assert same(omniq.load_model(QwenImageTransformer2DModel, tmp_path / "b"), loaded)
-    with pytest.raises(OptionError, match="is quantized to mxfp4, and the options ask for fp8"):
-        omniq.load_model(tmp_path / "a", options={"method": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"method": "fp8"}, "is quantized to mxfp4, and the options ask for fp8"),
+        ({"mxfp4_scale_alg": 2}, "is quantized to mxfp4, and the options ask for mxfp4_uos"),
+        ({"min_features": 16}, "with min_features = 64, and the options ask for 16"),
+        ({"ignored_layers": ["to_q"]}, r"ignored_layers = \['img_mod', 'txt_mod'\], and the"),
+    ],
+)
+def test_options_that_a_stored_model_was_not_made_with(
+    saved: Path, tmp_path: Path, asked: dict[str, Any], words: str
+) -> None:
+    made = {"method": "mxfp4", "min_features": 64, "ignored_layers": ["img_mod", "txt_mod"]}
+    omniq.load_model(saved, options=made).save_pretrained(tmp_path)
+    for same_options in (
+        made,
+        {"method": "mxfp4"},
+        {**made, "ignored_layers": ["txt_mod", "img_mod"]},
+    ):
+        omniq.load_model(tmp_path, options=same_options)
+    with pytest.raises(OptionError, match=words):
+        omniq.load_model(tmp_path, options={"method": "mxfp4", **asked})
 
 
 def test_compiled_is_the_fast_path_and_eager_decodes(saved: Path) -> None:
