@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def load_model(
     model = empty_model(cls, about, dtype)
     if stored is not None:
         check_stored(place, stored, options)
-        fill_stored(model, files, device, place)
+        fill_stored(model, files, dtype, device, place)
     else:
         assert config is not None
         stored = quantization_config(config)
@@ -221,12 +221,23 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls.from_config(dict(about))
-    kept = getattr(cls, "_keep_in_fp32_modules", None) or []
+    set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or ())
+    return model
+
+
+def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> None:
+    """Give each parameter on the meta device the dtype it loads in.
+
+    Args:
+        model: any module.
+        dtype: of the parameters.
+        kept: dotted names of modules, or a run of their parts, that stay in float32.
+    """
+    kept = list(kept)
     for name, parameter in list(model.named_parameters()):
-        high = any(part in name.split(".") for part in kept)
+        high = any(f".{part}." in f".{name}." for part in kept)
         like = torch.empty_like(parameter, dtype=torch.float32 if high else dtype, device="meta")
         _assign(model, name, nn.Parameter(like, requires_grad=False))
-    return model
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -261,12 +272,17 @@ def _loaded(
     device: torch.device,
 ) -> torch.Tensor:
     """Return a tensor of the file as the model holds it: quantized, or copied and cast."""
-    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
     if name in layers:
-        moved = tensor.to(device, dtype)
+        moved = tensor.to(device, like.dtype)
         return quantized_parameter(layers[name].layer, moved, config)
-    copied = torch.empty(tensor.shape, dtype=dtype, device=device)
-    copied.copy_(tensor)
+    return _copied(tensor, like, like.dtype, device)
+
+
+def _copied(
+    tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
@@ -327,7 +343,27 @@ def check_stored(
         )
 
 
-def fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place: Path) -> None:
+def fill_stored(
+    model: Any,
+    files: SafetensorsFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: Path,
+) -> None:
+    """Fill a model on the meta device from a folder of omniq's own.
+
+    Parameters, quantized or not, get the dtypes that they have on the meta device.
+
+    Args:
+        model: with parameters of the dtypes to load in.
+        files: of the folder.
+        dtype: of the buffers that are stored in a low precision.
+        device: to load on.
+        place: the folder, for messages.
+
+    Raises:
+        CheckpointError: the files are damaged or do not fit the model.
+    """
     weights = read_metadata(files.metadata, str(place)) or {}
     owners = {part: name for name, about in weights.items() for part in stored_names(name, about)}
     names = {owners.get(name, name) for name in files.tensors}
@@ -341,22 +377,23 @@ def fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place
             if owner is None:
                 if name in expected:
                     _check_shape(name, tensor, expected[name], place)
-                    _assign(model, name, _copied(tensor, expected[name], device))
+                    like = expected[name]
+                    if isinstance(like, nn.Parameter):
+                        kind = like.dtype
+                    else:  # a buffer in float32, such as a rotary table, is so for its precision
+                        kind = torch.float32 if tensor.dtype is torch.float32 else dtype
+                    _assign(model, name, _copied(tensor, like, kind, device))
                 continue
             parts = waiting.setdefault(owner, {})
             parts[name] = torch.empty_like(tensor, device=device).copy_(tensor)
             if len(parts) == left[owner]:
                 joined = join_parts(owner, weights[owner], waiting.pop(owner))
                 _check_shape(owner, joined, expected[owner], place)
+                joined = joined.with_parts(joined.parts, expected[owner].dtype)
                 _assign(model, owner, nn.Parameter(joined, requires_grad=False))
     if waiting:
         name, parts = next(iter(waiting.items()))
         join_parts(name, weights[name], parts)  # raises, naming the part that is missing
-
-
-def _copied(tensor: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
-    return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
 @contextmanager

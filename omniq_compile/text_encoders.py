@@ -21,7 +21,7 @@ from torch import nn
 
 from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.layer_plan import plan_layers
-from omniq_compile.loading import check_stored, fill_stored, read_config
+from omniq_compile.loading import check_stored, fill_stored, read_config, set_dtypes
 from omniq_compile.lowering.errors import CheckpointError, WeightError
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
@@ -63,7 +63,7 @@ def load_quantized(
     stored = about.get("quantization_config")
     if stored is not None:
         check_stored(folder, stored, options)
-        return _load_stored(cls, folder, torch.device(device))
+        return _load_stored(cls, folder, dtype, torch.device(device))
     if config is None:
         raise CheckpointError(f"{folder} is not quantized: say how with options.")
     device = torch.device(device)
@@ -116,18 +116,28 @@ def _without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: tensors[name].contiguous() for name in first.values()}
 
 
-def _load_stored(cls: Any, folder: Path, device: torch.device) -> Any:
+def _load_stored(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     about = cls.config_class.from_pretrained(folder)
     stored = dict(about.quantization_config)
     del about.quantization_config
+    about.dtype = dtype
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls(about)
+    set_dtypes(model, dtype, _kept_in_float32(model, dtype))
     model.tie_weights()
-    fill_stored(model, SafetensorsFiles(folder), device, folder)
+    fill_stored(model, SafetensorsFiles(folder), dtype, device, folder)
     model.tie_weights()
     model.requires_grad_(False)
     model.omniq_quantization = stored
     return model.to(device).eval()
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Return the modules that transformers' own loading keeps in float32 for a dtype."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:
+        return kept | set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return kept if dtype is torch.bfloat16 else set()
 
 
 def _has_conversions() -> bool:

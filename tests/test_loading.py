@@ -114,6 +114,27 @@ def test_options_that_a_stored_model_was_not_made_with(
         omniq.load_model(tmp_path, options={"method": "mxfp4", **asked})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_stored_model_is_loaded_in_the_dtype_that_is_asked_for(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As the original is: what is quantized stands for values of it, and the rest is cast."""
+    random_model("WanTransformer3DModel", "tiny").save_pretrained(tmp_path / "a")
+    online = omniq.load_model(tmp_path / "a", options=OPTIONS, dtype=dtype)
+    omniq.load_model(tmp_path / "a", options=OPTIONS).save_pretrained(tmp_path / "b")
+    stored = omniq.load_model(tmp_path / "b", dtype=dtype)
+    dtypes = {name: tensor.dtype for name, tensor in online.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in stored.state_dict().items()} == dtypes
+    quantized = {n for n, p in stored.named_parameters() if isinstance(p, QuantizedTensor)}
+    assert {stored.get_parameter(name).dtype for name in quantized} == {dtype}
+    inputs = {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in make_inputs(stored, image_tokens=16, text_tokens=8).items()
+    }
+    with torch.no_grad():
+        assert stored(**inputs)[0].dtype is dtype
+
+
 def test_compiled_is_the_fast_path_and_eager_decodes(saved: Path) -> None:
     options = OPTIONS | {"compiler": "eager"}
     loaded = omniq.load_model(saved, options=OPTIONS)

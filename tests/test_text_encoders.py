@@ -101,6 +101,21 @@ def test_streamed_stored_and_quantized_afterwards_are_the_same(
             assert torch.equal(model(input_ids=ids)[0], wanted)
 
 
+def test_a_stored_model_is_loaded_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    """As transformers does, with T5's wo in float32 where the rest is float16."""
+    model = t5().to(torch.bfloat16)
+    cls = type(model)
+    model.save_pretrained(tmp_path / "plain")
+    ignored = OPTIONS | {"ignored_layers": ["k", "wo"]}
+    online = load_quantized(cls, tmp_path / "plain", ignored, torch.float16)
+    save_quantized(load_quantized(cls, tmp_path / "plain", ignored), tmp_path / "stored")
+    stored = load_quantized(cls, tmp_path / "stored", None, torch.float16)
+    dtypes = {name: tensor.dtype for name, tensor in online.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in stored.state_dict().items()} == dtypes
+    assert set(dtypes.values()) == {torch.float16, torch.float32}
+    assert stored.dtype is stored.config.dtype is torch.float16
+
+
 def test_refusals(tmp_path: Path) -> None:
     model = t5().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "plain")
