@@ -138,13 +138,18 @@ def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tupl
 
     Raises:
         OptionError: the config does not fit the pipeline.
-        CheckpointError: the folder has no model_index.json.
+        CheckpointError: the folder has no model_index.json, or no weights to quantize.
     """
     components = {
         name: entry
         for name, entry in pipeline_components(place).items()
         if _holds_weights(place / name)
     }
+    if not components and config != PipelineQuantConfig():
+        raise CheckpointError(
+            f"{place} holds no component with weights and a config.json, so there is nothing to "
+            "quantize. Download the whole pipeline, or name the folder that has them."
+        )
     config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
     return components
 

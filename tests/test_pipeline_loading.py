@@ -171,6 +171,13 @@ def test_not_a_pipeline(tmp_path: Path) -> None:
         load(tmp_path / "nowhere", "int8")
 
 
+@pytest.mark.parametrize("quantization", ["int8", {"transformer": "int8"}, {"default": "int8"}])
+def test_a_pipeline_without_weights(quantization: Any, wan: Path, tmp_path: Path) -> None:
+    shutil.copytree(wan, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(CheckpointError, match=r"bare holds no component with weights.*Download"):
+        load(tmp_path / "bare", quantization)
+
+
 def test_a_language_model_beside_the_transformer_has_to_be_named(wan: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(wan, tmp_path / "staged"))
     (folder / "text_encoder").rename(folder / "language_model")
