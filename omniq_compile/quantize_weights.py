@@ -75,7 +75,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         parameter = quantized_parameter(names[key], sharing[0].weight, config)
         for layer in sharing:
             layer._parameters["weight"] = parameter
-    if layers and hasattr(model, "register_to_config"):
+    if layers and hasattr(model, "save_pretrained"):
         from omniq_compile.saving import make_savable, quantization_config  # needs diffusers
 
         make_savable(model, quantization_config(config))

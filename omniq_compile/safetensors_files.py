@@ -155,7 +155,8 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
     middle = f".{variant}" if variant else ""
-    for stem in ("diffusion_pytorch_model", "model"):
+    # omniq's own first: a folder that was written over may have the original beside it.
+    for stem in ("omniq_model", "diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index{middle}.json"
         if index.is_file():
             mapping = _read_index(index)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 import omniq_compile
@@ -19,7 +25,26 @@ from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import METHODS_OF
+from omniq_compile.saving_checks import dequantize_weights
+from omniq_compile.saving_transformers import save_pretrained
 from omniq_compile.state import VERSION, flatten_state
+
+
+class _Method(StrEnum):  # diffusers asks for its ``value``
+    OMNIQ = OWN
+
+
+class OmniqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of config.json, as diffusers wants it."""
+
+    def __init__(self, **about: Any) -> None:
+        """Take what stands in config.json."""
+        self.about = about
+        self.quant_method = _Method.OMNIQ
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what stands in config.json."""
+        return dict(self.about)
 
 
 class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -28,9 +53,17 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     Checked on diffusers 0.42.
     """
 
-    def __init__(self, quantization_config: dict[str, Any]) -> None:
-        """Take the ``quantization_config`` that stands in config.json."""
-        super().__init__(quantization_config)
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to load: of a weight's parts diffusers would take none.
+
+        Raises:
+            CheckpointError: always; only diffusers' own loading calls this.
+        """
+        raise CheckpointError(
+            "these weights were quantized by omniq, and diffusers' from_pretrained does not load "
+            "them. Use omniq_compile.load_model(folder), or omniq_compile.from_pretrained(folder) "
+            "for a whole pipeline."
+        )
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
@@ -55,12 +88,23 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Whether the quantized weights can be trained."""
         return False
 
+    def _dequantize(self, model: Any) -> Any:
+        dequantize_weights(model)
+        # diffusers has no way to take an entry out, and fails on one that is None.
+        kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = FrozenDict(kept)
+        return model
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pass
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pass
 
+
+# Otherwise diffusers' from_pretrained would only say that it does not know the method.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN, OmniqConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(OWN, OmniqQuantizer)
 
 # The options that shape a quantized model, and not only one compile of it.
 _STORED_OPTIONS = (
@@ -119,10 +163,22 @@ def difference(about: Mapping[str, Any], options: Mapping[str, Any] | QuantConfi
 
 
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
-    """Let diffusers' own ``save_pretrained`` save a quantized model; others are left alone."""
+    """Let the ``save_pretrained`` of diffusers and transformers save a quantized model.
+
+    Models of other libraries are left alone.
+    """
     if isinstance(model, ModelMixin):
         model.register_to_config(quantization_config=about)
-        model.hf_quantizer = OmniqQuantizer(about)
+        model.hf_quantizer = OmniqQuantizer(OmniqConfig(**about))
+    elif _is_of_transformers(model):
+        model.omniq_quantization = about  # type: ignore[assignment]
+        # A bound method, unlike a closure, is bound anew where the model is copied.
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
@@ -192,15 +248,17 @@ def save_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False)
     """Save one quantized component as diffusers does, whole or not at all.
 
     Args:
-        model: of a diffusers class, from `load_model` or `quantize_`.
+        model: of a class of diffusers or transformers, from `load_model`, `from_pretrained` or
+            `quantize_`.
         folder: to make.
         overwrite: replace a folder that exists.
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or the model cannot be saved.
     """
-    if not hasattr(model, "hf_quantizer"):
+    if stored_options(model) is None:
         raise CheckpointError(
-            f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers."
+            f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers or "
+            "transformers."
         )
     write_aside(Path(folder), model.save_pretrained, overwrite=overwrite)  # type: ignore[arg-type]

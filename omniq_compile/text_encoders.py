@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -27,13 +26,9 @@ from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantize_, quantized_parameter
 from omniq_compile.safetensors_files import SafetensorsFiles, release_free_memory
-from omniq_compile.saving import quantization_config
-from omniq_compile.state import flatten_state
+from omniq_compile.saving import make_savable, quantization_config
 
 logger = logging.getLogger("omniq")
-
-# The one file that `save_quantized` writes, named as transformers names an unsharded checkpoint.
-WEIGHTS = "model.safetensors"
 
 
 def load_quantized(
@@ -48,8 +43,8 @@ def load_quantized(
 
     Args:
         cls: of transformers.
-        folder: of the model, in full precision or saved by `save_quantized`.
-        options: see `QuantConfig`; None for a folder of `save_quantized`.
+        folder: of the model, in full precision or saved by `saving_transformers`.
+        options: see `QuantConfig`; None for a folder of `saving_transformers`.
         dtype: of what is not quantized, and of the weights before they are.
         device: to load on.
         variant: of the files, such as ``"fp16"``.
@@ -92,32 +87,8 @@ def load_quantized(
     model.requires_grad_(False)
     # What no file holds by its own name, such as a copy of another weight, is quantized now.
     quantize_(model.to(device), config)
-    model.omniq_quantization = quantization_config(config)
+    make_savable(model, quantization_config(config))
     return model.eval()
-
-
-def save_quantized(model: Any, folder: Path) -> None:
-    """Write config.json and one safetensors file, which `load_quantized` reads as they are.
-
-    Raises:
-        CheckpointError: the model is not of `load_quantized`.
-    """
-    about = getattr(model, "omniq_quantization", None)
-    if about is None:
-        raise CheckpointError(f"{type(model).__name__} was not quantized by omniq.")
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.quantization_config = about
-    model.config.save_pretrained(folder)
-    tensors, metadata = flatten_state(model.state_dict())
-    safetensors.torch.save_file(_without_copies(tensors), folder / WEIGHTS, metadata)
-
-
-def _without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out all but the first name of tied weights: safetensors stores no memory twice."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: tensors[name].contiguous() for name in first.values()}
 
 
 def _load_stored(
@@ -134,8 +105,9 @@ def _load_stored(
     fill_stored(model, SafetensorsFiles(folder, variant), dtype, device, folder)
     model.tie_weights()
     model.requires_grad_(False)
-    model.omniq_quantization = stored
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    make_savable(model, stored)
+    return model
 
 
 def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
@@ -169,6 +141,13 @@ def _config_class() -> Any:
 
         def to_dict(self) -> dict[str, Any]:
             return quantization_config(self.config)
+
+        @classmethod
+        def from_dict(cls, *_: Any, **__: Any) -> Any:
+            raise CheckpointError(
+                "these weights were quantized by omniq, and transformers' from_pretrained does not "
+                "load them. Use omniq_compile.from_pretrained(folder) on the pipeline's folder."
+            )
 
     class Quantize(ConversionOps):  # type: ignore[misc]
         def __init__(self, config: Config) -> None:

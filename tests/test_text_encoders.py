@@ -14,7 +14,8 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.text_encoders import WEIGHTS, load_quantized, save_quantized
+from omniq_compile.saving_transformers import WEIGHTS, save_quantized
+from omniq_compile.text_encoders import load_quantized
 
 transformers = pytest.importorskip("transformers")
 OPTIONS = {"method": "mxfp8", "min_features": 16}
@@ -114,6 +115,8 @@ def test_a_stored_model_is_loaded_in_the_dtype_that_is_asked_for(tmp_path: Path)
     assert {name: tensor.dtype for name, tensor in stored.state_dict().items()} == dtypes
     assert set(dtypes.values()) == {torch.float16, torch.float32}
     assert stored.dtype is stored.config.dtype is torch.float16
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_variant_is_read_from_its_own_files(alone: bool, tmp_path: Path) -> None:
     cls = transformers.T5EncoderModel
