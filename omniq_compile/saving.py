@@ -25,7 +25,7 @@ from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import METHODS_OF
-from omniq_compile.saving_checks import dequantize_weights
+from omniq_compile.saving_checks import dequantize_weights, refuse_adapters
 from omniq_compile.saving_transformers import save_pretrained
 from omniq_compile.state import VERSION, flatten_state
 
@@ -71,6 +71,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Return the parts of every quantized weight as tensors of their own."""
         if not safe_serialization:
             raise CheckpointError("omniq saves to safetensors only: pickle is never used.")
+        refuse_adapters(state_dict)
         return flatten_state(state_dict)
 
     @property

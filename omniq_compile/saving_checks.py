@@ -1,11 +1,30 @@
-"""The way back from a quantized model to a plain one."""
+"""What stands in the way of saving a quantized model, and the way back to a plain one."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+
+
+def refuse_adapters(names: Iterable[str]) -> None:
+    """Raise where a state holds a layer that peft has wrapped: nothing would load it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    wrapped = next((name for name in names if ".base_layer." in f".{name}"), None)
+    if wrapped is not None:
+        layer = wrapped.split(".base_layer.")[0]
+        raise CheckpointError(
+            f"an adapter (LoRA) is loaded on {layer!r}, and the quantized folder would not load "
+            "again. Unload it first with unload_lora_weights(), after fuse_lora() to keep its "
+            "effect, and save its own weights apart."
+        )
 
 
 def dequantize_weights(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from omniq_compile.lowering.errors import CheckpointError
+from omniq_compile.saving_checks import refuse_adapters
 from omniq_compile.state import flatten_state
 
 # Not transformers' name: it would take the file for its own, find none of the quantized weights in
@@ -37,7 +38,7 @@ def save_pretrained(
         unused: what else transformers takes, such as a shard size: all is one file.
 
     Raises:
-        CheckpointError: pickle or a push to the hub is asked for.
+        CheckpointError: pickle or a push to the hub is asked for, or an adapter is loaded.
     """
     if not safe_serialization:
         raise CheckpointError("omniq saves to safetensors only: pickle is never used.")
@@ -53,12 +54,13 @@ def save_quantized(model: Any, folder: Path, variant: str | None = None) -> None
     """Write config.json and one safetensors file, which `load_quantized` reads as they are.
 
     Raises:
-        CheckpointError: the model was not quantized by omniq.
+        CheckpointError: the model was not quantized by omniq, or has an adapter loaded.
     """
     about = getattr(model, "omniq_quantization", None)
     if about is None:
         raise CheckpointError(f"{type(model).__name__} was not quantized by omniq.")
     state = model.state_dict()
+    refuse_adapters(state)
     tensors, metadata = flatten_state(state)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from test_diffusers_lora import lora
 from test_text_encoders import same
 from tiny_flux import OPTIONS, inputs, tiny_flux
 from tiny_pipelines import save_text_to_image
@@ -90,6 +91,24 @@ def test_a_folder_with_an_older_file_name_is_loaded(folder: Path, tmp_path: Path
     (file,) = (tmp_path / "text_encoder").glob("*.safetensors")
     file.rename(file.with_name("model.safetensors"))
     assert same(omniq.from_pretrained(tmp_path).text_encoder, pipe.text_encoder) == 7
+
+
+def test_a_model_is_not_saved_with_an_adapter_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = tiny_flux()
+    state = lora(model, 1)
+    omniq.quantize_(model, OPTIONS)
+    model.load_lora_adapter(state, prefix=None, adapter_name="one")
+    words = r"adapter \(LoRA\) is loaded on 'transformer_blocks\.0\..*unload_lora_weights"
+    with pytest.raises(CheckpointError, match=words):
+        omniq.save_model(model, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=words):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+    model.delete_adapters("one")
+    model.unload_lora()
+    omniq.save_model(model, tmp_path / "a")
+    assert same(omniq.load_model(tmp_path / "a"), model) > 0
 
 
 def test_dequantize_leads_back_to_a_plain_model(tmp_path: Path) -> None:
