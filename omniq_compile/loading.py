@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import nn
 
 from omniq_compile.foreign import refuse_foreign
-from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.load_arguments import check_device, check_dtype
 from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 from omniq_compile.lowering.target import detect, detectable
@@ -88,15 +88,17 @@ def load_model(
             f"{cls.__name__}.from_pretrained."
         )
     model = empty_model(cls, about, dtype)
+    quantized = True
     if stored is not None:
         check_stored(place, stored, options)
         fill_stored(model, files, dtype, device, place)
     else:
         assert config is not None
         stored = quantization_config(config)
-        _fill_quantized(model, files, config, device, place)
+        quantized = _fill_quantized(model, files, config, device, place)
     model.register_to_config(_name_or_path=str(place))
-    make_savable(model, stored)
+    if quantized:
+        make_savable(model, stored)
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -248,7 +250,8 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _fill_quantized(
     model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
-) -> None:
+) -> bool:
+    """Fill a model and say whether any of it was quantized."""
     warn_unmatched(config, model)
     if config.target is None and detectable(device.type):
         config = dataclasses.replace(config, target=detect(device.type))
@@ -260,7 +263,12 @@ def _fill_quantized(
             _check_shape(name, tensor, expected[name], place)
             advance(name, tensor.nbytes)
             _assign(model, name, _loaded(name, tensor, expected[name], layers, config, device))
-    logger.info("load_model: %s from %s", describe(rows, config.method), place)
+    if layers:
+        logger.info("load_model: %s from %s", describe(rows, config.method), place)
+    else:
+        why = nothing_quantized(rows, type(model).__name__)
+        logger.warning("load_model: %s (%s)", why, place)
+    return bool(layers)
 
 
 def _loaded(

@@ -130,12 +130,20 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
     }
 
 
+def quantization_record(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return what config.json will say of a model that omniq quantized, or None for another."""
+    about = getattr(model, "omniq_quantization", None)
+    if about is None and isinstance(getattr(model, "hf_quantizer", None), OmniqQuantizer):
+        about = model.config.get("quantization_config")  # type: ignore[union-attr, operator]
+    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
+        return None
+    return about
+
+
 def stored_options(model: nn.Module) -> dict[str, Any] | None:
     """Return the options to compile a model with that omniq quantized, or None for another."""
-    about = getattr(model, "omniq_quantization", None)
-    if about is None and isinstance(model, ModelMixin):
-        about = model.config.get("quantization_config")
-    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
+    about = quantization_record(model)
+    if about is None:
         return None
     options = {name: about[name] for name in _STORED_OPTIONS if name in about}
     return {

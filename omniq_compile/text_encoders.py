@@ -22,6 +22,7 @@ from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.layer_plan import plan_layers
 from omniq_compile.loading import check_stored, fill_stored, read_config, set_dtypes
 from omniq_compile.lowering.errors import CheckpointError, WeightError
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantize_, quantized_parameter
@@ -87,7 +88,8 @@ def load_quantized(
     model.requires_grad_(False)
     # What no file holds by its own name, such as a copy of another weight, is quantized now.
     quantize_(model.to(device), config)
-    make_savable(model, quantization_config(config))
+    if any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
+        make_savable(model, quantization_config(config))
     return model.eval()
 
 

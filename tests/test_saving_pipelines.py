@@ -15,7 +15,9 @@ from tiny_flux import OPTIONS, inputs, tiny_flux
 from tiny_pipelines import save_text_to_image
 
 import omniq_compile as omniq
-from omniq_compile import CheckpointError, QuantizedTensor
+from omniq_compile import CheckpointError, OptionError, QuantizedTensor
+from omniq_compile.saving import stored_options
+from omniq_compile.text_encoders import load_quantized
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"method": "int8", "min_features": 32}
@@ -127,3 +129,44 @@ def test_dequantize_leads_back_to_a_plain_model(tmp_path: Path) -> None:
         omniq.save_model(model, tmp_path / "no")
     omniq.quantize_(model, OPTIONS)
     omniq.save_model(model, tmp_path / "again")
+
+
+def test_a_model_is_quantized_by_one_set_of_options() -> None:
+    """Its config.json has room for one."""
+    model = tiny_flux()
+    first = OPTIONS | {"ignored_layers": ["attn"]}
+    omniq.quantize_(model, first)
+    before = dict(model.config["quantization_config"])
+    omniq.quantize_(model, first)
+    for other, words in (
+        (OPTIONS | {"method": "fp8"}, "quantized to int8, and the options ask for fp8"),
+        (OPTIONS, r"with ignored_layers = \['attn'\], and the options ask for \[\]"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            omniq.quantize_(model, other)
+    assert dict(model.config["quantization_config"]) == before
+    omniq.quantize_(model.dequantize(), OPTIONS)
+
+
+@pytest.mark.parametrize("how", ["load_model", "load_quantized", "quantize_"])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"min_features": 1 << 20}, "1048576"), ({"ignored_layers": ["re:.*"]}, "ignored by 're:")],
+)
+def test_a_model_of_which_nothing_is_quantized_is_none_and_a_warning_says_why(
+    folder: Path, how: str, options: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"method": "int8", "min_features": 1} | options
+    cls, encoder = transformers.UMT5EncoderModel, folder / "text_encoder"
+    if how == "load_model":
+        model: Any = omniq.load_model(folder, options=options)
+    elif how == "load_quantized":
+        model = load_quantized(cls, encoder, options)
+    else:
+        model = cls.from_pretrained(encoder, dtype=torch.bfloat16)
+        omniq.quantize_(model, options)
+    (record,) = [r for r in caplog.records if "nothing was quantized" in r.message]
+    assert record.levelname == "WARNING"
+    assert why in record.message
+    assert stored_options(model) is None
+    assert not hasattr(model.config, "quantization_config")
