@@ -115,10 +115,11 @@ class QuantizedTensor(TensorOfParts):
 
     @property
     def data(self) -> torch.Tensor:
-        """The same weight, sharing its parts; what is assigned is taken over.
+        """The same weight, sharing its parts.
 
-        Another `QuantizedTensor` of the format gives its parts, on whatever device they are, as
-        offloading does it; values are quantized into the parts.
+        Assigning another `QuantizedTensor` of the same format replaces the parts by its own, which
+        may be on another device: so offloading moves a weight. Assigning any other tensor
+        quantizes its values into the parts.
         """
         return self.detach()
 
@@ -197,7 +198,10 @@ def _each_part(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> QuantizedTe
 
 
 def _to(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> torch.Tensor:
-    """Move the parts; another float dtype is that of the values it stands for."""
+    """Move the parts to a device.
+
+    A float dtype changes what the weight dequantizes to; for any other the values are converted.
+    """
     dtype = kwargs.pop("dtype", None) or tensor.dtype
     kwargs.pop("memory_format", None)
     if dtype.is_floating_point and dtype.itemsize == 1:

@@ -68,7 +68,10 @@ class SafetensorsFiles:
         for name, file in index.items():
             held = self.tensors.get(name)
             if held is None or held.file != file:
-                raise CheckpointError(f"the index of {folder} has {name!r} in {file.name}, not so.")
+                raise CheckpointError(
+                    f"the index of {folder} says {name!r} is in {file.name}, which does not hold "
+                    "it. Download the checkpoint again."
+                )
 
     @property
     def nbytes(self) -> int:

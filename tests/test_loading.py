@@ -238,7 +238,10 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda f: shard(f, lambda p: p.update({f"{Q}.weight": "../part-0.safetensors"})),
         "not a file of its folder",
     ),
-    (lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})), "not so"),
+    (
+        lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})),
+        "says 'other' is in part-0.safetensors, which does not hold it. Download the checkpoint",
+    ),
     (
         lambda f: (
             shard(f),

@@ -232,9 +232,7 @@ def test_generate_compiles_the_transformer(tmp_path: Path) -> None:
         (["--quantization", "{", "--out", "x.png"], "is not JSON"),
         (["--quantization", "int8", "--prompt", "a", "--out", "x.png"], "DigitsPipeline 'prompt'"),
         (["--quantization", "int8", "--argument", "digits=[1", "--out", "x.png"], "not NAME=JSON"),
-        (["--quantization", "int8", "--out", "no/where.png"], "its folder does not exist"),
-        (["--quantization", "int8", "--argument", "digits=[1]", "--steps", "1", "--eager",
-          "--out", "x.abc"], "x.abc cannot be written"),
+        (["--quantization", "int8", "--out", "no/where.png"], "No such file or directory"),
     ],
 )  # fmt: skip
 def test_what_generate_cannot_do(
