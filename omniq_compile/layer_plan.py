@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,4 +168,16 @@ def describe(rows: Sequence[LayerPlan], method: str) -> str:
     return (
         f"{len(rows) - kept} linear layers to {method}, {kept} kept; "
         f"weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+    )
+
+
+def nothing_quantized(rows: Sequence[LayerPlan], model: str) -> str:
+    """Word a warning for a plan that leaves every layer as it is, with the commonest reasons."""
+    if not rows:
+        return f"nothing was quantized: {model} has no linear layers"
+    reasons = Counter(row.reason for row in rows).most_common(3)
+    why = "; ".join(f"{count} because {reason}" for reason, count in reasons)
+    return (
+        f"nothing was quantized: all {len(rows)} linear layers of {model} are kept, {why}. "
+        "'min_features' and 'ignored_layers' say which are"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import nn
 
 from omniq_compile.foreign import refuse_foreign
-from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
+from omniq_compile.load_arguments import check_device, check_dtype
 from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
 from omniq_compile.safetensors_files import SafetensorsFiles
-from omniq_compile.saving import make_savable, quantization_config
+from omniq_compile.saving import difference, make_savable, quantization_config
 from omniq_compile.state import VERSION, join_parts, read_metadata, stored_names
 from omniq_compile.unmatched import warn_unmatched_in
 
@@ -40,8 +41,9 @@ def load_model(
     options: Mapping[str, Any] | QuantConfig | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    torch_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Load one diffusers model and quantize it on the way: BF16 is never resident as a whole.
 
@@ -56,17 +58,20 @@ def load_model(
         options: see `QuantConfig`; None for a checkpoint that omniq quantized.
         subfolder: the component of a pipeline's folder.
         variant: of the files, such as ``"fp16"``.
-        dtype: of what is not quantized, and of the weights before they are.
+        dtype: of what is not quantized, and of the weights before they are; None is bfloat16.
         device: to load on.
+        torch_dtype: another name for ``dtype``, as in diffusers.
 
     Raises:
-        OptionError: unknown options, a class that does not fit, or options that the quantized
-            checkpoint was not made with.
+        OptionError: unknown options, a class that does not fit, a dtype or device that is none, or
+            options that the quantized checkpoint was not made with.
         CheckpointError: files that are missing, damaged, quantized by something else, or do not
             fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
     config = None if options is None else QuantConfig.from_options(options)
+    dtype = check_dtype(dtype, torch_dtype)
+    device = check_device(device)
     cls = source if isinstance(source, type) else None
     where = folder if cls is not None else source
     if where is None:
@@ -83,15 +88,17 @@ def load_model(
             f"{cls.__name__}.from_pretrained."
         )
     model = empty_model(cls, about, dtype)
+    quantized = True
     if stored is not None:
-        check_stored(place, stored, config)
-        fill_stored(model, files, torch.device(device), place)
+        check_stored(place, stored, options)
+        fill_stored(model, files, dtype, device, place)
     else:
         assert config is not None
         stored = quantization_config(config)
-        _fill_quantized(model, files, config, torch.device(device), place)
+        quantized = _fill_quantized(model, files, config, device, place)
     model.register_to_config(_name_or_path=str(place))
-    make_savable(model, stored)
+    if quantized:
+        make_savable(model, stored)
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -216,12 +223,23 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls.from_config(dict(about))
-    kept = getattr(cls, "_keep_in_fp32_modules", None) or []
+    set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or ())
+    return model
+
+
+def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> None:
+    """Give each parameter on the meta device the dtype it loads in.
+
+    Args:
+        model: any module.
+        dtype: of the parameters.
+        kept: dotted names of modules, or a run of their parts, that stay in float32.
+    """
+    kept = list(kept)
     for name, parameter in list(model.named_parameters()):
-        high = any(part in name.split(".") for part in kept)
+        high = any(f".{part}." in f".{name}." for part in kept)
         like = torch.empty_like(parameter, dtype=torch.float32 if high else dtype, device="meta")
         _assign(model, name, nn.Parameter(like, requires_grad=False))
-    return model
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -232,7 +250,8 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _fill_quantized(
     model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
-) -> None:
+) -> bool:
+    """Fill a model and say whether any of it was quantized."""
     warn_unmatched_in(model, config)
     if config.target is None and detectable(device.type):
         config = dataclasses.replace(config, target=detect(device.type))
@@ -244,7 +263,12 @@ def _fill_quantized(
             _check_shape(name, tensor, expected[name], place)
             advance(name, tensor.nbytes)
             _assign(model, name, _loaded(name, tensor, expected[name], layers, config, device))
-    logger.info("load_model: %s from %s", describe(rows, config.method), place)
+    if layers:
+        logger.info("load_model: %s from %s", describe(rows, config.method), place)
+    else:
+        why = nothing_quantized(rows, type(model).__name__)
+        logger.warning("load_model: %s (%s)", why, place)
+    return bool(layers)
 
 
 def _loaded(
@@ -256,12 +280,17 @@ def _loaded(
     device: torch.device,
 ) -> torch.Tensor:
     """Return a tensor of the file as the model holds it: quantized, or copied and cast."""
-    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
     if name in layers:
-        moved = tensor.to(device, dtype)
+        moved = tensor.to(device, like.dtype)
         return quantized_parameter(layers[name].layer, moved, config)
-    copied = torch.empty(tensor.shape, dtype=dtype, device=device)
-    copied.copy_(tensor)
+    return _copied(tensor, like, like.dtype, device)
+
+
+def _copied(
+    tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
@@ -301,21 +330,48 @@ def _check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Pat
         )
 
 
-def check_stored(place: Path, stored: Mapping[str, Any], config: QuantConfig | None) -> None:
-    """Check the version of omniq's own checkpoint, and that it is what was asked for."""
+def check_stored(
+    place: Path, stored: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig | None
+) -> None:
+    """Check omniq's own checkpoint against what was asked for, where anything was.
+
+    Raises:
+        CheckpointError: it is of another version.
+        OptionError: it was not made with these options.
+    """
     if stored.get("version") != VERSION:
         raise CheckpointError(
             f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "
             f"this omniq reads version {VERSION}. Quantize the original checkpoint again."
         )
-    if config is not None and config.scheme.weight != stored.get("format"):
+    differs = "" if options is None else difference(stored, options)
+    if differs:
         raise OptionError(
-            f"{place} is quantized to {stored.get('format')}, and the options ask for "
-            f"{config.scheme.weight}. Leave the options out, or load the original checkpoint."
+            f"{place} is {differs}. Leave the options out, or load the original checkpoint."
         )
 
 
-def fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place: Path) -> None:
+def fill_stored(
+    model: Any,
+    files: SafetensorsFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: Path,
+) -> None:
+    """Fill a model on the meta device from a folder of omniq's own.
+
+    Parameters, quantized or not, get the dtypes that they have on the meta device.
+
+    Args:
+        model: with parameters of the dtypes to load in.
+        files: of the folder.
+        dtype: of the buffers that are stored in a low precision.
+        device: to load on.
+        place: the folder, for messages.
+
+    Raises:
+        CheckpointError: the files are damaged or do not fit the model.
+    """
     weights = read_metadata(files.metadata, str(place)) or {}
     owners = {part: name for name, about in weights.items() for part in stored_names(name, about)}
     names = {owners.get(name, name) for name in files.tensors}
@@ -329,22 +385,23 @@ def fill_stored(model: Any, files: SafetensorsFiles, device: torch.device, place
             if owner is None:
                 if name in expected:
                     _check_shape(name, tensor, expected[name], place)
-                    _assign(model, name, _copied(tensor, expected[name], device))
+                    like = expected[name]
+                    if isinstance(like, nn.Parameter):
+                        kind = like.dtype
+                    else:  # a buffer in float32, such as a rotary table, is so for its precision
+                        kind = torch.float32 if tensor.dtype is torch.float32 else dtype
+                    _assign(model, name, _copied(tensor, like, kind, device))
                 continue
             parts = waiting.setdefault(owner, {})
             parts[name] = torch.empty_like(tensor, device=device).copy_(tensor)
             if len(parts) == left[owner]:
                 joined = join_parts(owner, weights[owner], waiting.pop(owner))
                 _check_shape(owner, joined, expected[owner], place)
+                joined = joined.with_parts(joined.parts, expected[owner].dtype)
                 _assign(model, owner, nn.Parameter(joined, requires_grad=False))
     if waiting:
         name, parts = next(iter(waiting.items()))
         join_parts(name, weights[name], parts)  # raises, naming the part that is missing
-
-
-def _copied(tensor: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
-    return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.layer_plan import LayerPlan, describe, plan_layers
+from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.patterns import first_match
 from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
@@ -57,13 +58,15 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         One row a linear layer: what became of it, and why.
 
     Raises:
-        OptionError: unknown options, or a policy that the model has no blocks for.
+        OptionError: unknown options, a policy that the model has no blocks for, or a model that
+            was quantized with other options.
         WeightError: a weight holds NaN or Inf; the message names its layer. Layers before it are
             quantized already.
     """
     config = QuantConfig.from_options(options)
     warn_unmatched_in(model, config)
     rows = plan_layers(model, config)
+    _check_quantized_before(model, rows, config)
     layers: dict[int, list[Any]] = {}  # by weight, which several may share
     names: dict[int, str] = {}
     for row in rows:
@@ -75,12 +78,39 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         parameter = quantized_parameter(names[key], sharing[0].weight, config)
         for layer in sharing:
             layer._parameters["weight"] = parameter
-    if layers and hasattr(model, "register_to_config"):
+    if layers and hasattr(model, "save_pretrained"):
         from omniq_compile.saving import make_savable, quantization_config  # needs diffusers
 
         make_savable(model, quantization_config(config))
-    logger.info("quantize_: %s", describe(rows, config.method))
+    if layers or any(isinstance(p, QuantizedTensor) for p in model.parameters()):
+        logger.info("quantize_: %s", describe(rows, config.method))
+    else:
+        logger.warning("quantize_: %s", nothing_quantized(rows, type(model).__name__))
     return rows
+
+
+def _check_quantized_before(model: nn.Module, rows: list[LayerPlan], config: QuantConfig) -> None:
+    """Refuse a model that was quantized with other options: one record describes all of it."""
+    if hasattr(model, "save_pretrained"):
+        from omniq_compile.saving import difference, quantization_record  # needs diffusers
+
+        record = quantization_record(model)
+        differs = "" if record is None else difference(record, config)
+        if differs:
+            raise OptionError(
+                f"this {type(model).__name__} is {differs}. Quantize the original model, or call "
+                "its dequantize() first, which keeps the rounding of its weights."
+            )
+    for row in rows:
+        weight: Any = model.get_submodule(row.layer).weight
+        if not isinstance(weight, QuantizedTensor) or weight.format == config.scheme.weight:
+            continue
+        if first_match(config.ignored_layers, row.layer) is None:
+            raise OptionError(
+                f"the weight of {row.layer!r} is quantized already, as {weight.format}, and "
+                f"these options ask for {config.scheme.weight}. Quantize the original model, "
+                f"or keep the layer with 'ignored_layers': [{row.layer!r}]."
+            )
 
 
 def quantized_parameter(layer: str, weight: torch.Tensor, config: QuantConfig) -> nn.Parameter:

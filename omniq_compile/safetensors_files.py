@@ -68,7 +68,10 @@ class SafetensorsFiles:
         for name, file in index.items():
             held = self.tensors.get(name)
             if held is None or held.file != file:
-                raise CheckpointError(f"the index of {folder} has {name!r} in {file.name}, not so.")
+                raise CheckpointError(
+                    f"the index of {folder} says {name!r} is in {file.name}, which does not hold "
+                    "it. Download the checkpoint again."
+                )
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +158,8 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
     middle = f".{variant}" if variant else ""
-    for stem in ("diffusion_pytorch_model", "model"):
+    # omniq's own first: a folder that was written over may have the original beside it.
+    for stem in ("omniq_model", "diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index{middle}.json"
         if index.is_file():
             mapping = _read_index(index)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 import omniq_compile
@@ -18,7 +25,26 @@ from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import METHODS_OF
+from omniq_compile.saving_checks import dequantize_weights, refuse_adapters
+from omniq_compile.saving_transformers import save_pretrained
 from omniq_compile.state import VERSION, flatten_state
+
+
+class _Method(StrEnum):  # diffusers asks for its ``value``
+    OMNIQ = OWN
+
+
+class OmniqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of config.json, as diffusers wants it."""
+
+    def __init__(self, **about: Any) -> None:
+        """Take what stands in config.json."""
+        self.about = about
+        self.quant_method = _Method.OMNIQ
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what stands in config.json."""
+        return dict(self.about)
 
 
 class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -27,9 +53,17 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     Checked on diffusers 0.42.
     """
 
-    def __init__(self, quantization_config: dict[str, Any]) -> None:
-        """Take the ``quantization_config`` that stands in config.json."""
-        super().__init__(quantization_config)
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to load: of a weight's parts diffusers would take none.
+
+        Raises:
+            CheckpointError: always; only diffusers' own loading calls this.
+        """
+        raise CheckpointError(
+            "these weights were quantized by omniq, and diffusers' from_pretrained does not load "
+            "them. Use omniq_compile.load_model(folder), or omniq_compile.from_pretrained(folder) "
+            "for a whole pipeline."
+        )
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
@@ -37,6 +71,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Return the parts of every quantized weight as tensors of their own."""
         if not safe_serialization:
             raise CheckpointError("omniq saves to safetensors only: pickle is never used.")
+        refuse_adapters(state_dict)
         return flatten_state(state_dict)
 
     @property
@@ -54,12 +89,23 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Whether the quantized weights can be trained."""
         return False
 
+    def _dequantize(self, model: Any) -> Any:
+        dequantize_weights(model)
+        # diffusers has no way to take an entry out, and fails on one that is None.
+        kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = FrozenDict(kept)
+        return model
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pass
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pass
 
+
+# Otherwise diffusers' from_pretrained would only say that it does not know the method.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN, OmniqConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(OWN, OmniqQuantizer)
 
 # The options that shape a quantized model, and not only one compile of it.
 _STORED_OPTIONS = (
@@ -84,12 +130,20 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
     }
 
 
+def quantization_record(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return what config.json will say of a model that omniq quantized, or None for another."""
+    about = getattr(model, "omniq_quantization", None)
+    if about is None and isinstance(getattr(model, "hf_quantizer", None), OmniqQuantizer):
+        about = model.config.get("quantization_config")  # type: ignore[union-attr, operator]
+    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
+        return None
+    return about
+
+
 def stored_options(model: nn.Module) -> dict[str, Any] | None:
     """Return the options to compile a model with that omniq quantized, or None for another."""
-    about = getattr(model, "omniq_quantization", None)
-    if about is None and isinstance(model, ModelMixin):
-        about = model.config.get("quantization_config")
-    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
+    about = quantization_record(model)
+    if about is None:
         return None
     options = {name: about[name] for name in _STORED_OPTIONS if name in about}
     return {
@@ -99,22 +153,57 @@ def stored_options(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def difference(about: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig) -> str:
+    """Word how options differ from what a model was quantized with; "" where they do not.
+
+    Of a dict only what it gives is compared, as the rest may be left out.
+    """
+    asked = quantization_config(QuantConfig.from_options(options))
+    given = [n for n in _STORED_OPTIONS if isinstance(options, QuantConfig) or n in options]
+    if about.get("format") != asked["format"]:
+        return f"quantized to {about.get('format')}, and the options ask for {asked['format']}"
+    for name in given:
+        held, wanted = about.get(name), asked[name]
+        if name == "ignored_layers":  # in any order
+            held, wanted = sorted(set(held or ())), sorted(set(wanted))
+        if held != wanted:
+            return f"quantized with {name} = {held!r}, and the options ask for {wanted!r}"
+    return ""
+
+
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
-    """Let diffusers' own ``save_pretrained`` save a quantized model; others are left alone."""
+    """Let the ``save_pretrained`` of diffusers and transformers save a quantized model.
+
+    Models of other libraries are left alone.
+    """
     if isinstance(model, ModelMixin):
         model.register_to_config(quantization_config=about)
-        model.hf_quantizer = OmniqQuantizer(about)
+        model.hf_quantizer = OmniqQuantizer(OmniqConfig(**about))
+    elif _is_of_transformers(model):
+        model.omniq_quantization = about  # type: ignore[assignment]
+        # A bound method, unlike a closure, is bound anew where the model is copied.
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
     """Make a folder by writing it beside its place and renaming it, so that it is never half there.
 
-    A folder that an interrupted run left beside it is removed first.
+    A folder that an interrupted run left beside it is removed first. What is replaced is moved
+    aside too, to ``.NAME.old.*``, and removed when the new folder is in its place: a run that is
+    killed between the two leaves it there.
 
     Raises:
-        CheckpointError: the folder is there already, or cannot be written (a full disk).
+        CheckpointError: the folder is there already, or is a file, or cannot be written (a full
+            disk).
     """
-    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
+    if folder.exists() and not overwrite and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists already. Remove it, or choose another folder.")
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -122,13 +211,41 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
         aside.mkdir(parents=True)
         write(aside)
         if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
+            _replace(folder, aside)
+        else:
+            aside.rename(folder)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if _is_a_failed_write(error):
-            raise CheckpointError(f"cannot write {folder}: {error}. Nothing was left.") from error
+            left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
+            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
         raise
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a finished folder in the place of another; where that stops, one of them is there."""
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = place / folder.name
+    try:
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(place, ignore_errors=True)
+    except BaseException:
+        # An interruption may come before or after what it seems to come from: only what is there
+        # tells how far it went.
+        if not folder.exists():
+            _put_back(old, folder)
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    try:
+        old.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}. The old one is whole, in {old}: move it back."
+        ) from error
 
 
 def _is_a_failed_write(error: BaseException) -> bool:
@@ -140,15 +257,17 @@ def save_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False)
     """Save one quantized component as diffusers does, whole or not at all.
 
     Args:
-        model: of a diffusers class, from `load_model` or `quantize_`.
+        model: of a class of diffusers or transformers, from `load_model`, `from_pretrained` or
+            `quantize_`.
         folder: to make.
         overwrite: replace a folder that exists.
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or the model cannot be saved.
     """
-    if not hasattr(model, "hf_quantizer"):
+    if stored_options(model) is None:
         raise CheckpointError(
-            f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers."
+            f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers or "
+            "transformers."
         )
     write_aside(Path(folder), model.save_pretrained, overwrite=overwrite)  # type: ignore[arg-type]

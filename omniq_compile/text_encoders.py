@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import safetensors.torch
 import torch
 from torch import nn
 
 from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.layer_plan import plan_layers
-from omniq_compile.loading import check_stored, fill_stored, read_config
+from omniq_compile.loading import check_stored, fill_stored, read_config, set_dtypes
 from omniq_compile.lowering.errors import CheckpointError, WeightError
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantize_, quantized_parameter
 from omniq_compile.safetensors_files import SafetensorsFiles, release_free_memory
-from omniq_compile.saving import quantization_config
-from omniq_compile.state import flatten_state
+from omniq_compile.saving import make_savable, quantization_config
 
 logger = logging.getLogger("omniq")
-
-# The one file that `save_quantized` writes, named as transformers names an unsharded checkpoint.
-WEIGHTS = "model.safetensors"
 
 
 def load_quantized(
@@ -42,15 +38,17 @@ def load_quantized(
     options: Mapping[str, Any] | QuantConfig | None,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> Any:
     """Load a model of transformers, each weight quantized as it is read.
 
     Args:
         cls: of transformers.
-        folder: of the model, in full precision or saved by `save_quantized`.
-        options: see `QuantConfig`; None for a folder of `save_quantized`.
+        folder: of the model, in full precision or saved by `saving_transformers`.
+        options: see `QuantConfig`; None for a folder of `saving_transformers`.
         dtype: of what is not quantized, and of the weights before they are.
         device: to load on.
+        variant: of the files, such as ``"fp16"``.
 
     Raises:
         CheckpointError: the folder cannot be read, or holds weights that others quantized.
@@ -62,8 +60,8 @@ def load_quantized(
     config = None if options is None else QuantConfig.from_options(options)
     stored = about.get("quantization_config")
     if stored is not None:
-        check_stored(folder, stored, config)
-        return _load_stored(cls, folder, torch.device(device))
+        check_stored(folder, stored, options)
+        return _load_stored(cls, folder, dtype, torch.device(device), variant)
     if config is None:
         raise CheckpointError(f"{folder} is not quantized: say how with options.")
     device = torch.device(device)
@@ -78,7 +76,9 @@ def load_quantized(
     else:
         logger.warning("transformers is older than 5: %s is loaded in BF16 first", folder)
     try:
-        model = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **streaming)
+        model = cls.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, variant=variant, **streaming
+        )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be loaded from safetensors: {error}") from error
     except RuntimeError:
@@ -88,46 +88,36 @@ def load_quantized(
     model.requires_grad_(False)
     # What no file holds by its own name, such as a copy of another weight, is quantized now.
     quantize_(model.to(device), config)
-    model.omniq_quantization = quantization_config(config)
+    if any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
+        make_savable(model, quantization_config(config))
     return model.eval()
 
 
-def save_quantized(model: Any, folder: Path) -> None:
-    """Write config.json and one safetensors file, which `load_quantized` reads as they are.
-
-    Raises:
-        CheckpointError: the model is not of `load_quantized`.
-    """
-    about = getattr(model, "omniq_quantization", None)
-    if about is None:
-        raise CheckpointError(f"{type(model).__name__} was not quantized by omniq.")
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.quantization_config = about
-    model.config.save_pretrained(folder)
-    tensors, metadata = flatten_state(model.state_dict())
-    safetensors.torch.save_file(_without_copies(tensors), folder / WEIGHTS, metadata)
-
-
-def _without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out all but the first name of tied weights: safetensors stores no memory twice."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: tensors[name].contiguous() for name in first.values()}
-
-
-def _load_stored(cls: Any, folder: Path, device: torch.device) -> Any:
+def _load_stored(
+    cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None
+) -> Any:
     about = cls.config_class.from_pretrained(folder)
     stored = dict(about.quantization_config)
     del about.quantization_config
+    about.dtype = dtype
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls(about)
+    set_dtypes(model, dtype, _kept_in_float32(model, dtype))
     model.tie_weights()
-    fill_stored(model, SafetensorsFiles(folder), device, folder)
+    fill_stored(model, SafetensorsFiles(folder, variant), dtype, device, folder)
     model.tie_weights()
     model.requires_grad_(False)
-    model.omniq_quantization = stored
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    make_savable(model, stored)
+    return model
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Return the modules that transformers' own loading keeps in float32 for a dtype."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:
+        return kept | set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return kept if dtype is torch.bfloat16 else set()
 
 
 def _has_conversions() -> bool:
@@ -153,6 +143,13 @@ def _config_class() -> Any:
 
         def to_dict(self) -> dict[str, Any]:
             return quantization_config(self.config)
+
+        @classmethod
+        def from_dict(cls, *_: Any, **__: Any) -> Any:
+            raise CheckpointError(
+                "these weights were quantized by omniq, and transformers' from_pretrained does not "
+                "load them. Use omniq_compile.from_pretrained(folder) on the pipeline's folder."
+            )
 
     class Quantize(ConversionOps):  # type: ignore[misc]
         def __init__(self, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,10 +37,12 @@ def fill_values(node: fx.Node) -> None:
 
 
 def fake_mode(arguments: Any) -> Any:
-    """Return the fake mode of the first fake tensor among the arguments."""
+    """Return the fake mode of the first fake tensor among the arguments; without one, a context
+    that does nothing.
+    """
     for argument in torch.utils._pytree.tree_leaves(arguments):
         if isinstance(argument, QuantizedTensor):
             return fake_mode(argument.parts)
         if hasattr(argument, "fake_mode"):
             return argument.fake_mode
-    return torch.no_grad()
+    return nullcontext()

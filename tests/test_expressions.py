@@ -17,6 +17,7 @@ from omniq_compile.backend import omniq
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
+from omniq_compile.passes.metadata import fake_mode
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
 from omniq_compile.passes.sites import Kind
 
@@ -253,3 +254,8 @@ def test_a_weight_that_the_graph_only_reads_is_rewritten(name: str) -> None:
     (_, result), (site,) = run(model, x)
     assert site.decision.method == "int8"
     assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
+
+
+def test_without_fake_tensors_there_is_no_mode_to_enter() -> None:
+    with torch.enable_grad(), fake_mode((torch.ones(1), 2)):
+        assert torch.is_grad_enabled()

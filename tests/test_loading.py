@@ -88,8 +88,51 @@ def test_saved_and_loaded_again(saved: Path, tmp_path: Path, size: str) -> None:
     assert same(omniq.load_model(tmp_path / "a", options=options), loaded)
     omniq.save_model(again, tmp_path / "b")
     assert same(omniq.load_model(QwenImageTransformer2DModel, tmp_path / "b"), loaded)
-    with pytest.raises(OptionError, match="is quantized to mxfp4, and the options ask for fp8"):
-        omniq.load_model(tmp_path / "a", options={"method": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"method": "fp8"}, "is quantized to mxfp4, and the options ask for fp8"),
+        ({"mxfp4_scale_alg": 2}, "is quantized to mxfp4, and the options ask for mxfp4_uos"),
+        ({"min_features": 16}, "with min_features = 64, and the options ask for 16"),
+        ({"ignored_layers": ["to_q"]}, r"ignored_layers = \['img_mod', 'txt_mod'\], and the"),
+    ],
+)
+def test_options_that_a_stored_model_was_not_made_with(
+    saved: Path, tmp_path: Path, asked: dict[str, Any], words: str
+) -> None:
+    made = {"method": "mxfp4", "min_features": 64, "ignored_layers": ["img_mod", "txt_mod"]}
+    omniq.load_model(saved, options=made).save_pretrained(tmp_path)
+    for same_options in (
+        made,
+        {"method": "mxfp4"},
+        {**made, "ignored_layers": ["txt_mod", "img_mod"]},
+    ):
+        omniq.load_model(tmp_path, options=same_options)
+    with pytest.raises(OptionError, match=words):
+        omniq.load_model(tmp_path, options={"method": "mxfp4", **asked})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_stored_model_is_loaded_in_the_dtype_that_is_asked_for(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As the original is: what is quantized stands for values of it, and the rest is cast."""
+    random_model("WanTransformer3DModel", "tiny").save_pretrained(tmp_path / "a")
+    online = omniq.load_model(tmp_path / "a", options=OPTIONS, dtype=dtype)
+    omniq.load_model(tmp_path / "a", options=OPTIONS).save_pretrained(tmp_path / "b")
+    stored = omniq.load_model(tmp_path / "b", dtype=dtype)
+    dtypes = {name: tensor.dtype for name, tensor in online.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in stored.state_dict().items()} == dtypes
+    quantized = {n for n, p in stored.named_parameters() if isinstance(p, QuantizedTensor)}
+    assert {stored.get_parameter(name).dtype for name in quantized} == {dtype}
+    inputs = {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in make_inputs(stored, image_tokens=16, text_tokens=8).items()
+    }
+    with torch.no_grad():
+        assert stored(**inputs)[0].dtype is dtype
 
 
 def test_compiled_is_the_fast_path_and_eager_decodes(saved: Path) -> None:
@@ -195,7 +238,10 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda f: shard(f, lambda p: p.update({f"{Q}.weight": "../part-0.safetensors"})),
         "not a file of its folder",
     ),
-    (lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})), "not so"),
+    (
+        lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})),
+        "says 'other' is in part-0.safetensors, which does not hold it. Download the checkpoint",
+    ),
     (
         lambda f: (
             shard(f),

@@ -149,9 +149,14 @@ def test_twice_is_once() -> None:
     model, _ = make()
     omniq.quantize_(model, options("int8"))
     parts = model.out.weight.codes
-    rows = omniq.quantize_(model, options("fp8"))
+    rows = omniq.quantize_(model, options("int8"))
     assert {row.reason for row in rows} == {"quantized already, as int8"}
     assert model.out.weight.codes is parts
+    with pytest.raises(omniq.OptionError, match="is quantized already, as int8, and these options"):
+        omniq.quantize_(model, options("fp8"))
+    # What is kept on purpose may be in another format.
+    rows = omniq.quantize_(model, options("fp8", ignored_layers=["*"]))
+    assert not any(row.method for row in rows)
 
 
 def test_a_weight_with_nan_names_its_layer() -> None:

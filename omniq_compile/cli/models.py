@@ -206,9 +206,11 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     except ValueError as error:
         raise OmniqError(f"{config} is not valid JSON: {error}") from error
     _family(class_name)
+    from omniq_compile.load_arguments import DTYPE_KEYWORD  # needs diffusers
+
     try:
         model: nn.Module = _diffusers_class(class_name).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder, local_files_only=True, use_safetensors=True, **{DTYPE_KEYWORD: dtype}
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise OmniqError(f"diffusers cannot load {class_name} from {folder}: {error}") from error

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.loading import load_model, local_folder
     from omniq_compile.pipeline import check_components, component_class
     from omniq_compile.saving import save_model, write_aside
-    from omniq_compile.text_encoders import load_quantized, save_quantized
+    from omniq_compile.text_encoders import load_quantized
 
     source = local_folder(arguments.folder)
     quantization = read_quantization(arguments.quantization)
@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
                     model.save_pretrained(folder / name)
                 else:
                     cls = component_class(*components[name], source / name)
-                    save_quantized(load_quantized(cls, source / name, options), folder / name)
+                    model = load_quantized(cls, source / name, options)
+                    model.save_pretrained(folder / name)
                     _copy_rest(source / name, folder / name)
 
         write_aside(arguments.out, write, overwrite=arguments.overwrite)

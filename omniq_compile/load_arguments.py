@@ -1,0 +1,104 @@
+"""Checks what is said of a load before anything is read: keywords, dtype and device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import diffusers
+import torch
+
+from omniq_compile.lowering.errors import OptionError, hint
+from omniq_compile.passes.option_checks import CHECKS
+
+# Diffusers 0.40 renamed the keyword, and warns of the old one.
+_VERSION = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+DTYPE_KEYWORD = "dtype" if _VERSION >= (0, 40) else "torch_dtype"
+
+_OWN_KEYWORDS = ("quantization", "dtype", "device", "variant")
+
+# What ``DiffusionPipeline.from_pretrained`` takes of diffusers 0.36 to 0.42, beside the pipeline's
+# own arguments: its signature has only ``**kwargs``.
+_LOADER_KEYWORDS = (
+    "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision",
+    "custom_pipeline", "custom_revision", "mirror", "provider", "sess_options",
+    "provider_options", "device_map", "max_memory", "offload_folder", "offload_state_dict",
+    "low_cpu_mem_usage", "use_safetensors", "use_onnx", "load_connected_pipeline",
+    "quantization_config", "use_flashpack", "disable_mmap", "trust_remote_code",
+    "output_loading_info",
+)  # fmt: skip
+
+
+def check_pipeline_keywords(pipeline: type, given: Iterable[str], index: Mapping[str, Any]) -> None:
+    """Check the keywords that go on to a pipeline: diffusers ignores those it does not know.
+
+    Args:
+        pipeline: its class; DiffusionPipeline for one that brings code of its own, where what
+            ``index`` names is taken.
+        given: the keywords.
+        index: the content of its model_index.json.
+
+    Raises:
+        OptionError: one that neither the pipeline nor diffusers' loading takes.
+    """
+    given = list(given)
+    if "custom_pipeline" in given:  # another class, which diffusers finds
+        return
+    named = [
+        name
+        for name, parameter in inspect.signature(pipeline).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    own = sorted({*named, *(name for name in index if not name.startswith("_"))})
+    for name in given:
+        if name in own or name in _LOADER_KEYWORDS:
+            continue
+        if name == "options" or name in CHECKS:
+            meant = " Did you mean 'quantization'?"
+        else:
+            meant = hint(name, [*_OWN_KEYWORDS, *own, *_LOADER_KEYWORDS])
+        raise OptionError(
+            f"from_pretrained takes no argument {name!r} for this pipeline.{meant} How to quantize "
+            'is said by quantization, as in quantization={"method": "int8"}; the pipeline takes '
+            f"{', '.join(own)}."
+        )
+
+
+def check_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype to load in, by its name or by the one that diffusers' users know.
+
+    Raises:
+        OptionError: it is not a floating dtype, or both are given and differ.
+    """
+    for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+        if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+            continue
+        named = getattr(torch, value, None) if isinstance(value, str) else None
+        meant = f" Did you mean {named}?" if isinstance(named, torch.dtype) else ""
+        raise OptionError(
+            f"{name} must be a floating torch.dtype such as torch.bfloat16, not {value!r}.{meant}"
+        )
+    if dtype is not None and torch_dtype is not None and dtype is not torch_dtype:
+        raise OptionError(
+            f"dtype is {dtype} and torch_dtype, another name for it, is {torch_dtype}. Give one."
+        )
+    return dtype or torch_dtype or torch.bfloat16
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device to load on.
+
+    Raises:
+        OptionError: PyTorch does not know it, or has none here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    # What a build without the device, or a machine without one, raises is its own.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        meant = " Did you mean 'cuda'?" if device == "gpu" else ""
+        raise OptionError(
+            f"device {device!r} cannot be loaded on ({why}).{meant} Give one that this PyTorch "
+            "has, such as 'cpu'."
+        ) from error
