@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from omniq_compile.lowering.cpu import quantize as on_cpu
+from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.float_codes import E8M0_NAN
 from omniq_compile.lowering.formats.format import Parts
@@ -25,3 +26,33 @@ def holds_finite(parts: Parts) -> bool:
         bool((scale != E8M0_NAN).all() if scale.dtype is torch.uint8 else scale.isfinite().all())
         for scale in parts[1:]
     )
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    """Check that a tensor can be quantized as a weight, but for its values.
+
+    Raises:
+        WeightError: it is not a floating matrix, or is empty.
+    """
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"cannot quantize a tensor of {weight.dtype}: a weight is of float32, bfloat16 or "
+            "float16. Is it quantized already?"
+        )
+    if weight.dim() < 2 or not weight.numel():
+        raise WeightError(
+            f"cannot quantize a tensor of shape {list(weight.shape)}: a weight is [..., N, K] with "
+            "at least one element, output features before input features."
+        )
+
+
+def check_finite(parts: Parts, format: str) -> None:
+    """Check the parts of a quantized weight; those without values, as in a traced graph, pass.
+
+    Raises:
+        WeightError: the weight held NaN or Inf.
+    """
+    if any(part.device.type == "meta" or type(part) is not torch.Tensor for part in parts):
+        return
+    if not holds_finite(parts):
+        raise WeightError(f"the weight holds NaN or Inf, which {format} cannot represent.")

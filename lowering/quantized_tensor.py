@@ -8,9 +8,7 @@ one is a copy: writing into the view does not reach the weight, but ``weight[ind
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,12 +19,16 @@ from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
-from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
+from omniq_compile.lowering.pickled import allow_loading, rebuild
+from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
+from omniq_compile.lowering.tensor_of_parts import TensorOfParts, let_go
 
 aten = torch.ops.aten
 
+allow_loading()  # again, for TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
-class QuantizedTensor(torch.Tensor):
+
+class QuantizedTensor(TensorOfParts):
     """A weight ``[..., N, K]`` as codes and scales.
 
     Attributes:
@@ -64,6 +66,8 @@ class QuantizedTensor(torch.Tensor):
         tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=parts[0].device
         )
+        # C++ that asks for its memory (`to_dlpack`) gets an error, and not a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
         return tensor
 
     def __init__(
@@ -91,23 +95,18 @@ class QuantizedTensor(torch.Tensor):
         Raises:
             WeightError: it is not a floating matrix, is empty, or holds NaN or Inf.
         """
-        _check_shape(weight)
+        check_weight(weight)
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(weight, QuantizedTensor):
                 weight = weight.dequantize()
             parts = quantize_weight(weight.detach(), format)
-        _check_finite(parts, format)
+        check_finite(parts, format)
         return cls(parts, format, method, weight.shape, weight.dtype)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The stored tensors, codes first."""
         return tuple(getattr(self, name) for name in get_format(self.format).parts)
-
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts)
 
     @property
     def data(self) -> torch.Tensor:
@@ -152,6 +151,10 @@ class QuantizedTensor(torch.Tensor):
             f"{self.nbytes:,} bytes, device='{self.device}')"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the parts, and what the weight is; `rebuild` says how it comes back."""
+        return rebuild, (vars(self), self.shape, self.dtype)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the parts; with `__tensor_unflatten__` this makes the class traceable."""
         return list(get_format(self.format).parts), (self.format, self.method, self.dtype)
@@ -179,26 +182,6 @@ class QuantizedTensor(torch.Tensor):
         return handler(func, *args, **(kwargs or {}))
 
 
-def _check_shape(weight: torch.Tensor) -> None:
-    if not weight.is_floating_point():
-        raise WeightError(
-            f"cannot quantize a tensor of {weight.dtype}: a weight is of float32, bfloat16 or "
-            "float16. Is it quantized already?"
-        )
-    if weight.dim() < 2 or not weight.numel():
-        raise WeightError(
-            f"cannot quantize a tensor of shape {list(weight.shape)}: a weight is [..., N, K] with "
-            "at least one element, output features before input features."
-        )
-
-
-def _check_finite(parts: Parts, format: str) -> None:
-    if any(part.device.type == "meta" or type(part) is not torch.Tensor for part in parts):
-        return
-    if not holds_finite(parts):
-        raise WeightError(f"the weight holds NaN or Inf, which {format} cannot represent.")
-
-
 def _same_parts(func: Any, tensor: QuantizedTensor, **_: Any) -> QuantizedTensor:
     return tensor.with_parts(tensor.parts)
 
@@ -218,10 +201,7 @@ def _to(func: Any, tensor: QuantizedTensor, **kwargs: Any) -> torch.Tensor:
             "casting asks for that, leave enable_layerwise_casting() out: the weight is small "
             "already."
         )
-    if type(tensor.parts[0]) is torch.Tensor and weakref.getweakrefs(tensor):
-        # `Module.to` swaps the tensors of a subclass, which torch.utils.swap_tensors refuses where
-        # one is weakly referred to. Dynamo leaves such references behind in cycles.
-        gc.collect()
+    let_go(tensor)
     if not dtype.is_floating_point:
         return func(tensor.dequantize(), dtype=dtype, **kwargs)  # type: ignore[no-any-return]
     return tensor.with_parts([func(part, **kwargs) for part in tensor.parts], dtype)
@@ -247,7 +227,7 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
     # Quantized aside first: a weight that cannot be quantized leaves the old one whole.
     values = source.to(target.device).expand(target.shape)
     parts = quantize_weight(values, target.format)
-    _check_finite(parts, target.format)
+    check_finite(parts, target.format)
     for to, part in zip(target.parts, parts, strict=True):
         to.copy_(part)
     return target

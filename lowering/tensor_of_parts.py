@@ -1,0 +1,74 @@
+"""A tensor whose memory is that of other tensors, its parts: what asks for memory is asked of them.
+
+The tensor itself has a shape and a dtype, and no storage. PyTorch does not know that where it works
+on memory and not on values: it reads a null pointer, or marks a copy of the values that is gone a
+moment later.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+
+from omniq_compile.lowering.errors import WeightError
+
+
+class TensorOfParts(torch.Tensor):
+    """A wrapper around tensors that hold codes and scales in a format."""
+
+    format: str
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The stored tensors, codes first."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def data_ptr(self) -> int:
+        """Return 0, as PyTorch does for a tensor without memory of its own."""
+        return 0
+
+    def share_memory_(self) -> TensorOfParts:
+        """Move the parts to shared memory, in place."""
+        let_go(self)
+        for part in self.parts:
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Say whether all parts are in shared memory."""
+        return all(part.is_shared() for part in self.parts)
+
+    def __dlpack__(self, *, copy: bool | None = None, **options: Any) -> Any:
+        """Return a capsule with the dequantized values; what writes into it changes a copy.
+
+        Raises:
+            WeightError: ``copy=False``, which asks for the weight's own memory.
+        """
+        if copy is False:
+            raise WeightError(
+                f"a weight that is stored as {self.format} has no memory with its values, which "
+                "copy=False asks for. Leave it out, or pass .dequantize()."
+            )
+        return self.dequantize().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        """Return the device of the dequantized values, which are never in pinned memory."""
+        return torch.empty(0, device=self.device).__dlpack_device__()
+
+
+def let_go(tensor: TensorOfParts) -> None:
+    """Free what refers to a tensor weakly from a cycle that nothing reaches, as Dynamo leaves it.
+
+    Modules swap tensors of a subclass (``Module.to``, ``Module.share_memory``), which
+    torch.utils.swap_tensors refuses where one is weakly referred to.
+    """
+    if type(tensor.parts[0]) is torch.Tensor and weakref.getweakrefs(tensor):
+        gc.collect()
