@@ -101,11 +101,6 @@ class _Subject:
             for name, config in self.configs.items()
             for layer in quantized_layers(name, models[name], config)
         ]
-        if not self.layers:
-            raise OptionError(
-                "these options quantize no layer of the pipeline, so there is nothing to tune: "
-                "are its layers smaller than 'min_features'?"
-            )
         self.nbytes_bf16 = sum(state_bytes(models[name]) for name in self.configs)
         self.switches = {n: Switches(models[n], config) for n, config in self.configs.items()}
         self.calls: list[Call] = []
