@@ -21,7 +21,12 @@ from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
 from omniq_compile.lowering.pickled import allow_loading, rebuild
 from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
-from omniq_compile.lowering.tensor_of_parts import TensorOfParts, let_go
+from omniq_compile.lowering.tensor_of_parts import (
+    MEMORY_OPERATORS,
+    TensorOfParts,
+    let_go,
+    refuse,
+)
 
 aten = torch.ops.aten
 
@@ -235,6 +240,8 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
 
 def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation on dequantized values, and quantize what it wrote."""
+    if torch.Tag.inplace_view in func.tags and isinstance(args[0], QuantizedTensor):
+        refuse(func, *args)
     values: dict[int, torch.Tensor] = {}
     owners: dict[int, QuantizedTensor] = {}
 
@@ -261,6 +268,7 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    **MEMORY_OPERATORS,
     aten.detach.default: _same_parts,
     aten.alias.default: _same_parts,
     aten.clone.default: _each_part,

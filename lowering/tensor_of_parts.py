@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
 from omniq_compile.lowering.errors import WeightError
+
+aten = torch.ops.aten
 
 
 class TensorOfParts(torch.Tensor):
@@ -72,3 +75,46 @@ def let_go(tensor: TensorOfParts) -> None:
     """
     if type(tensor.parts[0]) is torch.Tensor and weakref.getweakrefs(tensor):
         gc.collect()
+
+
+def refuse(func: Any, *arguments: Any, **_: Any) -> NoReturn:
+    """Refuse an operator that changes what memory or shape a tensor has.
+
+    Raises:
+        WeightError: always.
+    """
+    format = next(x.format for x in arguments if isinstance(x, TensorOfParts))
+    raise WeightError(
+        f"{func} changes the memory or the shape of a tensor in place, and a weight that is stored "
+        f"as {format} has neither of its own. Call .dequantize() first, or write values with copy_."
+    )
+
+
+def _record_stream(func: Any, tensor: TensorOfParts, stream: torch.Stream) -> None:
+    for part in tensor.parts:
+        func(part, stream)
+
+
+def _is_pinned(func: Any, tensor: TensorOfParts, *device: Any, **named_device: Any) -> bool:
+    return all(func(part, *device, **named_device) for part in tensor.parts)
+
+
+def _is_set_to(func: Any, tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if not isinstance(tensor, TensorOfParts) or not isinstance(other, TensorOfParts):
+        return False
+    return tensor.format == other.format and all(map(func, tensor.parts, other.parts))
+
+
+def _itself(func: Any, tensor: TensorOfParts) -> TensorOfParts:
+    return tensor
+
+
+# The operators that work on a tensor's memory and not on its values.
+MEMORY_OPERATORS: dict[Any, Callable[..., Any]] = {
+    aten.record_stream.default: _record_stream,
+    aten.is_pinned.default: _is_pinned,
+    aten.is_set_to.default: _is_set_to,
+    aten.detach_.default: _itself,
+    aten.set_.source_Tensor: refuse,
+    aten.set_.source_Tensor_storage_offset: refuse,
+}

@@ -91,10 +91,11 @@ class PipelineQuantConfig:
                 if stages
                 else ("it has no component named transformer")
             )
+            example = names[0] if names else "transformer"
             raise OptionError(
                 f"one method does not say what to quantize in this pipeline, because {why}. Name "
-                f"the components: quantization={{{names[0]!r}: {self.everywhere['method']!r}}}. "
-                f"It has: {', '.join(names)}."
+                f"the components: quantization={{{example!r}: {self.everywhere['method']!r}}}. "
+                f"It has: {', '.join(names) or 'none with weights'}."
             )
 
 

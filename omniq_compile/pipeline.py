@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omniq_compile.loading import (
     read_config,
     read_json,
 )
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
 from omniq_compile.text_encoders import load_quantized
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
@@ -47,7 +48,8 @@ def from_pretrained(
         quantization: see `build_quant_config`.
         dtype: of everything that is not quantized.
         device: to load the quantized components on; move the pipeline for the others.
-        variant: of the weight files, such as ``"fp16"``.
+        variant: of the weight files, such as ``"fp16"``; as in diffusers, a component that has none
+            of it is loaded from its other files.
         pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``; a component given
             here is used as it is.
 
@@ -61,6 +63,7 @@ def from_pretrained(
     place = local_folder(str(folder))
     components = check_components(place, config)
     _check_own_code(place, pipeline_arguments)
+    with_variant = _components_with(variant, place, components)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
         options = config.options_for(name)
@@ -68,12 +71,15 @@ def from_pretrained(
         if name in pipeline_arguments or (options is None and not own):
             continue
         cls = component_class(library, kind, place / name)
+        own_variant = variant if name in with_variant else None
         if issubclass(cls, ModelMixin):
             loaded[name] = load_model(
-                cls, place / name, options=options, dtype=dtype, device=device, variant=variant
+                cls, place / name, options=options, dtype=dtype, device=device, variant=own_variant
             )
         else:
-            loaded[name] = load_quantized(cls, place / name, options, dtype, device)
+            loaded[name] = load_quantized(
+                cls, place / name, options, dtype, device, variant=own_variant
+            )
     pipe = _pipeline_class(place).from_pretrained(
         str(place),
         torch_dtype=dtype,
@@ -85,6 +91,24 @@ def from_pretrained(
         if getattr(pipe, name) is not component:
             raise OmniqError(f"{type(pipe).__name__} did not take the quantized {name!r}.")
     return pipe
+
+
+def _components_with(variant: str | None, place: Path, components: Iterable[str]) -> list[str]:
+    """Return the components that have files of a variant: ``model.VARIANT.safetensors``.
+
+    Raises:
+        CheckpointError: none has, where diffusers would say so after weights were read.
+    """
+    if variant is None:
+        return []
+    named = re.compile(rf"\.{re.escape(variant)}[.-]")
+    found = [n for n in components if any(named.search(f.name) for f in (place / n).iterdir())]
+    if not found:
+        raise CheckpointError(
+            f"no component of {place} has weights of variant {variant!r}, as in "
+            f"model.{variant}.safetensors. Leave variant out, or name another."
+        )
+    return found
 
 
 def _check_own_code(place: Path, pipeline_arguments: Mapping[str, Any]) -> None:
@@ -114,13 +138,18 @@ def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tupl
 
     Raises:
         OptionError: the config does not fit the pipeline.
-        CheckpointError: the folder has no model_index.json.
+        CheckpointError: the folder has no model_index.json, or no weights to quantize.
     """
     components = {
         name: entry
         for name, entry in pipeline_components(place).items()
         if _holds_weights(place / name)
     }
+    if not components and config != PipelineQuantConfig():
+        raise CheckpointError(
+            f"{place} holds no component with weights and a config.json, so there is nothing to "
+            "quantize. Download the whole pipeline, or name the folder that has them."
+        )
     config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
     return components
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,17 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
 def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
     """Make a folder by writing it beside its place and renaming it, so that it is never half there.
 
-    A folder that an interrupted run left beside it is removed first.
+    A folder that an interrupted run left beside it is removed first. What is replaced is moved
+    aside too, to ``.NAME.old.*``, and removed when the new folder is in its place: a run that is
+    killed between the two leaves it there.
 
     Raises:
-        CheckpointError: the folder is there already, or cannot be written (a full disk).
+        CheckpointError: the folder is there already, or is a file, or cannot be written (a full
+            disk).
     """
-    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
+    if folder.exists() and not overwrite and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists already. Remove it, or choose another folder.")
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -122,13 +128,41 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
         aside.mkdir(parents=True)
         write(aside)
         if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
+            _replace(folder, aside)
+        else:
+            aside.rename(folder)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if _is_a_failed_write(error):
-            raise CheckpointError(f"cannot write {folder}: {error}. Nothing was left.") from error
+            left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
+            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
         raise
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a finished folder in the place of another; where that stops, one of them is there."""
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = place / folder.name
+    try:
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(place, ignore_errors=True)
+    except BaseException:
+        # An interruption may come before or after what it seems to come from: only what is there
+        # tells how far it went.
+        if not folder.exists():
+            _put_back(old, folder)
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    try:
+        old.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}. The old one is whole, in {old}: move it back."
+        ) from error
 
 
 def _is_a_failed_write(error: BaseException) -> bool:

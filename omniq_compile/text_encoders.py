@@ -42,6 +42,7 @@ def load_quantized(
     options: Mapping[str, Any] | QuantConfig | None,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> Any:
     """Load a model of transformers, each weight quantized as it is read.
 
@@ -51,6 +52,7 @@ def load_quantized(
         options: see `QuantConfig`; None for a folder of `save_quantized`.
         dtype: of what is not quantized, and of the weights before they are.
         device: to load on.
+        variant: of the files, such as ``"fp16"``.
 
     Raises:
         CheckpointError: the folder cannot be read, or holds weights that others quantized.
@@ -63,7 +65,7 @@ def load_quantized(
     stored = about.get("quantization_config")
     if stored is not None:
         check_stored(folder, stored, config)
-        return _load_stored(cls, folder, torch.device(device))
+        return _load_stored(cls, folder, torch.device(device), variant)
     if config is None:
         raise CheckpointError(f"{folder} is not quantized: say how with options.")
     device = torch.device(device)
@@ -78,7 +80,9 @@ def load_quantized(
     else:
         logger.warning("transformers is older than 5: %s is loaded in BF16 first", folder)
     try:
-        model = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **streaming)
+        model = cls.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, variant=variant, **streaming
+        )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be loaded from safetensors: {error}") from error
     except RuntimeError:
@@ -116,14 +120,14 @@ def _without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: tensors[name].contiguous() for name in first.values()}
 
 
-def _load_stored(cls: Any, folder: Path, device: torch.device) -> Any:
+def _load_stored(cls: Any, folder: Path, device: torch.device, variant: str | None) -> Any:
     about = cls.config_class.from_pretrained(folder)
     stored = dict(about.quantization_config)
     del about.quantization_config
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls(about)
     model.tie_weights()
-    fill_stored(model, SafetensorsFiles(folder), device, folder)
+    fill_stored(model, SafetensorsFiles(folder, variant), device, folder)
     model.tie_weights()
     model.requires_grad_(False)
     model.omniq_quantization = stored

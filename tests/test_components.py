@@ -84,4 +84,6 @@ def test_one_method_needs_one_clear_transformer() -> None:
         build_quant_config("int8").check(("transformer", "language_model"), ["language_model"])
     with pytest.raises(OptionError, match=r"no component named transformer.*It has: unet, vae"):
         build_quant_config("int8").check(("unet", "vae"))
+    with pytest.raises(OptionError, match="It has: none with weights"):
+        build_quant_config("int8").check(())
     build_quant_config({"language_model": "int8"}).check(("transformer", "language_model"))

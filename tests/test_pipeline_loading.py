@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import error
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
@@ -71,6 +72,31 @@ def test_each_component_gets_its_own(wan: Path, quantization: Any, expected: Any
     pipe = load(wan, quantization)
     assert methods(pipe) == expected
     assert pipe.transformer.dtype is pipe.transformer_2.dtype is torch.bfloat16
+
+
+def test_each_component_is_loaded_from_its_variant_where_it_has_one(
+    wan: Path, tmp_path: Path
+) -> None:
+    """As diffusers does it, which loads the whole pipeline in BF16 here for comparison."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(wan, folder)
+    for name in ("text_encoder", "transformer"):
+        (file,) = (folder / name).glob("*.safetensors")
+        tensors = {k: t * 3 for k, t in safetensors.torch.load_file(file).items()}
+        variant = file.with_name(f"{file.stem}.fp16.safetensors")
+        safetensors.torch.save_file(tensors, variant, {"format": "pt"})
+    everything = {"default": {"method": "int8", "min_features": 1}, "vae": None}
+    pipe = omniq.from_pretrained(folder, everything, variant="fp16", tokenizer=None)
+    exact = WanPipeline.from_pretrained(
+        folder, variant="fp16", tokenizer=None, torch_dtype=torch.bfloat16
+    )
+    for name in ("text_encoder", "transformer", "transformer_2"):
+        wanted = dict(getattr(exact, name).named_parameters())
+        for key, p in getattr(pipe, name).named_parameters():
+            if isinstance(p, QuantizedTensor):
+                assert error(p.dequantize(), wanted[key]) < 0.02, (name, key)
+    with pytest.raises(CheckpointError, match=r"has weights of variant 'fp8'.*Leave variant out"):
+        omniq.from_pretrained(folder, everything, variant="fp8", tokenizer=None)
 
 
 def test_a_quantized_text_encoder_works_eager_and_compiled(wan: Path) -> None:
@@ -143,6 +169,13 @@ def test_not_a_pipeline(tmp_path: Path) -> None:
         load(tmp_path, "int8")
     with pytest.raises(CheckpointError, match="is not a folder"):
         load(tmp_path / "nowhere", "int8")
+
+
+@pytest.mark.parametrize("quantization", ["int8", {"transformer": "int8"}, {"default": "int8"}])
+def test_a_pipeline_without_weights(quantization: Any, wan: Path, tmp_path: Path) -> None:
+    shutil.copytree(wan, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(CheckpointError, match=r"bare holds no component with weights.*Download"):
+        load(tmp_path / "bare", quantization)
 
 
 def test_a_language_model_beside_the_transformer_has_to_be_named(wan: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.text_encoders import load_quantized, save_quantized
+from omniq_compile.text_encoders import WEIGHTS, load_quantized, save_quantized
 
 transformers = pytest.importorskip("transformers")
 OPTIONS = {"method": "mxfp8", "min_features": 16}
@@ -99,6 +99,28 @@ def test_streamed_stored_and_quantized_afterwards_are_the_same(
         assert wanted.isfinite().all()
         for model in (streamed, stored):
             assert torch.equal(model(input_ids=ids)[0], wanted)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_variant_is_read_from_its_own_files(alone: bool, tmp_path: Path) -> None:
+    cls = transformers.T5EncoderModel
+    for name in ("wanted", "other"):
+        model = t5().to(torch.bfloat16)  # random: another one each time
+        model.save_pretrained(tmp_path / name)
+        if name == "wanted":
+            model.save_pretrained(tmp_path / "both", variant="fp16")
+            save_quantized(load_quantized(cls, tmp_path / name, OPTIONS), tmp_path / "stored")
+        elif not alone:
+            model.save_pretrained(tmp_path / "both")
+            save_quantized(load_quantized(cls, tmp_path / name, OPTIONS), tmp_path / "stored_other")
+    expected = load_quantized(cls, tmp_path / "wanted", OPTIONS)
+    streamed = load_quantized(cls, tmp_path / "both", OPTIONS, variant="fp16")
+    assert same(streamed, expected) == 12
+    (tmp_path / "stored" / WEIGHTS).rename(tmp_path / "stored" / "model.fp16.safetensors")
+    if not alone:
+        (tmp_path / "stored_other" / WEIGHTS).rename(tmp_path / "stored" / WEIGHTS)
+    stored = load_quantized(cls, tmp_path / "stored", None, variant="fp16")
+    assert same(stored, expected) == 12
 
 
 def test_refusals(tmp_path: Path) -> None:

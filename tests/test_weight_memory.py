@@ -1,4 +1,4 @@
-"""The memory of a quantized weight is that of its parts: shared, exported, pickled."""
+"""The memory of a quantized weight is that of its parts: shared, exported, marked, pickled."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from format_oracle import same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, QuantizedTensor, WeightError
@@ -99,6 +100,97 @@ def test_it_has_no_address_of_its_own() -> None:
     q = omniq.quantize(torch.randn(8, 40), "int8")
     assert q.data_ptr() == nn.Parameter(q, requires_grad=False).data_ptr() == 0
     assert torch.equal(copy.deepcopy(q).dequantize(), q.dequantize())
+
+
+class Device(TorchDispatchMode):
+    """Stands in for a device with streams and pinned memory, of which this machine has none.
+
+    What is not about memory goes on as it is.
+    """
+
+    def __init__(self, pinned: tuple[torch.Tensor, ...] = ()) -> None:
+        super().__init__()
+        self.pinned = pinned
+        self.recorded: list[tuple[torch.Tensor, torch.Stream]] = []
+        self.copied: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(args[0], QuantizedTensor):
+            return NotImplemented  # its own answer comes next, and calls this for the parts
+        match func:
+            case torch.ops.aten.record_stream.default:
+                self.recorded.append(args)
+                return None
+            case torch.ops.aten.is_pinned.default:
+                return any(args[0] is tensor for tensor in self.pinned)
+            case torch.ops.aten._pin_memory.default:
+                self.copied.append(args[0])
+                return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+def test_recording_a_stream_marks_the_parts_and_writes_nothing() -> None:
+    q = omniq.quantize(torch.randn(8, 40), "int8")
+    versions = [part._version for part in q.parts]
+    stream = torch.Stream(device="cpu")
+    with Device() as device:
+        assert q.record_stream(stream) is None
+        nn.Parameter(q, requires_grad=False).data.record_stream(stream)
+    assert [id(tensor) for tensor, _ in device.recorded] == 2 * [id(part) for part in q.parts]
+    assert all(recorded == stream for _, recorded in device.recorded)
+    assert [part._version for part in q.parts] == versions
+
+
+def test_pinned_are_those_whose_parts_are() -> None:
+    q = omniq.quantize(torch.randn(8, 40), "int8")
+    for pinned in ((), q.parts[:1], q.parts[1:], q.parts):
+        with Device(pinned) as device:
+            assert q.is_pinned() == (len(pinned) == 2)
+            again = q.pin_memory()
+        assert type(again) is QuantizedTensor
+        assert torch.equal(again.dequantize(), q.dequantize())
+        # PyTorch copies nothing that is pinned already.
+        assert len(device.copied) == (0 if len(pinned) == 2 else 2)
+
+
+def test_the_same_memory_is_that_of_the_same_parts() -> None:
+    q = omniq.quantize(torch.randn(8, 40), "int8")
+    assert q.is_set_to(q.detach())
+    assert not q.is_set_to(q.clone())
+    assert not q.is_set_to(q.dequantize())
+    assert not q.dequantize().is_set_to(q)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.resize_(2, 2),
+        lambda q: q.resize_as_(torch.ones(2, 2)),
+        lambda q: q.set_(),
+        lambda q: q.set_(torch.ones(8, 8)),
+        lambda q: q.set_(torch.ones(8, 8).untyped_storage()),
+        lambda q: torch.ones(8, 8).set_(q),
+        lambda q: q.t_(),
+        lambda q: q.squeeze_(0),
+        lambda q: q.unsqueeze_(0),
+        lambda q: q.as_strided_((2, 2), (1, 1)),
+    ],
+)
+def test_changing_memory_or_shape_in_place_is_refused(change: Any) -> None:
+    q = omniq.quantize(torch.randn(8, 8), "int8")
+    before = q.dequantize()
+    with pytest.raises(WeightError, match=r"stored as int8 has neither.*\.dequantize\(\)"):
+        change(q)
+    assert torch.equal(q.dequantize(), before)
+
+
+def test_detaching_in_place_leaves_the_parts() -> None:
+    q = omniq.quantize(torch.randn(8, 40), "int8")
+    versions = [part._version for part in q.parts]
+    assert q.detach_() is q
+    assert [part._version for part in q.parts] == versions
+    plain = torch.ones(1).resize_as_(q)
+    assert plain.shape == q.shape
 
 
 LOAD = """

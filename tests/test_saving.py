@@ -1,0 +1,105 @@
+"""A folder that is replaced is the old one or the new one, whole, wherever the writing stops."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omniq_compile import CheckpointError
+from omniq_compile.saving import write_aside
+
+FILES = ("config.json", "model.safetensors")
+
+
+def writer(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for name in FILES:
+            (folder / name).write_text(text)
+
+    return write
+
+
+def contents(folder: Path) -> list[str]:
+    return [(folder / name).read_text() for name in FILES]
+
+
+class Interruption:
+    """Raises once, before or after the n-th time that a folder is renamed or removed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, after: bool, error: Any) -> None:
+        self.left, self.after, self.error = step, after, error
+        self.happened = False
+        monkeypatch.setattr(Path, "rename", self.around(Path.rename))
+        monkeypatch.setattr(shutil, "rmtree", self.around(shutil.rmtree))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
+            now = self.left == 0
+            self.left -= 1
+            if now:
+                self.happened = True
+                if self.after:
+                    function(path, *arguments, **options)
+                elif function.__name__ == "rmtree":
+                    # What was removed by then: one file, the first.
+                    next((p for p in sorted(path.rglob("*")) if p.is_file()), path / "x").unlink(
+                        missing_ok=True
+                    )
+                raise self.error
+            return function(path, *arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_whatever_stops_a_replacement_leaves_one_whole_folder(
+    error: BaseException, after: bool, tmp_path: Path
+) -> None:
+    for step in itertools.count():
+        place = tmp_path / str(step)
+        folder = place / "out"
+        write_aside(folder, writer("old"))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            interruption = Interruption(monkeypatch, step, after, error)
+            try:
+                write_aside(folder, writer("new"), overwrite=True)
+                assert contents(folder) == ["new", "new"]
+            except (KeyboardInterrupt, OSError, CheckpointError):
+                assert contents(folder) in (["old", "old"], ["new", "new"]), step
+        assert [path.name for path in place.iterdir()] == ["out"], step
+        if not interruption.happened:
+            break
+    assert step >= 3  # two renames and a removal, at least
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "out", Path.rename
+    write_aside(folder, writer("old"))
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == folder:
+            raise OSError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match="The old one is whole, in ") as raised:
+        write_aside(folder, writer("new"), overwrite=True)
+    (old,) = tmp_path.glob(".out.old.*/out")
+    assert str(old) in str(raised.value)
+    assert contents(old) == ["old", "old"]
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file"):
+        write_aside(tmp_path / "out", writer("new"), overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
