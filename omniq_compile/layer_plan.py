@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -166,6 +166,16 @@ def _row(name: str, weight: torch.Tensor, reason: str | None, config: QuantConfi
 def count_quantized(model: nn.Module) -> int:
     """Return how many weights of a model are stored quantized."""
     return sum(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
+
+
+def plan_of_quantized(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
+    """Return what became of every ``nn.Linear`` of a model whose weights are quantized already."""
+    return [
+        replace(row, method=config.method)
+        if isinstance(model.get_submodule(row.layer).weight, QuantizedTensor)
+        else row
+        for row in plan_layers(model, config)
+    ]
 
 
 def why_kept(rows: Sequence[LayerPlan]) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
+from omniq_compile.cli.quantization import (
+    add_quantization_argument,
+    describe_component,
+    read_quantization,
+)
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError
 
@@ -44,13 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
                     copy = shutil.copytree if entry.is_dir() else shutil.copy2
                     copy(entry, folder / entry.name)
             for name, options in todo.items():
-                console.print(f"{name}: {options['method']}")
+                # Where `default` stands for it, a component that has nothing to quantize may.
+                asked = config.everywhere is not None or name in config.components
                 if components[name][0] == "diffusers":
                     model: Any = load_model(source / name, options=options)
+                    _report(console, name, model, options, asked)
                     model.save_pretrained(folder / name)
                 else:
                     cls = component_class(*components[name], source / name)
-                    save_quantized(load_quantized(cls, source / name, options), folder / name)
+                    model = load_quantized(cls, source / name, options)
+                    _report(console, name, model, options, asked)
+                    save_quantized(model, folder / name)
                     _copy_rest(source / name, folder / name)
 
         write_aside(arguments.out, write, overwrite=arguments.overwrite)
@@ -61,9 +70,24 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{source} is one model, not a pipeline: give a method, such as int8."
             )
         model = load_model(source, options=options)
+        _report(console, str(source), model, options, asked=True)
         save_model(model, arguments.out, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}")
     return 0
+
+
+def _report(
+    console: Console, name: str, model: Any, options: Mapping[str, Any], asked: bool
+) -> None:
+    """Print what became of a component's layers.
+
+    Raises:
+        OptionError: none is quantized, where that was asked for: what would be written is BF16.
+    """
+    line, quantized = describe_component(name, model, options)
+    if asked and not quantized:
+        raise OptionError(f"{line}. Change that option, or leave the component out.")
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
