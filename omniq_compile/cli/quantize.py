@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.text_encoders import load_quantized, save_quantized
 
     source = local_folder(arguments.folder)
+    _check_apart(source, arguments.out)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)
     if (source / "model_index.json").is_file():
@@ -74,6 +75,23 @@ def run(arguments: argparse.Namespace) -> int:
         save_model(model, arguments.out, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}")
     return 0
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuse an --out that would replace what is read, or that would be copied into itself.
+
+    Raises:
+        OptionError: one is the other, or lies inside it.
+    """
+    # A component's folder may be a link to where its weights really are.
+    read = {folder.resolve() for folder in (source, *source.iterdir()) if folder.is_dir()}
+    made = out.resolve()
+    for folder in read:
+        if made == folder or made in folder.parents or folder in made.parents:
+            raise OptionError(
+                f"--out {out} and {folder}, which is read, are one folder or lie inside each "
+                "other, so the original would be lost. Choose a folder beside it."
+            )
 
 
 def _report(
