@@ -235,6 +235,14 @@ def test_generate_compiles_the_transformer(tmp_path: Path) -> None:
         (["--quantization", "int8", "--out", "no/where.png"], "its folder does not exist"),
         (["--quantization", "int8", "--argument", "digits=[1]", "--steps", "1", "--eager",
           "--out", "x.abc"], "x.abc cannot be written"),
+        (["--argument", "digits", "--out", "x.png"], "'digits' is not NAME=JSON"),
+        (["--argument", "digits=[12]", "--eager", "--out", "x.png"],
+         "DigitsPipeline refused its arguments: digits[0] is 12"),
+        (["--argument", "digits=[1]", 'output_type="latent"', "--out", "x.png"],
+         "unknown output_type 'latent'. Valid: pil, np, pt."),
+        (["--argument", "digits=[1]", "return_dict=false", "--out", "x.png"], "return_dict=false"),
+        (["--argument", "digits=[1]", "--device", "gpu", "--out", "x.png"],
+         "--device 'gpu' cannot be used"),
     ],
 )  # fmt: skip
 def test_what_generate_cannot_do(

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from omniq_compile.cli.bench_machine import peak_of_call, state_bytes
-from omniq_compile.cli.pipeline_call import check_call, compile_component
+from omniq_compile.cli.pipeline_call import compile_component
 from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.pipeline_call import check_call, load_worded
 from omniq_compile.quality.generation import Generation, Pictures, generate, release, warm_up
 from omniq_compile.quality.metrics import picture_metrics, relative_l2
 from omniq_compile.quality.perceptual import Distance, load_lpips
@@ -168,10 +169,8 @@ def load_pipeline(setting: Setting, config: PipelineQuantConfig | None) -> Any:
         OptionError: the arguments do not fit, or the BF16 pipeline is no reference for the
             setting's config.
     """
-    import omniq_compile as omniq
-
-    pipe = omniq.from_pretrained(setting.folder, config, device=setting.device, **setting.loading)
-    check_call(pipe, {*setting.arguments, "generator"})
+    pipe = load_worded(setting.folder, config, device=setting.device, **setting.loading)
+    check_call(type(pipe), {*setting.arguments, "generator"})
     if config is None:
         _check_reference(setting, models_of(pipe))
     pipe.set_progress_bar_config(disable=True)
