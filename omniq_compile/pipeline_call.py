@@ -1,17 +1,22 @@
-"""A diffusers pipeline's call: its arguments checked before it is loaded, its refusals worded."""
+"""A diffusers pipeline's call, from its arguments and compiling to the wording of its refusals."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
+from omniq_compile.backend import omniq
 from omniq_compile.loading import local_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class
+from omniq_compile.regional import compile, module_blocks
 
 
 def check_call_of_folder(folder: str, given: Collection[str]) -> None:
@@ -71,13 +76,27 @@ def refusals_worded(what: str) -> Iterator[None]:
 
 def load_worded(folder: str, config: Any, **loading: Any) -> Any:
     """Load a pipeline as `from_pretrained` does, with the refusals of diffusers worded."""
-    import omniq_compile as omniq
+    import omniq_compile
 
     with refusals_worded(f"the pipeline in {folder} cannot be loaded"):
-        return omniq.from_pretrained(folder, config, **loading)
+        return omniq_compile.from_pretrained(folder, config, **loading)
 
 
 def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
     """Call a pipeline, with its refusals worded."""
     with refusals_worded(f"{type(pipe).__name__} refused its arguments"):
         return pipe(**given)
+
+
+def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:
+    """Compile a component in place, by its repeated blocks where it has some.
+
+    Returns:
+        What was done, to print.
+    """
+    config = QuantConfig.from_options(options)
+    if module_blocks(component):
+        compile(component, config)
+        return "its blocks compile when they first run"
+    component.compile(backend=partial(omniq, options=config))
+    return "it compiles when it first runs"

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from omniq_compile.cli import bench
-from omniq_compile.cli.bench_machine import peak_of_call, peak_rss, state_bytes
 from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.memory import peak_of_call, peak_rss, state_bytes
 
 SMALL = BenchConfig(width=64, image_tokens=16, text_tokens=8, rounds=2, dtype="float32")
 OMNIQ_EAGER = {"method": "int8", "compiler": "eager", "min_features": 32}

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
-    compile_component,
     given_arguments,
     remote_code,
     usable_device,
@@ -30,6 +29,7 @@ from omniq_compile.pipeline_call import (
     call_worded,
     check_call,
     check_call_of_folder,
+    compile_component,
     load_worded,
 )
 from omniq_compile.saving import stored_options

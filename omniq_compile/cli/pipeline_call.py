@@ -1,23 +1,18 @@
-"""What the commands that run a diffusers pipeline share: its arguments, their check, compiling."""
+"""What the commands that run a diffusers pipeline share: its arguments, and their check."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from omniq_compile.backend import omniq
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError, unknown
-from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import COMPILERS
 from omniq_compile.pipeline_call import check_call_of_folder
-from omniq_compile.regional import compile, module_blocks
 
 if TYPE_CHECKING:
     from omniq_compile.quality.comparison import Setting
@@ -87,20 +82,6 @@ def _check_returns_pictures(given: Mapping[str, Any]) -> None:
         )
     if given.get("return_dict") is False:
         raise OptionError("return_dict=false returns no named pictures. Leave it out.")
-
-
-def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:
-    """Compile a component in place, by its repeated blocks where it has some.
-
-    Returns:
-        What was done, to print.
-    """
-    config = QuantConfig.from_options(options)
-    if module_blocks(component):
-        compile(component, config)
-        return "its blocks compile when they first run"
-    component.compile(backend=partial(omniq, options=config))
-    return "it compiles when it first runs"
 
 
 def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> None:

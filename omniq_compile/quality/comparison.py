@@ -15,13 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from omniq_compile.cli.bench_machine import peak_of_call, state_bytes
-from omniq_compile.cli.pipeline_call import compile_component
 from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.memory import peak_of_call, state_bytes
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.pipeline_call import check_call, load_worded
+from omniq_compile.pipeline_call import check_call, compile_component, load_worded
 from omniq_compile.quality.generation import Generation, Pictures, generate, release, warm_up
 from omniq_compile.quality.metrics import picture_metrics, relative_l2
 from omniq_compile.quality.perceptual import Distance, load_lpips
