@@ -150,6 +150,32 @@ def test_arguments_that_cannot_be_measured(arguments, expected):
     assert expected in str(info.value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--model QwenImageTransformer2DModel", "--width 64", "--blocks 1", "--image-tokens 9",
+        "--text-tokens 9", "--rounds 5", "--warmup 1", "--settle 1", "--method int8",
+        "--dtype float32", "--device cpu", "--threads 2", "--seed 0", "--no-eager", "--torchao",
+        "--quick", "--json x.json",
+    ],
+)  # fmt: skip
+def test_a_suite_refuses_the_options_of_one_model(given, monkeypatch):
+    """Also where what is given is the default."""
+    monkeypatch.setattr(bench, "run_command", lambda *arguments: 0)
+    with pytest.raises(OmniqError) as info:
+        bench.run(parse("--suite", "smoke", *given.split()))
+    assert str(info.value).startswith(f"{given.split()[0]} is for one model")
+
+
+def test_every_option_is_of_one_model_or_of_a_suite(monkeypatch):
+    """None that is added later is ignored without a word."""
+    monkeypatch.setattr(bench, "run_command", lambda *arguments: 0)
+    assert bench.run(parse("--suite", "smoke", "--case", "words", "--report", "x")) == 0
+    of_a_suite = {"suite", "case", "report"}
+    names = {*BenchConfig.__dataclass_fields__, "quick", "json"}
+    assert set(vars(parse())) - of_a_suite == names
+
+
 @pytest.mark.parametrize(("calls_before", "code"), [(0, 1), (9, 0)])
 def test_run_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, calls_before, code):
     variants = ([failing("only", calls_before)], ["a note"])

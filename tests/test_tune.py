@@ -266,6 +266,29 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert "forget it with --restart" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("package", "name"), [(omniq, "omniq"), (torch, "torch")])
+def test_what_another_version_measured_is_not_taken_over(
+    package: Any,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure_one(setting: Any, goal: Any, state: Any, *_: Any, **__: Any) -> None:
+        state.put("some layer", [1.0])
+        raise OptionError(f"stopped after {state.resumed}")
+
+    monkeypatch.setattr("omniq_compile.quality.tuning.tune", measure_one)
+    for resumed in range(2):
+        assert tune(tmp_path, "--target-psnr", "52") == 2
+        assert f"stopped after {resumed}" in capsys.readouterr().err
+    monkeypatch.setattr(package, "__version__", "99.0")
+    assert tune(tmp_path, "--target-psnr", "52") == 2
+    assert f"is of another run: it differs in {name}. Choose" in capsys.readouterr().err
+    assert tune(tmp_path, "--target-psnr", "52", "--restart") == 2
+    assert "stopped after 0" in capsys.readouterr().err
+
+
 def test_planted_outliers_are_found_and_fixed_rules_beaten(tmp_path: Path) -> None:
     """Tuned beats keeping the MLPs, and as many bytes in model order, at no more bytes."""
     script = measure_tune()

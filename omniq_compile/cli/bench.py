@@ -24,33 +24,38 @@ QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``omniq bench``."""
+    # No option has a default here, so that one that is given shows: `BenchConfig` has them.
     default = BenchConfig()
     parser.add_argument(
-        "--model", default=default.model, metavar="CLASS", help=f"one of {', '.join(FAMILIES)}"
+        "--model", metavar="CLASS", help=f"one of {', '.join(FAMILIES)}; default: {default.model}"
     )
     parser.add_argument("--width", type=int, help="model width; default: as released")
-    parser.add_argument("--blocks", type=int, default=default.blocks, help="number of blocks")
-    for name in ("image_tokens", "text_tokens", "rounds"):
+    for name, what in (
+        ("blocks", "number of blocks"),
+        ("image_tokens", "tokens of the picture"),
+        ("text_tokens", "tokens of the prompt"),
+        ("rounds", "timed calls of each variant, in turn"),
+        ("warmup", "untimed warm calls"),
+        (
+            "settle",
+            "untimed calls before each timed one, as a denoising loop calls one model again and "
+            "again",
+        ),
+        ("seed", "of weights and inputs"),
+    ):
         flag, value = f"--{name.replace('_', '-')}", getattr(default, name)
-        parser.add_argument(flag, type=int, help=f"default: {value}")
-    parser.add_argument("--warmup", type=int, default=default.warmup, help="untimed warm calls")
-    parser.add_argument(
-        "--settle",
-        type=int,
-        default=default.settle,
-        help="untimed calls before each timed one, as a denoising loop calls one model again and "
-        "again; default: %(default)s",
-    )
-    parser.add_argument("--method", default=default.method, help="omniq's method")
-    parser.add_argument("--dtype", default=default.dtype, help=", ".join(DTYPES))
-    parser.add_argument("--device", default=default.device, help="cpu or cuda")
+        parser.add_argument(flag, type=int, help=f"{what}; default: {value}")
+    parser.add_argument("--method", help=f"omniq's method; default: {default.method}")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: {default.dtype}")
+    parser.add_argument("--device", help=f"cpu or cuda; default: {default.device}")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of weights and inputs")
     for name, what in (("eager", "time eager too"), ("torchao", "time torchao's int8 too")):
         parser.add_argument(
-            f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what
+            f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what}; default: yes"
         )
-    parser.add_argument("--quick", action="store_true", help="a small, short run, to try it out")
+    parser.add_argument(
+        "--quick", action="store_true", default=None, help="a small, short run, to try it out"
+    )
     parser.add_argument(
         "--suite", metavar="NAME", help=f"every variant on fixed cases: {', '.join(SUITES)}"
     )
@@ -67,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write the JSON; return 1 when a variant failed, else 0.
 
     Raises:
-        OmniqError: the options name no model that can be built, or FILE cannot be written.
+        OmniqError: the options name no model that can be built, or do not go together; or FILE
+            cannot be written.
     """
     if args.suite is not None:
+        _refuse_options_of_one_model(args)
         return run_command(args.suite, args.report, Console(), args.case)
     for option in ("case", "report"):
         if getattr(args, option) is not None:
@@ -82,6 +89,18 @@ def run(args: argparse.Namespace) -> int:
         write("--json", args.json, result.to_json() + "\n")
         console.print(f"written to {escape(str(args.json))}")
     return 1 if result.failed else 0
+
+
+def _refuse_options_of_one_model(args: argparse.Namespace) -> None:
+    for name in (*BenchConfig.__dataclass_fields__, "quick", "json"):
+        value = getattr(args, name, None)
+        if value is not None:
+            option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            instead = "--report FOLDER writes its results" if name == "json" else "leave it out"
+            raise OmniqError(
+                f"{option} is for one model, and the cases of suite {args.suite!r} are fixed: "
+                f"{instead}."
+            )
 
 
 def config_from(args: argparse.Namespace) -> BenchConfig:

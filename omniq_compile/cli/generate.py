@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from PIL import Image
 from rich.console import Console
 
+from omniq_compile.cli.output_file import check_writable
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
     given_arguments,
@@ -53,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, generate and save."""
     import omniq_compile as omniq
 
-    if not arguments.out.resolve().parent.is_dir():
-        raise OptionError(f"--out {arguments.out}: its folder does not exist.")
+    check_writable("--out", arguments.out)
+    check_ending(arguments.out, video=None)
     config = build_quant_config(read_quantization(arguments.quantization))
     device = usable_device(arguments.device)
     given = given_arguments(arguments)
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_call_of_folder(arguments.folder, given)
     pipe = load_worded(arguments.folder, config, device=device, **remote_code(arguments))
     check_call(type(pipe), given)
+    check_ending(arguments.out, returns_video(type(pipe)))
     pipe.to(device)
     console = Console(stderr=True)
     for name, component in pipe.components.items():
@@ -91,6 +96,42 @@ def _seed(text: str) -> int:
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
     return value
+
+
+def returns_video(pipeline: type) -> bool | None:
+    """Say whether a class of pipelines returns the frames of a video, or else pictures.
+
+    Known by the class of outputs that its module names; None where it names neither or both.
+    """
+    fields: set[str] = set()
+    for cls in pipeline.__mro__[: pipeline.__mro__.index(DiffusionPipeline)]:
+        for value in vars(sys.modules[cls.__module__]).values():
+            if isinstance(value, type) and issubclass(value, BaseOutput):
+                fields |= {"frames", "images"}.intersection(value.__annotations__)
+    return "frames" in fields if len(fields) == 1 else None
+
+
+def check_ending(out: Path, video: bool | None) -> None:
+    """Check that a file's ending names a format that the result can be saved in.
+
+    Args:
+        out: the file.
+        video: whether it is one, or else a picture; None where that is not known yet.
+
+    Raises:
+        OptionError: it does not.
+    """
+    videos = " or ".join(VIDEO_SUFFIXES)
+    if video is not False and out.suffix in VIDEO_SUFFIXES:
+        return
+    if video:
+        raise OptionError(f"--out {out}: a video is saved as {videos}.")
+    # Pillow looks at the ending alone, in any case.
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise OptionError(
+            f"--out {out} cannot be written: no picture ends in {out.suffix!r}. "
+            f"Name it .png or .jpg{'' if video is False else f', or {videos} for a video'}."
+        )
 
 
 def save_result(result: Any, out: Path) -> list[Path]:
@@ -129,8 +170,7 @@ def _picture(image: Any) -> Image.Image:
 
 
 def _save_video(frames: list[Image.Image], out: Path) -> Path:
-    if out.suffix not in VIDEO_SUFFIXES:
-        raise OptionError(f"--out {out}: a video is saved as {' or '.join(VIDEO_SUFFIXES)}.")
+    check_ending(out, video=True)
     if out.suffix == ".mp4":
         from diffusers.utils import export_to_video
 

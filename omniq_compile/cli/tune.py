@@ -69,6 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import omniq_compile
     from omniq_compile.quality.compare_result import as_given, write_json
     from omniq_compile.quality.metrics import need
     from omniq_compile.quality.output_folder import make_folder
@@ -85,6 +88,9 @@ def _run(arguments: argparse.Namespace) -> int:
     goal = Goal(arguments.target_psnr, arguments.max_bytes)
     out = make_folder(arguments.out)
     about = {
+        # What another version measured is not what this one computes.
+        "omniq": omniq_compile.__version__,
+        "torch": torch.__version__,
         "folder": fingerprint(setting.folder),
         "quantization": as_given(setting.config),
         "arguments": dict(setting.arguments),
