@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from omniq_compile.passes.policy import (
     too_small,
 )
 from omniq_compile.regional import module_blocks
+
+# Of the reasons for keeping layers, this many are worded.
+MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,29 @@ def _row(name: str, weight: torch.Tensor, reason: str | None, config: QuantConfi
         nbytes_before=before,
         nbytes_after=after,
     )
+
+
+def count_quantized(model: nn.Module) -> int:
+    """Return how many weights of a model are stored quantized."""
+    return sum(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
+
+
+def plan_of_quantized(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
+    """Return what became of every ``nn.Linear`` of a model whose weights are quantized already."""
+    return [
+        replace(row, method=config.method)
+        if isinstance(model.get_submodule(row.layer).weight, QuantizedTensor)
+        else row
+        for row in plan_layers(model, config)
+    ]
+
+
+def why_kept(rows: Sequence[LayerPlan]) -> str:
+    """Word why layers keep their own precision: each reason once, the commonest first."""
+    reasons = Counter(row.reason for row in rows if row.method is None)
+    if not reasons:
+        return "there is no linear layer"
+    return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(MOST_REASONS))
 
 
 def describe(rows: Sequence[LayerPlan], method: str) -> str:

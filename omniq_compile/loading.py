@@ -199,6 +199,11 @@ def _class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:
     """Return the model's class, checked against what the config names."""
     name = about.get("_class_name")
     if cls is None:
+        if name is None and about.get("architectures"):
+            raise CheckpointError(
+                f"{folder} is a transformers model ({about['architectures'][0]}): name it through "
+                'its pipeline\'s folder, as in {"text_encoder": "int8"}.'
+            )
         found = getattr(diffusers, str(name), None)
         if found is None:
             models = [n for n in dir(diffusers) if n.endswith("Model")]

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from omniq_compile.components import PipelineQuantConfig, build_quant_config
+from omniq_compile.components import PipelineQuantConfig, build_quant_config, is_transformer
 from omniq_compile.foreign import OWN
 from omniq_compile.load_arguments import (
     DTYPE_KEYWORD,
@@ -27,7 +27,7 @@ from omniq_compile.loading import (
     read_config,
     read_json,
 )
-from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint
 from omniq_compile.text_encoders import load_quantized
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
@@ -74,8 +74,11 @@ def from_pretrained(
     place = local_folder(str(folder))
     components = check_components(place, config)
     _check_own_code(place, pipeline_arguments)
-    cls = _pipeline_class(place)
-    check_pipeline_keywords(cls, pipeline_arguments, read_json(place / "model_index.json"))
+    pipeline = (
+        DiffusionPipeline if pipeline_arguments.get("custom_pipeline") else pipeline_class(place)
+    )
+    index = read_json(place / "model_index.json")
+    check_pipeline_keywords(pipeline, pipeline_arguments, index)
     with_variant = _components_with(variant, place, components)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
@@ -83,17 +86,17 @@ def from_pretrained(
         own = _is_own(place / name)
         if name in pipeline_arguments or (options is None and not own):
             continue
-        model = component_class(library, kind, place / name)
-        load = load_model if issubclass(model, ModelMixin) else load_quantized
+        cls = component_class(library, kind, place / name)
+        load = load_model if issubclass(cls, ModelMixin) else load_quantized
         loaded[name] = load(
-            model,
+            cls,
             place / name,
             options=options,
             dtype=dtype,
             device=device,
             variant=variant if name in with_variant else None,
         )
-    pipe = cls.from_pretrained(
+    pipe = pipeline.from_pretrained(
         str(place),
         **{DTYPE_KEYWORD: dtype},
         **({"variant": variant} if variant else {}),
@@ -136,14 +139,27 @@ def _check_own_code(place: Path, pipeline_arguments: Mapping[str, Any]) -> None:
     )
 
 
-def _pipeline_class(place: Path) -> Any:
+def pipeline_class(place: Path) -> Any:
     """Return the pipeline's own class; code that a folder brings along is for diffusers to load.
 
     Asked through ``DiffusionPipeline``, diffusers 0.42 loads an optional component (Wan2.2's
     transformers) anew although it was passed.
+
+    Raises:
+        CheckpointError: diffusers has no such class.
     """
-    name = read_json(place / "model_index.json").get("_class_name")
-    return getattr(diffusers, str(name), DiffusionPipeline)
+    index = place / "model_index.json"
+    name = read_json(index).get("_class_name")
+    if isinstance(name, list):
+        return DiffusionPipeline
+    cls = getattr(diffusers, str(name), None)
+    if cls is None:
+        pipelines = [n for n in dir(diffusers) if n.endswith("Pipeline")]
+        raise CheckpointError(
+            f"{index} names the class {name!r}, which diffusers {diffusers.__version__} lacks."
+            f"{hint(name, pipelines)}"
+        )
+    return cls
 
 
 def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tuple[str, str]]:
@@ -151,27 +167,48 @@ def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tupl
 
     Raises:
         OptionError: the config does not fit the pipeline.
-        CheckpointError: the folder has no model_index.json, or no weights to quantize.
+        CheckpointError: the folder has no model_index.json, or lacks files of what is to be
+            quantized.
     """
-    components = {
-        name: entry
-        for name, entry in pipeline_components(place).items()
-        if _holds_weights(place / name)
-    }
+    listed = pipeline_components(place)
+    components = {name: entry for name, entry in listed.items() if _holds_weights(place / name)}
     if not components and config != PipelineQuantConfig():
         raise CheckpointError(
             f"{place} holds no component with weights and a config.json, so there is nothing to "
             "quantize. Download the whole pipeline, or name the folder that has them."
         )
+    for name in listed:
+        named = any(key.split(".")[0] == name for key in config.components)
+        if named or (config.everywhere is not None and is_transformer(name)):
+            _check_complete(place / name)
     config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
     return components
 
 
-def _holds_weights(folder: Path) -> bool:
-    """Say whether a component is a model: a scheduler or tokenizer has no config.json of one."""
-    return (folder / "config.json").is_file() and any(
+def _check_complete(folder: Path) -> None:
+    """Say what is missing of a component that model_index.json lists and that is to be quantized.
+
+    A component that has neither a config.json nor weights is no model, but for transformers.
+
+    Raises:
+        CheckpointError: one of the two is missing.
+    """
+    described, weights = (folder / "config.json").is_file(), _has_weights(folder)
+    if not described and (weights or is_transformer(folder.name)):
+        raise CheckpointError(f"{folder / 'config.json'} is missing. Download the whole pipeline.")
+    if described and not weights:
+        raise CheckpointError(f"{folder} has no weights. Download the whole pipeline.")
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(
         file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir()
     )
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Say whether a component is a model: a scheduler or tokenizer has no config.json of one."""
+    return (folder / "config.json").is_file() and _has_weights(folder)
 
 
 def _is_stage(name: str, kind: str) -> bool:

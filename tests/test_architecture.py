@@ -61,6 +61,18 @@ def test_no_file_imports_from_a_higher_floor(path: Path) -> None:
     assert sorted(name for name in names if climbs(name, floor)) == []
 
 
+def test_only_the_command_line_imports_the_command_line() -> None:
+    cli = ROOT / "omniq_compile" / "cli"
+    found = [
+        (relative(path), name)
+        for path in SOURCES
+        if cli not in path.parents and path != ROOT / "omniq_compile" / "__main__.py"
+        for name in imported(path.read_text(encoding="utf-8"), package(path))
+        if f"{name}.".startswith("omniq_compile.cli.")
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("floor", "line"),
     [

@@ -11,16 +11,11 @@ import torch
 from rich.console import Console
 
 from omniq_compile.cli import bench, bench_machine
-from omniq_compile.cli.bench_machine import (
-    environment,
-    peak_of_call,
-    peak_rss,
-    state_bytes,
-    time_calls,
-)
+from omniq_compile.cli.bench_machine import environment, time_calls
 from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.memory import peak_of_call, peak_rss, state_bytes
 
 SMALL = BenchConfig(width=64, image_tokens=16, text_tokens=8, rounds=2, dtype="float32")
 OMNIQ_EAGER = {"method": "int8", "compiler": "eager", "min_features": 32}

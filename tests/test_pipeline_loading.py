@@ -233,6 +233,14 @@ def test_generate_compiles_the_transformer(tmp_path: Path) -> None:
         (["--quantization", "int8", "--prompt", "a", "--out", "x.png"], "DigitsPipeline 'prompt'"),
         (["--quantization", "int8", "--argument", "digits=[1", "--out", "x.png"], "not NAME=JSON"),
         (["--quantization", "int8", "--out", "no/where.png"], "No such file or directory"),
+        (["--argument", "digits", "--out", "x.png"], "'digits' is not NAME=JSON"),
+        (["--argument", "digits=[12]", "--eager", "--out", "x.png"],
+         "DigitsPipeline refused its arguments: digits[0] is 12"),
+        (["--argument", "digits=[1]", 'output_type="latent"', "--out", "x.png"],
+         "unknown output_type 'latent'. Valid: pil, np, pt."),
+        (["--argument", "digits=[1]", "return_dict=false", "--out", "x.png"], "return_dict=false"),
+        (["--argument", "digits=[1]", "--device", "gpu", "--out", "x.png"],
+         "--device 'gpu' cannot be used"),
     ],
 )  # fmt: skip
 def test_what_generate_cannot_do(

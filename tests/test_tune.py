@@ -321,7 +321,7 @@ def test_planted_outliers_are_found_and_fixed_rules_beaten(tmp_path: Path) -> No
         ({"--target-psnr": "nan"}, "must be a positive number"),
         ({"--target-psnr": "-3"}, "must be a positive number"),
         ({"--method": "mxfp5"}, "unknown method 'mxfp5'"),
-        ({"--min-features": "5000"}, "quantize no layer"),
+        ({"--min-features": "5000"}, "is under min_features = 5000"),
         ({"--calls": "0"}, "--calls must be at least 1"),
         ({"--seeds": "x"}, "--seeds 'x'"),
         ({"folder": "nowhere"}, "nowhere is not a folder"),
@@ -345,6 +345,17 @@ def test_errors_have_exit_code_2(
     command = [x for p in pairs for x in (["--argument", p] if not p.startswith("--") else [p])]
     assert main(["tune", folder, "--trust-remote-code", *command]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_pipeline_that_is_quantized_already_cannot_be_tuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    int8 = '{"method": "int8", "min_features": 64}'
+    assert main(["quantize", str(DIGITS), "--quantization", int8, "--out", str(made)]) == 0
+    command = ["tune", str(made), "--out", str(tmp_path / "out"), *ON_DIGITS]
+    assert main([*command, "--target-psnr", "52"]) == 2
+    assert "give the folder it was quantized from" in capsys.readouterr().err
 
 
 def test_what_cannot_be_tuned_says_why(tiny: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from omniq_compile import __version__
 from omniq_compile.lowering.errors import OmniqError
 
 COMMANDS = {
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="omniq", description="A torch.compile backend that quantizes diffusion transformers."
     )
+    parser.add_argument("--version", action="version", version=f"omniq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, text in COMMANDS.items():

@@ -1,14 +1,11 @@
-"""What a benchmark asks of the machine: its name, and how much memory is in use."""
+"""What a benchmark asks of the machine: its name, and the seconds of a call."""
 
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import platform
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from omniq_compile import __version__
 from omniq_compile.cli.bench_result import BenchConfig
@@ -36,11 +32,6 @@ def environment(config: BenchConfig) -> dict[str, Any]:
         "calls_per_timing": config.calls_per_timing,
         "load_average": round(os.getloadavg()[0], 2),
     }
-
-
-def state_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and persistent buffers."""
-    return sum(_nbytes(t) for t in model.state_dict().values())
 
 
 def synchronize(device: torch.device) -> None:
@@ -79,48 +70,6 @@ def _host_seconds(call: Callable[[], Any], count: int) -> float:
     for _ in range(count):
         call()
     return (time.perf_counter() - began) / count
-
-
-def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Call once and return the most bytes that this added to those in use.
-
-    None where the system cannot tell. On the CPU `peak_rss` starts anew here.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - held
-    status = Path("/proc/self/status")
-    gc.collect()  # what it frees during the call would be taken off the call's own
-    try:
-        # Writing 5 resets VmHWM, the peak of resident memory: see proc(5).
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status.read_text()
-    except OSError:
-        call()
-        return None
-    call()
-    return max(0, _kib(status.read_text(), "VmHWM") - _kib(before, "VmRSS")) * 1024
-
-
-def peak_rss() -> int:
-    """Return the process's highest resident memory in bytes, since `peak_of_call` reset it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _nbytes(tensor: Tensor) -> int:
-    # A subclass may report the bytes of what it stands for; those inside it are the real ones.
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_nbytes(getattr(tensor, name)) for name in names)
-    return tensor.nbytes
-
-
-def _kib(status: str, key: str) -> int:
-    match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(match[1]) if match else 0
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,7 @@ from omniq_compile.cli.pipeline_call import (
     quality_setting,
 )
 from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
-from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.quality.gate import GATES, Gate
 
 MOST_ROWS = 24
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_quality_arguments(parser, seeds="0-7")
     parser.add_argument("--out", required=True, type=Path, help="the folder for what is found")
+    parser.add_argument("--overwrite", action="store_true", help="replace a result in --out")
     parser.add_argument(
         "--gate",
         choices=list(GATES),
@@ -85,6 +86,11 @@ def _run(arguments: argparse.Namespace) -> int:
     setting = quality_setting(
         arguments, read_quantization(arguments.quantization), arguments.ignored_layers
     )
+    if (arguments.out / "result.json").exists() and not arguments.overwrite:
+        raise OptionError(
+            f"--out {arguments.out} holds the result of an earlier comparison. Choose another "
+            "folder, or replace it with --overwrite."
+        )
     out = make_folder(arguments.out)
     work = make_folder(out / ".work", empty=True)
     console = Console(stderr=True)

@@ -18,14 +18,24 @@ from rich.console import Console
 from omniq_compile.cli.output_file import check_writable
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
-    check_call,
-    compile_component,
     given_arguments,
     remote_code,
+    usable_device,
 )
-from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
+from omniq_compile.cli.quantization import (
+    add_quantization_argument,
+    describe_component,
+    read_quantization,
+)
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.pipeline_call import (
+    call_worded,
+    check_call,
+    check_call_of_folder,
+    compile_component,
+    load_worded,
+)
 from omniq_compile.saving import stored_options
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
@@ -36,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a diffusers pipeline, or a hub id")
     add_quantization_argument(parser, required=False)
     add_call_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
     parser.add_argument(
         "--eager", action="store_true", help="do not compile: slower, starts at once"
@@ -50,25 +60,42 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable("--out", arguments.out)
     check_ending(arguments.out, video=None)
     config = build_quant_config(read_quantization(arguments.quantization))
-    pipe = omniq.from_pretrained(arguments.folder, config, **remote_code(arguments))
-    console = Console(stderr=True)
-    for name, component in pipe.components.items():
-        if not isinstance(component, torch.nn.Module) or arguments.eager:
-            continue
-        options = config.options_for(name) or stored_options(component)
-        if options is not None:
-            console.print(f"{name}: {compile_component(component, options)}")
+    device = usable_device(arguments.device)
     given = given_arguments(arguments)
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
-    check_call(pipe, given)
+    check_call_of_folder(arguments.folder, given)
+    pipe = load_worded(arguments.folder, config, device=device, **remote_code(arguments))
+    check_call(type(pipe), given)
     check_ending(arguments.out, returns_video(type(pipe)))
+    pipe.to(device)
+    console = Console(stderr=True)
+    for name, component in pipe.components.items():
+        options = config.options_for(name)
+        if not isinstance(component, torch.nn.Module):
+            continue
+        options = options or stored_options(component)
+        if options is None:
+            continue
+        line, quantized = describe_component(name, component, options)
+        if not quantized:
+            line = f"warning: {line}"
+        if not arguments.eager:
+            line += f"; {compile_component(component, options)}"
+        console.print(line, soft_wrap=True, markup=False)
     with omniq.denoise_step(0) as step:
         if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
             given.setdefault("callback_on_step_end", step)
-        result = pipe(**given)
+        result = call_worded(pipe, given)
     for path in save_result(result, arguments.out):
         console.print(f"wrote {path}")
     return 0
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
+    return value
 
 
 def returns_video(pipeline: type) -> bool | None:
@@ -127,6 +154,8 @@ def save_result(result: Any, out: Path) -> list[Path]:
         for picture, path in zip(pictures, paths, strict=True):
             picture.save(path)
         return paths
+    except OptionError:
+        raise  # it is a ValueError too
     except (OSError, ValueError) as error:
         raise OptionError(f"--out {out} cannot be written: {error}.") from error
 
@@ -134,6 +163,8 @@ def save_result(result: Any, out: Path) -> list[Path]:
 def _picture(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
+    if isinstance(image, torch.Tensor):
+        image = image.float().cpu().movedim(0, -1)  # numpy has no BF16, and channels last
     array = np.asarray(image, dtype=np.float32)
     return Image.fromarray((array.squeeze() * 255).round().clip(0, 255).astype(np.uint8))
 

@@ -1,32 +1,32 @@
-"""What the commands that run a diffusers pipeline share: its arguments, their check, compiling."""
+"""What the commands that run a diffusers pipeline share: its arguments, and their check."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from omniq_compile.backend import omniq
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError, unknown
-from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import COMPILERS
-from omniq_compile.regional import compile, module_blocks
+from omniq_compile.pipeline_call import check_call_of_folder
 
 if TYPE_CHECKING:
     from omniq_compile.quality.comparison import Setting
+
+# What pictures come as: the others that diffusers has are latents.
+OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what shapes a call of the pipeline, but for its seed."""
     parser.add_argument("--prompt", help="for pipelines that take one")
-    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    parser.add_argument(
+        "--steps", type=_steps, help="denoising steps; the pipeline's own by default"
+    )
     parser.add_argument(
         "--argument",
         nargs="+",
@@ -37,6 +37,14 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the folder brings along"
     )
+    parser.add_argument("--device", default="cpu", help="such as cuda; %(default)s by default")
+
+
+def _steps(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def remote_code(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of a pipeline's call that the command line gives.
 
     Raises:
-        OptionError: an ``--argument`` that is not NAME=JSON.
+        OptionError: an ``--argument`` that is not NAME=JSON, or of which nothing could be saved.
     """
     given: dict[str, Any] = {}
     if arguments.prompt is not None:
@@ -61,45 +69,19 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
             given[name] = json.loads(value)
         except ValueError as error:
             raise OptionError(f"--argument {text!r} is not NAME=JSON: {error}.") from error
+    _check_returns_pictures(given)
     return given
 
 
-def check_call(pipe: Any, given: Collection[str]) -> None:
-    """Check names of arguments against the signature of a pipeline's call.
-
-    Raises:
-        OptionError: it has no such argument, or needs one that is not given.
-    """
-    accepted = inspect.signature(pipe.__call__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    for name in given:
-        if name not in accepted and not open_ended:
-            raise OptionError(unknown(f"argument of {type(pipe).__name__}", name, accepted))
-    needed = [
-        name
-        for name, parameter in accepted.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in given
-    ]
-    if needed:
+def _check_returns_pictures(given: Mapping[str, Any]) -> None:
+    """Refuse before a whole generation what would return no pictures."""
+    output_type = given.get("output_type", "pil")
+    if output_type not in OUTPUT_TYPES:
         raise OptionError(
-            f"{type(pipe).__name__} needs {' and '.join(needed)}: give --argument {needed[0]}=JSON."
+            unknown("output_type", output_type, OUTPUT_TYPES) + " Others are no pictures."
         )
-
-
-def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:
-    """Compile a component in place, by its repeated blocks where it has some.
-
-    Returns:
-        What was done, to print.
-    """
-    config = QuantConfig.from_options(options)
-    if module_blocks(component):
-        compile(component, config)
-        return f"{config.method}, its blocks compile when they first run"
-    component.compile(backend=partial(omniq, options=config))
-    return f"{config.method}, compiles when it first runs"
+    if given.get("return_dict") is False:
+        raise OptionError("return_dict=false returns no named pictures. Leave it out.")
 
 
 def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> None:
@@ -107,7 +89,6 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> Non
     parser.add_argument(
         "--seeds", default=seeds, help="such as 0-7 or 3,10-12; %(default)s by default"
     )
-    parser.add_argument("--device", default="cpu", help="such as cuda; %(default)s by default")
     parser.add_argument(
         "--compiler",
         choices=COMPILERS,
@@ -130,17 +111,24 @@ def quality_setting(
     more: dict[str, Any] = {}
     if arguments.compiler:
         more["compiler"] = arguments.compiler
+    given = given_arguments(arguments)
+    check_call_of_folder(arguments.folder, {*given, "generator"})
     return Setting(
         folder=arguments.folder,
         config=config.with_options(more, ignored_layers),
-        arguments=given_arguments(arguments),
+        arguments=given,
         seeds=parse_seeds(arguments.seeds),
-        device=_device(arguments.device),
+        device=usable_device(arguments.device),
         loading=remote_code(arguments),
     )
 
 
-def _device(text: str) -> torch.device:
+def usable_device(text: str) -> torch.device:
+    """Return the device that ``--device`` names, which was tried.
+
+    Raises:
+        OptionError: it is unknown, or this machine has none.
+    """
     try:
         device = torch.device(text)
         torch.empty(1, device=device)

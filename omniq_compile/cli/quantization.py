@@ -1,12 +1,17 @@
-"""The ``--quantization`` argument: a method, or JSON as `build_quant_config` takes it."""
+"""The ``--quantization`` argument, as `build_quant_config` takes it, and what became of it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from omniq_compile.layer_plan import describe, plan_of_quantized, why_kept
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.passes.config import QuantConfig
 
 
 def add_quantization_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -31,3 +36,12 @@ def read_quantization(text: str | None) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise OptionError(f"--quantization {text!r} is not JSON: {error}.") from error
+
+
+def describe_component(name: str, model: nn.Module, options: Mapping[str, Any]) -> tuple[str, bool]:
+    """Word what became of a loaded component's layers, and say whether any is quantized."""
+    config = QuantConfig.from_options(options)
+    rows = plan_of_quantized(model, config)
+    if any(row.method is not None for row in rows):
+        return f"{name}: {describe(rows, config.method)}", True
+    return f"{name}: no layer is quantized to {config.method}: {why_kept(rows)}", False

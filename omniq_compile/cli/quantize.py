@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
+from omniq_compile.cli.quantization import (
+    add_quantization_argument,
+    describe_component,
+    read_quantization,
+)
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError
 
@@ -30,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.text_encoders import load_quantized
 
     source = local_folder(arguments.folder)
+    _check_apart(source, arguments.out)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)
     if (source / "model_index.json").is_file():
@@ -44,13 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
                     copy = shutil.copytree if entry.is_dir() else shutil.copy2
                     copy(entry, folder / entry.name)
             for name, options in todo.items():
-                console.print(f"{name}: {options['method']}")
+                # Where `default` stands for it, a component that has nothing to quantize may.
+                asked = config.everywhere is not None or name in config.components
                 if components[name][0] == "diffusers":
                     model: Any = load_model(source / name, options=options)
+                    _report(console, name, model, options, asked)
                     model.save_pretrained(folder / name)
                 else:
                     cls = component_class(*components[name], source / name)
                     model = load_quantized(cls, source / name, options)
+                    _report(console, name, model, options, asked)
                     model.save_pretrained(folder / name)
                     _copy_rest(source / name, folder / name)
 
@@ -62,9 +71,41 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{source} is one model, not a pipeline: give a method, such as int8."
             )
         model = load_model(source, options=options)
+        _report(console, str(source), model, options, asked=True)
         save_model(model, arguments.out, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}")
     return 0
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuse an --out that would replace what is read, or that would be copied into itself.
+
+    Raises:
+        OptionError: one is the other, or lies inside it.
+    """
+    # A component's folder may be a link to where its weights really are.
+    read = {folder.resolve() for folder in (source, *source.iterdir()) if folder.is_dir()}
+    made = out.resolve()
+    for folder in read:
+        if made == folder or made in folder.parents or folder in made.parents:
+            raise OptionError(
+                f"--out {out} and {folder}, which is read, are one folder or lie inside each "
+                "other, so the original would be lost. Choose a folder beside it."
+            )
+
+
+def _report(
+    console: Console, name: str, model: Any, options: Mapping[str, Any], asked: bool
+) -> None:
+    """Print what became of a component's layers.
+
+    Raises:
+        OptionError: none is quantized, where that was asked for: what would be written is BF16.
+    """
+    line, quantized = describe_component(name, model, options)
+    if asked and not quantized:
+        raise OptionError(f"{line}. Change that option, or leave the component out.")
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:

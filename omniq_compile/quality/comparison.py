@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from omniq_compile.cli.bench_machine import peak_of_call, state_bytes
-from omniq_compile.cli.pipeline_call import check_call, compile_component
 from omniq_compile.components import PipelineQuantConfig
+from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.memory import peak_of_call, state_bytes
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.pipeline_call import check_call, compile_component, load_worded
 from omniq_compile.quality.generation import Generation, Pictures, generate, release, warm_up
 from omniq_compile.quality.metrics import picture_metrics, relative_l2
 from omniq_compile.quality.perceptual import Distance, load_lpips
@@ -116,11 +116,6 @@ def compare(setting: Setting, work: Path, on_step: OnStep) -> Comparison:
 
     result = Comparison()
     _run(setting, None, result.bf16, work, on_step, lambda seed, made: None)
-    if result.bf16.quantized_layers:
-        raise OptionError(
-            f"{setting.folder} holds quantized weights, and the reference is the pipeline in BF16: "
-            "give the folder it was quantized from."
-        )
     distance: list[tuple[Distance | None, str]] = []
 
     def judge(seed: int, made: Generation) -> None:
@@ -151,11 +146,7 @@ def _run(
     def run() -> None:
         pipe = load_pipeline(setting, config)
         side.weight_bytes = sum(map(state_bytes, models_of(pipe).values()))
-        side.quantized_layers = sum(
-            isinstance(parameter, QuantizedTensor)
-            for model in models_of(pipe).values()
-            for parameter in model.parameters()
-        )
+        side.quantized_layers = sum(map(count_quantized, models_of(pipe).values()))
         compile_pipeline(pipe, setting.config, reference=config is None)
         side.first_call_seconds = warm_up(pipe, setting.arguments, setting.seeds[0])
         for place, seed in enumerate(setting.seeds):
@@ -171,13 +162,46 @@ def _run(
 
 
 def load_pipeline(setting: Setting, config: PipelineQuantConfig | None) -> Any:
-    """Load the pipeline, in BF16 where there is no config, and check its call's arguments."""
-    import omniq_compile as omniq
+    """Load the pipeline, in BF16 where there is no config, and check its call's arguments.
 
-    pipe = omniq.from_pretrained(setting.folder, config, device=setting.device, **setting.loading)
-    check_call(pipe, {*setting.arguments, "generator"})
+    Raises:
+        OptionError: the arguments do not fit, or the BF16 pipeline is no reference for the
+            setting's config.
+    """
+    pipe = load_worded(setting.folder, config, device=setting.device, **setting.loading)
+    check_call(type(pipe), {*setting.arguments, "generator"})
+    if config is None:
+        _check_reference(setting, models_of(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(setting.device)
+
+
+def _check_reference(setting: Setting, models: Mapping[str, nn.Module]) -> None:
+    """Find out before anything is generated that the two sides would not differ as they should.
+
+    Raises:
+        OptionError: the pipeline is quantized already, or the options quantize none of its layers,
+            where equal pictures would say nothing of a method.
+    """
+    if any(map(count_quantized, models.values())):
+        raise OptionError(
+            f"{setting.folder} holds quantized weights, and the reference is the pipeline in BF16: "
+            "give the folder it was quantized from."
+        )
+    configs = {
+        name: QuantConfig.from_options(options)
+        for name in models
+        if (options := setting.config.options_for(name)) is not None
+    }
+    # Products of activations belong to no layer.
+    if any(config.matmul for config in configs.values()):
+        return
+    rows = [row for name, config in configs.items() for row in plan_layers(models[name], config)]
+    if all(row.method is None for row in rows):
+        raise OptionError(
+            f"these options quantize no layer of {setting.folder}, so there is nothing to "
+            f"measure: {why_kept(rows)}."
+        )
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ import torch
 
 from omniq_compile.denoise import denoise_step
 from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.pipeline_call import call_worded
 
 Pictures = npt.NDArray[np.float32]
 
@@ -55,7 +56,7 @@ def generate(
         keep_latents: copy the latents of every step.
 
     Raises:
-        OmniqError: it returned no pictures.
+        OmniqError: it refused the arguments, or returned no pictures.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     given = dict(arguments)
@@ -77,7 +78,7 @@ def generate(
         if "callback_on_step_end" in accepted:
             given["callback_on_step_end"] = step_end
         start = time.perf_counter()
-        result = pipe(**given)
+        result = call_worded(pipe, given)
         seconds = time.perf_counter() - start
     return Generation(pictures_of(result), latents, seconds)
 

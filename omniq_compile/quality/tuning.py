@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from omniq_compile.cli.bench_machine import state_bytes
 from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.memory import state_bytes
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quality.compare_result import as_given
 from omniq_compile.quality.comparison import (
@@ -101,11 +101,6 @@ class _Subject:
             for name, config in self.configs.items()
             for layer in quantized_layers(name, models[name], config)
         ]
-        if not self.layers:
-            raise OptionError(
-                "these options quantize no layer of the pipeline, so there is nothing to tune: "
-                "are its layers smaller than 'min_features'?"
-            )
         self.nbytes_bf16 = sum(state_bytes(models[name]) for name in self.configs)
         self.switches = {n: Switches(models[n], config) for n, config in self.configs.items()}
         self.calls: list[Call] = []

@@ -1,0 +1,61 @@
+"""How much memory a model takes, and the most that a call adds."""
+
+from __future__ import annotations
+
+import gc
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and persistent buffers."""
+    return sum(_nbytes(t) for t in model.state_dict().values())
+
+
+def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Call once and return the most bytes that this added to those in use.
+
+    None where the system cannot tell. On the CPU `peak_rss` starts anew here.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
+    status = Path("/proc/self/status")
+    gc.collect()  # what it frees during the call would be taken off the call's own
+    try:
+        # Writing 5 resets VmHWM, the peak of resident memory: see proc(5).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status.read_text()
+    except OSError:
+        call()
+        return None
+    call()
+    return max(0, _kib(status.read_text(), "VmHWM") - _kib(before, "VmRSS")) * 1024
+
+
+def peak_rss() -> int:
+    """Return the process's highest resident memory in bytes, since `peak_of_call` reset it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _nbytes(tensor: Tensor) -> int:
+    # A subclass may report the bytes of what it stands for; those inside it are the real ones.
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_nbytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
+
+
+def _kib(status: str, key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) if match else 0

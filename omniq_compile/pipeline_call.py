@@ -1,0 +1,102 @@
+"""A diffusers pipeline's call, from its arguments and compiling to the wording of its refusals."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from omniq_compile.backend import omniq
+from omniq_compile.loading import local_folder
+from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.pipeline import pipeline_class
+from omniq_compile.regional import compile, module_blocks
+
+
+def check_call_of_folder(folder: str, given: Collection[str]) -> None:
+    """Check names of arguments before the weights of a pipeline are read.
+
+    Code that the folder brings along is imported by diffusers only, so its call is checked after.
+
+    Raises:
+        OptionError: see `check_call`.
+        CheckpointError: there is no such pipeline.
+    """
+    cls = pipeline_class(local_folder(folder))
+    if cls is not DiffusionPipeline:
+        check_call(cls, given)
+
+
+def check_call(pipeline: Any, given: Collection[str]) -> None:
+    """Check names of arguments against the signature of a pipeline's call.
+
+    Raises:
+        OptionError: it has no such argument, or needs one that is not given.
+    """
+    _, *parameters = inspect.signature(pipeline.__call__).parameters.items()  # without self
+    accepted = dict(parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for name in given:
+        if name not in accepted and not open_ended:
+            raise OptionError(unknown(f"argument of {pipeline.__name__}", name, accepted))
+    needed = [
+        name
+        for name, parameter in accepted.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in given
+    ]
+    if needed:
+        raise OptionError(
+            f"{pipeline.__name__} needs {' and '.join(needed)}: give --argument {needed[0]}=JSON."
+        )
+
+
+@contextmanager
+def refusals_worded(what: str) -> Iterator[None]:
+    """Word what diffusers raises at a user's mistake as an error of omniq's.
+
+    Raises:
+        OmniqError: in place of a ValueError, TypeError or OSError; the message begins with
+            ``what``.
+    """
+    try:
+        yield
+    except OmniqError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise OmniqError(f"{what}: {str(error).strip()} ({type(error).__name__})") from error
+
+
+def load_worded(folder: str, config: Any, **loading: Any) -> Any:
+    """Load a pipeline as `from_pretrained` does, with the refusals of diffusers worded."""
+    import omniq_compile
+
+    with refusals_worded(f"the pipeline in {folder} cannot be loaded"):
+        return omniq_compile.from_pretrained(folder, config, **loading)
+
+
+def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
+    """Call a pipeline, with its refusals worded."""
+    with refusals_worded(f"{type(pipe).__name__} refused its arguments"):
+        return pipe(**given)
+
+
+def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:
+    """Compile a component in place, by its repeated blocks where it has some.
+
+    Returns:
+        What was done, to print.
+    """
+    config = QuantConfig.from_options(options)
+    if module_blocks(component):
+        compile(component, config)
+        return "its blocks compile when they first run"
+    component.compile(backend=partial(omniq, options=config))
+    return "it compiles when it first runs"
