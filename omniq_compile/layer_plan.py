@@ -15,6 +15,7 @@ from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import Target, detect, detectable
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import (
     DTYPES,
@@ -110,7 +111,7 @@ def _shared_with_others(model: nn.Module) -> dict[int, str]:
 
 
 def _ignored(name: str, config: QuantConfig) -> str | None:
-    pattern = first_match(config.ignored_layers, name)
+    pattern = first_match(config.ignored_layers, layer_name([], name))
     return None if pattern is None else f"ignored by {pattern!r}"
 
 

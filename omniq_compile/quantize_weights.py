@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.given_model import check_model
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -58,11 +59,12 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         One row a linear layer: what became of it, and why.
 
     Raises:
-        OptionError: unknown options, a policy that the model has no blocks for, or a model that
-            was quantized with other options.
+        OptionError: no module, unknown options, a policy that the model has no blocks for, or a
+            model that was quantized with other options.
         WeightError: a weight holds NaN or Inf; the message names its layer. Layers before it are
             quantized already.
     """
+    check_model(model, "quantize_")
     config = QuantConfig.from_options(options)
     warn_unmatched_in(model, config)
     rows = plan_layers(model, config)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from omniq_compile.backend import compile_graph
+from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
@@ -45,10 +46,13 @@ def compile(
         The model.
 
     Raises:
-        OptionError: unknown options or mode, a mode that the compiler does not read, a model
-            without repeated blocks, or so many different policies that PyTorch would stop
-            compiling.
+        OptionError: no module, unknown options, arguments or mode, a mode that the compiler does
+            not read, a model without repeated blocks or one that is compiled as a whole, or so many
+            different policies that PyTorch would stop compiling.
     """
+    check_model(model, "compile")
+    _check_arguments(compile_arguments)
+    _check_not_whole(model)
     config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
     blocks = module_blocks(model)
     if not blocks:
@@ -59,6 +63,24 @@ def compile(
     warn_unmatched_in(model, config)
     _Regions(model, blocks, config, compile_arguments)
     return model
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    if "backend" in given:
+        raise OptionError(
+            "omniq_compile.compile takes no argument 'backend': it compiles with omniq's. Other "
+            "backends are for torch.compile."
+        )
+
+
+def _check_not_whole(model: nn.Module) -> None:
+    """Refuse a model whose compiled form runs the blocks' own code, and would skip theirs."""
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise OptionError(
+            f"this {type(model).__name__} is compiled as a whole already, which leaves out what "
+            "omniq_compile.compile makes of its blocks. Pass the model itself, as it was before "
+            "torch.compile or its own compile()."
+        )
 
 
 def module_blocks(model: nn.Module) -> dict[str, nn.Module]:

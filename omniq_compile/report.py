@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from omniq_compile import report_display
 from omniq_compile.backend import run_target
+from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
@@ -117,7 +119,7 @@ class Report:
 
 def explain(
     model: nn.Module,
-    inputs: Mapping[str, Any] | Sequence[Any],
+    inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     options: Mapping[str, Any] | QuantConfig,
     target: str | None = None,
 ) -> Report:
@@ -125,19 +127,20 @@ def explain(
 
     Args:
         model: any module; a compiled one is traced as it was before.
-        inputs: keyword arguments as a dict, or positional ones as a sequence.
+        inputs: keyword arguments as a dict, or positional ones as a sequence or one tensor.
         options: as given to ``torch.compile``.
         target: lower for this device instead of the model's own; it need not be present.
 
     Raises:
-        OptionError: unknown options or target.
+        OptionError: no module, unknown options or target.
     """
+    check_model(model, "explain")
     return report_of(*trace(model, inputs, options, target))
 
 
 def trace(
     model: nn.Module,
-    inputs: Mapping[str, Any] | Sequence[Any],
+    inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     options: Mapping[str, Any] | QuantConfig,
     target: str | None = None,
 ) -> tuple[QuantConfig, list[Context]]:
@@ -152,6 +155,8 @@ def trace(
         contexts.append(context)
         return gm.forward
 
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     run_traced(model, args, kwargs, record)
     if not contexts:

@@ -38,7 +38,10 @@ def possible_names(module: nn.Module, place: str = "") -> list[tuple[str, str]]:
     return list(dict.fromkeys(names))
 
 
+# What `torch.compile` and peft wrap a module in: a layer keeps its name when an adapter is loaded.
+_WRAPPED = {"_orig_mod", "base_layer"}
+
+
 def _join(place: str, name: str) -> str:
-    # What `torch.compile` wraps a module in is no part of a name: see `dynamo`.
     parts = f"{place}.{name}".split(".")
-    return ".".join(part for part in parts if part not in ("", "_orig_mod"))
+    return ".".join(part for part in parts if part and part not in _WRAPPED)

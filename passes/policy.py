@@ -70,7 +70,12 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
     """Identify the sites of the first ``num_bf16_fallback_layers`` blocks that the graph runs."""
     if not config.num_bf16_fallback_layers or config.keep_all:
         return set()
-    chains = {id(s): tuple(link for link in s.around if link[0] != s.layer) for s in sites}
+    # A layer is in blocks, and is none, unless it holds other layers: a block may multiply itself.
+    holders = {name for s in sites for name, _ in s.around if name != s.layer}
+    chains = {
+        id(s): tuple(link for link in s.around if link[0] != s.layer or link[0] in holders)
+        for s in sites
+    }
     blocks = find_blocks(chains.values())
     if sites and (not blocks or dynamo.is_resumed()):
         raise OptionError(

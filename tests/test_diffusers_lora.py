@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from conftest import error
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny_flux import OPTIONS, inputs, tiny_flux
 
-from omniq_compile import explain, quantize_
+from omniq_compile import QuantizedTensor, compile, explain, quantize_
 
 pytest.importorskip("peft")
 RANK = 4
@@ -83,7 +84,42 @@ def test_small_matrices_of_an_adapter_stay_bf16_and_the_layer_does_not() -> None
         for name in names
         for matrix, size in (("lora_A", "N"), ("lora_B", "K"))
     }
-    assert {f"{name}.base_layer" for name in names} <= {s.layer for s in report.rewritten}
+    assert set(names) <= {s.layer for s in report.rewritten}
+
+
+@pytest.mark.parametrize("adapter_first", [False, True])
+def test_an_ignored_layer_stays_ignored_when_an_adapter_comes_or_goes(
+    adapter_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_flux()
+
+    def load() -> None:
+        model.load_lora_adapter(lora(tiny_flux(), 1), prefix=None, adapter_name="one")
+        model.requires_grad_(False)
+
+    if adapter_first:
+        load()
+    compile(model, OPTIONS | {"ignored_layers": ["attn.to_q", r"re:.*\.add_k_proj"]})
+    for change in (None, model.unload_lora if adapter_first else load):
+        if change is not None:
+            change()
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "omniq"):
+            model(**inputs())
+        logged = {r.args[0]: r.args[2] for r in caplog.records if r.msg.startswith("kept %s")}
+        assert {"attn.to_q", "attn.add_k_proj"} <= {
+            n for n, why in logged.items() if "ignored" in why
+        }
+        assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+def test_a_layer_under_an_adapter_is_ignored_while_weights_are_stored() -> None:
+    model = tiny_flux()
+    model.load_lora_adapter(lora(tiny_flux(), 1), prefix=None, adapter_name="one")
+    quantize_(model, OPTIONS | {"ignored_layers": [r"re:.*\.add_k_proj"]})
+    attention: Any = model.transformer_blocks[0].attn
+    assert type(attention.to_q.base_layer.weight) is QuantizedTensor
+    assert type(attention.add_k_proj.base_layer.weight) is not QuantizedTensor
 
 
 def test_a_pipelines_lora_is_followed_by_its_compiled_transformer() -> None:

@@ -199,6 +199,25 @@ def test_five_blocks_stay_bf16_by_default_and_none_with_zero() -> None:
     assert kept_blocks({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0}) == set()
 
 
+class Mixing(nn.Module):
+    """A block with a layer in it, and a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(64, 64)), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x @ self.weight)
+
+
+def test_a_weight_that_a_leading_block_itself_holds_is_kept() -> None:
+    options = {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1, "min_features": 1}
+    model = frozen(nn.Sequential(Mixing(), Mixing()))
+    report = omniq_compile.explain(model, (torch.randn(5, 64),), options)
+    assert [s.layer for s in report.kept] == ["0", "0.layer"]
+    assert [s.layer for s in report.rewritten] == ["1", "1.layer"]
+
+
 def test_a_block_compiled_alone_is_an_error_when_its_place_matters() -> None:
     block = frozen(Block(64))
     run = compiled(block, {"method": "mxfp4_dualscale"})

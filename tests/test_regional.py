@@ -244,3 +244,39 @@ def test_a_wrapped_block_refuses_full_names_too() -> None:
             stack[i] = torch.compile(block, backend="omniq", options=options)
     with pytest.raises(BackendCompilerFailed, match=r"names late\.1\.net\.0 of Tower"):
         model(torch.randn(7, 38))
+
+
+def test_a_backend_beside_omniq_is_refused() -> None:
+    with pytest.raises(omniq_compile.OptionError, match="takes no argument 'backend'"):
+        omniq_compile.compile(Tower(), OPTIONS | {"method": "int8"}, backend="inductor")
+
+
+def test_a_model_that_is_compiled_whole_is_refused() -> None:
+    inside = Tower()
+    inside.compile(backend="eager")
+    for model in (torch.compile(Tower(), backend="eager"), inside):
+        with pytest.raises(omniq_compile.OptionError, match="compiled as a whole already"):
+            omniq_compile.compile(model, OPTIONS | {"method": "int8"})
+
+
+@pytest.mark.parametrize("function", ["compile", "quantize_", "explain"])
+def test_a_pipeline_is_no_model_and_its_models_are_named(function: str) -> None:
+    class Pipe:
+        def __init__(self) -> None:
+            models = {"transformer": Tower(), "vae": nn.Linear(1, 1)}
+            self.components = {"scheduler": object(), **models}
+
+    arguments = ((),) if function == "explain" else ()
+    with pytest.raises(omniq_compile.OptionError) as caught:
+        getattr(omniq_compile, function)(Pipe(), *arguments, OPTIONS | {"method": "int8"})
+    assert str(caught.value) == (
+        f"omniq_compile.{function} takes a torch.nn.Module, not a Pipe. Pass one of its models: "
+        "pipe.transformer, pipe.vae."
+    )
+
+
+def test_one_tensor_is_one_input() -> None:
+    report = omniq_compile.explain(
+        nn.Linear(64, 64).requires_grad_(False), torch.randn(3, 64), OPTIONS | {"method": "int8"}
+    )
+    assert [site.M for site in report.rewritten] == [3]
