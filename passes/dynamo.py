@@ -52,7 +52,12 @@ def is_weight(node: fx.Node) -> bool:
 def weight_name(node: fx.Node) -> str:
     """Return the dotted name of a parameter or buffer, such as ``blocks.0.attn.to_q.weight``."""
     source = _source_name(node)
-    return _dotted(source) if source else str(node.target)
+    if source:
+        return _dotted(source)
+    # As an attribute of the graph it has a name of Dynamo's own, such as L__self___blocks_0_weight.
+    owner = node.graph.owning_module
+    names = owner.meta.get("dynamo_flat_name_to_original_fqn", {}) if owner is not None else {}
+    return str(names.get(node.target, node.target))
 
 
 def layer_name(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from conftest import Holder, compiled, dequantized, error
 from generated_code import Program, generated
 from torch._inductor import freezing
 
-from omniq_compile import QuantizedTensor, quantize
+from omniq_compile import QuantizedTensor, explain, quantize
 from omniq_compile.lowering import int8_gemms
 from omniq_compile.lowering.formats import int8
 from omniq_compile.lowering.registry import Problem
@@ -107,3 +107,14 @@ def test_the_same_arithmetic_by_a_constant_would_become_qlinear() -> None:
         _, program = read(torch.compile(model), torch.randn(M, K).to(torch.bfloat16), frozen=True)
     assert "qlinear" in program.text
     assert "_int_mm" not in " ".join(operators(program))
+
+
+def test_layers_have_the_same_names_where_dynamo_makes_weights_constants() -> None:
+    model = torch.nn.Sequential(
+        Holder(mlp, u=torch.randn(H, K), c=torch.randn(H), w=torch.randn(N, H))
+    )
+    options = {"method": "int8", "min_features": 1, "ignored_layers": ["0.w"]}
+    with torch._inductor.config.patch(freezing=True):
+        report = explain(model, torch.randn(M, K), options)
+    assert [site.layer for site in report.rewritten] == ["0.u"]
+    assert [site.layer for site in report.kept] == ["0.w"]
