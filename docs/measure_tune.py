@@ -141,7 +141,8 @@ def measure(
 
 def layers_of(folder: Path, options: Any) -> list[Layer]:
     """Return the layers that options quantize, without loading a weight."""
-    from omniq_compile.loading import empty_model, read_config
+    from omniq_compile.checkpoint_folder import read_config
+    from omniq_compile.loading import empty_model
     from omniq_compile.passes.config import QuantConfig
 
     about = read_config(folder / "transformer")

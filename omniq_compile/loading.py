@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import diffusers
 import torch
-from diffusers import ModelMixin
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from omniq_compile.checkpoint_folder import (
+    component_folder,
+    local_folder,
+    model_class,
+    read_config,
+)
 from omniq_compile.foreign import refuse_foreign
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.load_arguments import check_device, check_dtype
-from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
+from omniq_compile.lowering.errors import CheckpointError, OptionError
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
@@ -78,7 +81,7 @@ def load_model(
         raise OptionError("load_model needs the folder to load from, after the class.")
     place = component_folder(local_folder(str(where), subfolder, cls), subfolder, cls)
     about = read_config(place)
-    cls = _class(about, cls, place)
+    cls = model_class(about, cls, place)
     files = SafetensorsFiles(place, variant)
     refuse_foreign(place, about, files)
     stored = about.pop("quantization_config", None)
@@ -101,124 +104,6 @@ def load_model(
         make_savable(model, stored)
     loaded: nn.Module = model.eval()
     return loaded
-
-
-def local_folder(where: str, subfolder: str | None = None, cls: type | None = None) -> Path:
-    """Return a local folder for a folder or a hub id.
-
-    Raises:
-        CheckpointError: there is no such folder, and no such model can be downloaded.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists() or where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise CheckpointError(f"{where} is not a folder.")
-    from huggingface_hub import snapshot_download
-
-    # A component of a pipeline lies in a folder of its own; which one is known only afterwards.
-    patterns = [f"{subfolder}/*"] if subfolder else None
-    try:
-        return Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns=["*.bin"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"there is no folder {where!r}, and {where!r} cannot be downloaded: {error}"
-        ) from error
-
-
-def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> Path:
-    """Return the folder of one component, from its own or its pipeline's folder.
-
-    Raises:
-        CheckpointError: the pipeline has no such component.
-    """
-    if subfolder is not None:
-        return folder / subfolder
-    if not (folder / "model_index.json").is_file():
-        return folder
-    components = pipeline_components(folder)
-    wanted = [
-        name
-        for name, (_, class_name) in components.items()
-        if (class_name == cls.__name__ if cls is not None else name == "transformer")
-    ]
-    if not wanted:
-        what = f"of class {cls.__name__}" if cls is not None else "named 'transformer'"
-        raise CheckpointError(
-            f"the pipeline in {folder} has no component {what}. It has "
-            + ", ".join(f"{name} ({kind})" for name, (_, kind) in components.items())
-            + ". Name one with subfolder=..."
-        )
-    return folder / wanted[0]
-
-
-def _is_component(name: str, entry: Any) -> bool:
-    return (
-        not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
-    )
-
-
-def pipeline_components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the library and class of each component of a pipeline's folder.
-
-    Raises:
-        CheckpointError: it has no model_index.json.
-    """
-    index = read_json(folder / "model_index.json")
-    return {name: tuple(entry) for name, entry in index.items() if _is_component(name, entry)}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a component's config.json.
-
-    Raises:
-        CheckpointError: it is missing or not JSON.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder.")
-    return read_json(folder / "config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        CheckpointError: it is missing or does not.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing.") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object.")
-    return content
-
-
-def _class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:
-    """Return the model's class, checked against what the config names."""
-    name = about.get("_class_name")
-    if cls is None:
-        if name is None and about.get("architectures"):
-            raise CheckpointError(
-                f"{folder} is a transformers model ({about['architectures'][0]}): name it through "
-                'its pipeline\'s folder, as in {"text_encoder": "int8"}.'
-            )
-        found = getattr(diffusers, str(name), None)
-        if found is None:
-            models = [n for n in dir(diffusers) if n.endswith("Model")]
-            raise CheckpointError(
-                f"{folder} is of class {name!r}, which diffusers lacks.{hint(name, models)}"
-            )
-        cls = found
-    elif name not in (None, cls.__name__):
-        raise OptionError(f"{folder} is a {name}, not a {cls.__name__}.")
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise OptionError(
-            f"load_model loads diffusers' models, and {cls} is none. Load it with its own library, "
-            "and then call omniq_compile.quantize_(model, options)."
-        )
-    return cls
 
 
 def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:

@@ -12,6 +12,12 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from omniq_compile.checkpoint_folder import (
+    local_folder,
+    pipeline_components,
+    read_config,
+    read_json,
+)
 from omniq_compile.components import PipelineQuantConfig, build_quant_config, is_transformer
 from omniq_compile.foreign import OWN
 from omniq_compile.load_arguments import (
@@ -20,13 +26,7 @@ from omniq_compile.load_arguments import (
     check_dtype,
     check_pipeline_keywords,
 )
-from omniq_compile.loading import (
-    load_model,
-    local_folder,
-    pipeline_components,
-    read_config,
-    read_json,
-)
+from omniq_compile.loading import load_model
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint
 from omniq_compile.text_encoders import load_quantized
 

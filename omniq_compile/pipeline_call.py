@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from omniq_compile.backend import omniq
-from omniq_compile.loading import local_folder
+from omniq_compile.checkpoint_folder import local_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class

@@ -18,9 +18,10 @@ import accelerate
 import torch
 from torch import nn
 
+from omniq_compile.checkpoint_folder import read_config
 from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.layer_plan import plan_layers
-from omniq_compile.loading import check_stored, fill_stored, read_config, set_dtypes
+from omniq_compile.loading import check_stored, fill_stored, set_dtypes
 from omniq_compile.lowering.errors import CheckpointError, WeightError
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import detect, detectable

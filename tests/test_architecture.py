@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -148,3 +149,16 @@ def test_every_folder_of_source_is_installed() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     packages = {package(path) for path in SOURCES}
     assert sorted(name for name in packages if f'"{name}"' not in pyproject) == []
+
+
+# The folders whose files `docs/architecture.md` describes together.
+TOGETHER = ("formats", "triton_kernels", "cpu", "cuda", "rocm", "xpu", "npu", "cli")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_the_architecture_names_each_file(path: Path) -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    if path.parent.name in TOGETHER:
+        assert f"`{path.parent.name}/`" in text
+    elif not path.name.startswith("__"):
+        assert re.search(rf"`([\w/]+/)?{re.escape(path.name)}`", text)

@@ -251,10 +251,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (
-        configure(_class_name="QwenImageTransformer3D"),
-        "Did you mean 'QwenImageTransformer2DModel'?",
-    ),
+    (configure(_class_name="QwenImageTransformer3D"), "mean 'QwenImageTransformer2DModel'?"),
     (
         configure(quantization_config={"quant_method": "bitsandbytes"}),
         "are quantized by bitsandbytes",

@@ -1,0 +1,141 @@
+"""What lies in a folder of diffusers: its components, their files of JSON, and a model's class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+
+from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
+
+
+def local_folder(where: str, subfolder: str | None = None, cls: type | None = None) -> Path:
+    """Return a local folder for a folder or a hub id.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model can be downloaded.
+    """
+    if Path(where).is_dir():
+        return Path(where)
+    if Path(where).exists() or where.count("/") != 1 or where.startswith((".", "/", "~")):
+        raise CheckpointError(f"{where} is not a folder.")
+    from huggingface_hub import snapshot_download
+
+    # A component of a pipeline lies in a folder of its own; which one is known only afterwards.
+    patterns = [f"{subfolder}/*"] if subfolder else None
+    try:
+        return Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns=["*.bin"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {where!r}, and {where!r} cannot be downloaded: {error}"
+        ) from error
+
+
+def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> Path:
+    """Return the folder of one component, from its own or its pipeline's folder.
+
+    Raises:
+        CheckpointError: the pipeline has no such component.
+    """
+    if subfolder is not None:
+        return folder / subfolder
+    if not (folder / "model_index.json").is_file():
+        return folder
+    components = pipeline_components(folder)
+    wanted = [
+        name
+        for name, (_, class_name) in components.items()
+        if (class_name == cls.__name__ if cls is not None else name == "transformer")
+    ]
+    if not wanted:
+        what = f"of class {cls.__name__}" if cls is not None else "named 'transformer'"
+        raise CheckpointError(
+            f"the pipeline in {folder} has no component {what}. It has "
+            + ", ".join(f"{name} ({kind})" for name, (_, kind) in components.items())
+            + ". Name one with subfolder=..."
+        )
+    return folder / wanted[0]
+
+
+def _is_component(name: str, entry: Any) -> bool:
+    return (
+        not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
+    )
+
+
+def pipeline_components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the library and class of each component of a pipeline's folder.
+
+    Raises:
+        CheckpointError: it has no model_index.json.
+    """
+    index = read_json(folder / "model_index.json")
+    return {name: tuple(entry) for name, entry in index.items() if _is_component(name, entry)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a component's config.json.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        CheckpointError: it is missing or does not.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object.")
+    return content
+
+
+def model_class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:
+    """Return a diffusers model's class, checked against what its config names.
+
+    Args:
+        about: the content of its config.json.
+        cls: that a user asks for, or None.
+        folder: where it lies, for messages.
+
+    Raises:
+        CheckpointError: it is a model of another library, or of a class that diffusers lacks.
+        OptionError: it is of another class than ``cls``, or that is no diffusers model.
+    """
+    name = about.get("_class_name")
+    if cls is None:
+        if name is None and about.get("architectures"):
+            raise CheckpointError(
+                f"{folder} is a transformers model ({about['architectures'][0]}): name it through "
+                'its pipeline\'s folder, as in {"text_encoder": "int8"}.'
+            )
+        found = getattr(diffusers, str(name), None)
+        if found is None:
+            models = [n for n in dir(diffusers) if n.endswith("Model")]
+            raise CheckpointError(
+                f"{folder} is of class {name!r}, which diffusers lacks.{hint(name, models)}"
+            )
+        cls = found
+    elif name not in (None, cls.__name__):
+        raise OptionError(f"{folder} is a {name}, not a {cls.__name__}.")
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise OptionError(
+            f"load_model loads diffusers' models, and {cls} is none. Load it with its own library, "
+            "and then call omniq_compile.quantize_(model, options)."
+        )
+    return cls
