@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_a_file_that_does_not_fit_the_pipeline_is_refused_before_generating(
     pipe = kind(**dict.fromkeys(inspect.signature(kind).parameters))
     monkeypatch.setattr(kind, "__call__", generate)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
-    arguments = ["generate", "anywhere", "--out", str(tmp_path / out)]
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    arguments = ["generate", str(tmp_path), "--prompt", "", "--out", str(tmp_path / out)]
     if words is None:
         with pytest.raises(Generated):
             main(arguments)
