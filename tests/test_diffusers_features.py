@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import error
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from tiny_flux import OPTIONS, inputs, tiny_flux
 
@@ -33,6 +34,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_models_attention() -> Iterator[None]:
+    """Put the backend back that `set_attention_backend` chooses for the whole process."""
+    with attention_backend("native"):
+        yield
 
 
 @pytest.mark.parametrize("name", CHANGES)
