@@ -26,15 +26,19 @@ _BLOCK = re.compile(r"fp8_block_(\d+)x(\d+)")
 _GROUP = re.compile(r"fp8_group_(\d+)")
 
 
-@cache
 def get_format(name: str) -> Format:
     """Return a format by its name: a row of `FORMATS`, ``fp8_block_RxC`` or ``fp8_group_C``.
 
     Raises:
         OptionError: no such format.
     """
-    if name in FORMATS:
-        return FORMATS[name]
+    return FORMATS[name] if name in FORMATS else _by_size(name)
+
+
+# Not `get_format` itself: Dynamo warns of each cached function that it traces, and each operation
+# on a stored weight asks for its format.
+@cache
+def _by_size(name: str) -> Format:
     if match := _BLOCK.fullmatch(name):
         return fp8.block_format(int(match[1]), int(match[2]))
     if match := _GROUP.fullmatch(name):
