@@ -152,6 +152,10 @@ def test_host_seconds_are_in_the_table_and_the_json():
     screen = console()
     bench.print_table(result, screen)
     assert "1.30 ms" in screen.file.getvalue()
+    m.host_seconds.clear()
+    screen = console()
+    bench.print_table(result, screen)
+    assert "host" not in screen.file.getvalue()
 
 
 def test_speedups_by_round_and_of_medians():

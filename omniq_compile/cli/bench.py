@@ -148,21 +148,23 @@ def print_table(result: BenchResult, console: Console) -> None:
 
 
 def _speed_table(result: BenchResult) -> Table:
+    on_gpu = any(m.median_host_seconds is not None for m in result.measurements)
+    host = "; host: what the host takes to ask a GPU for a call" if on_gpu else ""
     table = Table(
         title=f"One forward of the whole model, no_grad, {result.config.rounds} rounds in turn",
         caption=f"speed-up: {BASELINE}'s time by the variant's, as the median of the rounds' "
-        "ratios, and as the ratio of the medians; the first call compiles; host: what the host "
-        "takes to ask a GPU for a call",
+        f"ratios, and as the ratio of the medians; the first call compiles{host}",
     )
     table.add_column("variant")
-    for title in ("median", "min", "host", "speed-up", "of medians", "first call"):
+    titles = ("median", "min", *(["host"] if on_gpu else []), "speed-up", "of medians")
+    for title in (*titles, "first call"):
         table.add_column(title, justify="right")
     for m in result.measurements:
         by_round, of_medians = result.speedups(m.name) or (None, None)
         cells = [
             _format(m.median_seconds, "{:.1f} ms", 1e3),
             _format(m.min_seconds, "{:.1f} ms", 1e3),
-            _format(m.median_host_seconds, "{:.2f} ms", 1e3),
+            *([_format(m.median_host_seconds, "{:.2f} ms", 1e3)] if on_gpu else []),
             _format(by_round, "{:.2f}x"),
             _format(of_medians, "{:.2f}x"),
             _format(m.first_call_seconds, "{:.1f} s"),
