@@ -93,12 +93,23 @@ def check_device(device: str | torch.device) -> torch.device:
         OptionError: PyTorch does not know it, or has none here.
     """
     try:
+        return tried(device)
+    except RuntimeError as error:
+        meant = " Did you mean 'cuda'?" if device == "gpu" else ""
+        raise OptionError(
+            f"device {device!r} cannot be loaded on ({error}).{meant} Give one that this PyTorch "
+            "has, such as 'cpu'."
+        ) from error
+
+
+def tried(device: str | torch.device) -> torch.device:
+    """Return the device that a tensor was made on.
+
+    Raises:
+        RuntimeError: none could be made, in one line.
+    """
+    try:
         return torch.empty(0, device=device).device
     # What a build without the device, or a machine without one, raises is its own.
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        meant = " Did you mean 'cuda'?" if device == "gpu" else ""
-        raise OptionError(
-            f"device {device!r} cannot be loaded on ({why}).{meant} Give one that this PyTorch "
-            "has, such as 'cpu'."
-        ) from error
+        raise RuntimeError(str(error).partition("\n")[0] or type(error).__name__) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from omniq_compile.components import build_quant_config
+from omniq_compile.load_arguments import tried
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import COMPILERS
 from omniq_compile.pipeline_call import check_call_of_folder
@@ -130,9 +131,7 @@ def usable_device(text: str) -> torch.device:
         OptionError: it is unknown, or this machine has none.
     """
     try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {text!r} cannot be used: {reason}") from error
-    return device
+        tried(text)
+    except RuntimeError as error:
+        raise OptionError(f"--device {text!r} cannot be used: {error}") from error
+    return torch.device(text)
