@@ -34,12 +34,17 @@ class Problem:
     b_is_weight: bool = True
 
 
+def as_stored(parts: Parts) -> Parts:
+    """Return a weight's parts as they are: the arrangement of most kernels."""
+    return parts
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one (method, target) lowers to.
 
-    ``quantize`` and ``gemm`` are written in operations that a compiler traces through. What
-    ``quantize`` returns is between the two of them: an emulated kernel may decode at once.
+    ``quantize``, ``arrange`` and ``gemm`` are written in operations that a compiler traces through.
+    What ``quantize`` returns is between it and ``gemm``: an emulated kernel may decode at once.
 
     Attributes:
         name: device, operand type and how it multiplies, such as ``cpu_s8_int_mm``.
@@ -47,9 +52,12 @@ class Kernel:
         about: what it does, and for an emulated kernel why.
         quantize: ``(x [..., K], format)`` -> what ``gemm`` takes for an activation.
         gemm: ``(a, b, bias, problem, scheme)`` -> ``[..., M, N]``, where b are a weight's parts
-            as its format stores them, or another activation's.
+            from ``arrange``, or what ``quantize`` returned for another activation.
         refuse: ``(problem, scheme)`` -> why this kernel cannot take it, or None.
         decodes_whole: whether ``gemm`` holds a whole decoded weight for a while.
+        arrange: a weight's parts as its format stores them -> as many parts, in the layout that
+            ``gemm`` reads; each is the one that was given or has memory of its own. Done once for
+            each weight, or in each call where that would hold a stored weight twice.
         as_matrix: whether ``gemm`` views ``[..., M, K]`` as a matrix. Activations are then made
             one before they are quantized: Inductor stores what it computes once for each view.
         source: the file of `lowering` with the device code, where that is omniq's own.
@@ -65,6 +73,7 @@ class Kernel:
     gemm: Callable[[Parts, Parts, torch.Tensor | None, Problem, Scheme], torch.Tensor]
     refuse: Callable[[Problem, Scheme], str | None]
     decodes_whole: bool = False
+    arrange: Callable[[Parts], Parts] = as_stored
     as_matrix: bool = False
     source: str = ""
 

@@ -79,15 +79,22 @@ def gemm_blocks(
 ) -> torch.Tensor:
     """Multiply mxfp8 codes with their e8m0 scale per 1 x 32; see `Kernel.gemm`."""
     codes, scale = (_rows(part, 1) for part in a)
+    b = b if problem.b_is_weight else arrange_blocks(b)
     out = torch._scaled_mm(
         codes,
         b[0].t(),
         swizzle(scale),
-        swizzle(b[1]),
+        b[1],
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
     )
     return _restore(out, a[0], problem)
+
+
+def arrange_blocks(parts: Parts) -> Parts:
+    """Return mxfp8 codes ``[N, K]`` as they are, with their scales swizzled."""
+    codes, scale = parts
+    return codes, swizzle(scale)
 
 
 def swizzle(scale: torch.Tensor) -> torch.Tensor:

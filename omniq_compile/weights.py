@@ -19,6 +19,7 @@ from omniq_compile import weight_changes
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
 from omniq_compile.weight_changes import Comparison, Stamp, comparisons_of
@@ -31,13 +32,22 @@ _statistics = {"lookups": 0, "lookup_seconds": 0.0, "quantized": 0, "quantize_se
 
 
 class QuantizedWeight:
-    """The parts of one weight, and the stamps of the parameters they were made from."""
+    """The parts of one weight, and the stamps of the parameters they were made from.
+
+    Of a weight that is stored quantized, the parts that were laid out anew: the others are its own,
+    and None here.
+    """
 
     __slots__ = ("__weakref__", "parts", "stamps")
 
     def __init__(self, binding: Binding, parameters: Sequence[torch.Tensor]) -> None:
         self.stamps = [Stamp(s) for s in _sources(parameters)]
-        self.parts = _quantize(binding, parameters)
+        self.parts: tuple[torch.Tensor | None, ...]
+        if binding.stored:
+            stored: Any = parameters[0]
+            self.parts = _arrange_stored(binding, stored.parts)
+        else:
+            self.parts = _quantize(binding, parameters)
 
     def is_current(self, sources: Sequence[torch.Tensor], wait: bool) -> bool:
         """Say whether the parameters still are what was quantized.
@@ -55,7 +65,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts if part is not None)
 
 
 def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -71,7 +81,7 @@ class BoundWeights:
         self._rows = [
             (
                 binding,
-                (binding.format, binding.expression.key),
+                (binding.format, binding.expression.key, binding.arrange),
                 [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves],
             )
             for binding in bindings
@@ -99,17 +109,19 @@ class BoundWeights:
     def _collect(
         self, arguments: Sequence[Any], wait: bool
     ) -> tuple[list[torch.Tensor], list[QuantizedWeight]]:
-        """Return the parts of every binding, and the weights among them that were quantized."""
+        """Return the parts of every binding, and those weights that are kept here."""
         parts: list[torch.Tensor] = []
         bound: list[QuantizedWeight] = []
         for binding, key, leaves in self._rows:
             parameters = [arguments[x] if isinstance(x, int) else x for x in leaves]
-            if binding.stored:
-                stored: Any = parameters[0]
+            stored: Any = parameters[0] if binding.stored else None
+            if stored is not None and binding.arrange is as_stored:
                 parts += stored.parts
-            else:
-                bound.append(self._get(binding, key, parameters, wait))
-                parts += bound[-1].parts
+                continue
+            weight = self._get(binding, key, parameters, wait)
+            bound.append(weight)
+            for position, part in enumerate(weight.parts):
+                parts.append(stored.parts[position] if part is None else part)
         return parts, bound
 
     def _values_changed(self, bound: list[QuantizedWeight]) -> bool:
@@ -169,16 +181,24 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     start = time.perf_counter()
     weight = evaluate(binding.expression, parameters)
     with torch.inference_mode(False), torch.no_grad():
-        parts = quantize_weight(weight, binding.format)
+        parts: Parts = quantize_weight(weight, binding.format)
         if not holds_finite(parts):
             raise WeightError(
                 f"the weight of {' and '.join(map(repr, binding.layers))} holds NaN or Inf, which "
                 f"{binding.format} cannot represent. Check the checkpoint, or keep the layer with "
                 f"options={{'ignored_layers': [{binding.layers[0]!r}]}}."
             )
+        parts = tuple(binding.arrange(parts))
     _statistics["quantized"] += 1
     _statistics["quantize_seconds"] += time.perf_counter() - start
     return parts
+
+
+def _arrange_stored(binding: Binding, parts: Parts) -> tuple[torch.Tensor | None, ...]:
+    """Lay parts out as the kernel reads them; None for one that stays as it is stored."""
+    with torch.inference_mode(False), torch.no_grad():
+        arranged = binding.arrange(parts)
+    return tuple(None if new is old else new for new, old in zip(arranged, parts, strict=True))
 
 
 def statistics() -> dict[str, float]:

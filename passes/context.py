@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.registry import as_stored
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.expression import WeightExpression
@@ -27,6 +30,7 @@ class Binding:
         shape: of the weight, ``[..., N, K]``.
         dtype: of the weight before quantization.
         stored: the parameter is a `QuantizedTensor`, whose parts are used as they are.
+        arrange: gives them the layout that the kernel reads, see `Kernel.arrange`.
     """
 
     format: str
@@ -37,6 +41,7 @@ class Binding:
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored: bool
+    arrange: Callable[[Parts], Parts] = as_stored
 
 
 @dataclass

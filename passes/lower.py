@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes import dynamo
+from omniq_compile.passes.arrange import arrange_weights
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.metadata import fill_values
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
@@ -18,7 +20,7 @@ from omniq_compile.passes.sites import Site
 
 def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Trace each site's kernel into the graph, in place of its operators."""
-    inliner = _Inliner(gm.graph)
+    inliner = _Inliner(gm.graph, arrange_weights(gm.graph, context))
     for node in list(gm.graph.nodes):
         if node.target is not GEMM:
             continue
@@ -91,8 +93,10 @@ class _Tracer(GraphAppendingTracer):
 class _Inliner:
     """Writes the operations of kernels into one graph."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, arranged: set[fx.Node]) -> None:
+        """Take a graph, and the inputs that already are what the kernel of a weight reads."""
         self._graph = graph
+        self._arranged = arranged
         self._tracer = _Tracer(graph)
         self._quantized: dict[Any, list[fx.Node]] = {}
 
@@ -102,12 +106,15 @@ class _Inliner:
         assert kernel is not None
         assert problem is not None
         assert scheme is not None
+        a: Any
+        b: Any
         a, b, bias = node.args[:3]
         x = None
         if kernel.as_matrix and problem.a_rank > 2 and isinstance(a, fx.Node):
             x = a.args[0]
         flat = x is not None
-        parts = [self._parts(a, site, flat), self._parts(b, site, False)]
+        weight = self._weight_parts(node, list(b), site) if site.weight else None
+        parts = [self._parts(a, site, flat), weight or self._parts(b, site, False)]
         problem = dataclasses.replace(problem, a_rank=2 if flat else problem.a_rank)
 
         def function(a: Any, b: Any, bias: Any, x: Any) -> Any:
@@ -118,14 +125,23 @@ class _Inliner:
         result: fx.Node = self._inline(node, function, (*parts, bias, x), key)
         return result
 
-    def _parts(self, operand: Any, site: Site, flat: bool) -> list[fx.Node]:
-        """Return an operand's parts: a weight's placeholders, or an activation quantized here.
+    def _weight_parts(self, at: fx.Node, parts: list[fx.Node], site: Site) -> list[fx.Node]:
+        """Return a weight's parts as its kernel reads them: inputs, or arranged before ``at``."""
+        kernel = site.decision.kernel
+        assert kernel is not None
+        if kernel.arrange is as_stored or parts[0] in self._arranged:
+            return parts
+        key = (tuple(parts), kernel.arrange)
+        if key not in self._quantized:
+            self._quantized[key] = self._inline(at, kernel.arrange, (parts,), (kernel.name,))
+        return self._quantized[key]
+
+    def _parts(self, operand: fx.Node, site: Site, flat: bool) -> list[fx.Node]:
+        """Return the parts of an activation, which is quantized here.
 
         Args:
-            flat: quantize an activation as a matrix, see `Kernel.as_matrix`.
+            flat: quantize it as a matrix, see `Kernel.as_matrix`.
         """
-        if not isinstance(operand, fx.Node):
-            return list(operand)
         kernel = site.decision.kernel
         assert kernel is not None
         x, format = operand.args[0], str(operand.args[1])

@@ -110,14 +110,16 @@ def count(gm: fx.GraphModule, target: Any) -> int:
 
 
 def quantized_inputs(
-    original: fx.GraphModule, inputs: list[Any], context: Context
+    original: fx.GraphModule, inputs: list[Any], context: Context, *, lowered: bool
 ) -> dict[str, Any]:
-    """Return what each placeholder of a rewritten graph stands for, by name."""
+    """Return what each placeholder of a quantized or lowered graph stands for, by name."""
     names = [n.name for n in original.graph.nodes if n.op == "placeholder"]
     values = dict(zip(names, inputs, strict=True))
     for binding in context.bindings:
         weight = binding.expression.module(*(values[str(leaf)] for leaf in binding.leaves))
-        values |= zip(binding.parts, get_format(binding.format).quantize(weight), strict=True)
+        parts = get_format(binding.format).quantize(weight)
+        parts = binding.arrange(parts) if lowered else parts
+        values |= zip(binding.parts, parts, strict=True)
     return values
 
 

@@ -98,9 +98,7 @@ def _int_mm(self: Tensor, mat2: Tensor) -> Tensor:
 def _shuffle_weight(x: Tensor, **_: Any) -> Tensor:
     rows, columns = x.shape
     tiles = x.view(torch.uint8).view(rows // 16, 16, columns // 32, 2, 16)
-    out = tiles.permute(0, 2, 3, 1, 4).contiguous().view(rows, columns).view(x.dtype)
-    out.is_shuffled = True  # type: ignore[attr-defined]
-    return out
+    return tiles.permute(0, 2, 3, 1, 4).contiguous().view(rows, columns).view(x.dtype)
 
 
 def _e8m0_shuffle(scale: Tensor) -> Tensor:

@@ -100,10 +100,11 @@ def make(
     assert absent_gpu.why_not(context.target) is None
     program = generated.program(lowered, settings_of(config), context.target)
     assert context.stages is not None
-    known = quantized_inputs(graph, values, context)
     quantized = context.stages["quantized"]
     with torch.no_grad():
+        known = quantized_inputs(graph, values, context, lowered=False)
         (expected,) = quantized(*_take(known, quantized))
+        known = quantized_inputs(graph, values, context, lowered=True)
     return Case(program, _take(known, lowered), expected, context)
 
 

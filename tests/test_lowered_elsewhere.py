@@ -81,16 +81,16 @@ def test_a_lowered_graph_does_what_the_quantized_one_says(
         recorders.append(recorder)
     else:
         recorders.append(fake_gemms.install_torch(monkeypatch, place.arch))
-    values = quantized_inputs(graph, inputs, context)
 
-    def run(gm: torch.fx.GraphModule) -> torch.Tensor:
+    def run(gm: torch.fx.GraphModule, is_lowered: bool) -> torch.Tensor:
+        values = quantized_inputs(graph, inputs, context, lowered=is_lowered)
         with torch.no_grad():
             (out,) = gm(*(values[n.name] for n in gm.graph.nodes if n.op == "placeholder"))
         return out
 
     assert context.stages is not None
-    quantized = run(context.stages["quantized"])
-    out = run(lowered)
+    quantized = run(context.stages["quantized"], False)
+    out = run(lowered, True)
     assert (out.shape, out.dtype) == (quantized.shape, BF16)
     # The last layer's rounding, and codes that an earlier rounding moved.
     assert error(out, quantized) < (0.04 if "mxfp4" in config.method else 0.015)

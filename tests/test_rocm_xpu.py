@@ -69,7 +69,8 @@ def check_numbers(
     case = problem(x, w)
     assert kernel.refuse(case, scheme) is None
     weight = get_format(scheme.weight).quantize(w)
-    out = kernel.gemm(kernel.quantize(x, scheme.activation), weight, b, case, scheme)
+    a = kernel.quantize(x, scheme.activation)
+    out = kernel.gemm(a, kernel.arrange(weight), b, case, scheme)
     assert (out.shape, out.dtype) == ((*leading, N), dtype)
     activation = get_format(scheme.activation).quantize(x)
     if kernel.method == "fp8" and b is not None:
@@ -135,9 +136,8 @@ def test_a_bad_token_stays_alone_as_fnuz(monkeypatch: pytest.MonkeyPatch) -> Non
     kernel, scheme = kernel_named("rocm:gfx942", "rocm_fp8_fnuz_scaled_mm")
     x, w = torch.randn(5, 64, dtype=BF16), torch.randn(32, 64, dtype=BF16)
     x[1, 3], x[2, 4] = torch.nan, torch.inf
-    out = kernel.gemm(
-        kernel.quantize(x, "fp8"), get_format("fp8").quantize(w), None, problem(x, w), scheme
-    )
+    weight = kernel.arrange(get_format("fp8").quantize(w))
+    out = kernel.gemm(kernel.quantize(x, "fp8"), weight, None, problem(x, w), scheme)
     assert out.isfinite().all(dim=-1).tolist() == [True, False, False, True, True]
     assert not out[1:3].isfinite().any()
 
@@ -303,7 +303,9 @@ def test_operators_keep_what_torch_library_asks_of_them(
     parts = (*form.quantize(torch.randn(2, 3, 256)), *form.quantize(torch.randn(32, 256)))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(mx.rocm_scaled_mm_1x32, (*parts, BF16), test_utils=checks)
-    torch.library.opcheck(aiter.rocm_gemm_a4w4, parts, test_utils=checks)
+    torch.library.opcheck(aiter.rocm_shuffle_a4w4, parts[2:], test_utils=checks)
+    shuffled = (*parts[:2], *aiter.arrange(parts[2:]))
+    torch.library.opcheck(aiter.rocm_gemm_a4w4, shuffled, test_utils=checks)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -357,7 +359,7 @@ def test_the_device_s_own_fakes_take_the_call(target: str, name: str) -> None:
         form = get_format(scheme.activation)
         # A shift of bytes has no fake for a device that torch is not built for.
         parts = form.allocate(x) if kernel.method == "mxfp4" else kernel.quantize(x, form.name)
-        weight = get_format(scheme.weight).allocate(w)
+        weight = kernel.arrange(get_format(scheme.weight).allocate(w))
         out = kernel.gemm(parts, weight, bias, problem(x, w), scheme)
     assert (out.shape, out.dtype) == ((2, 33, 48), BF16)
     assert out.device.type == device

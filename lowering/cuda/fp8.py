@@ -24,9 +24,11 @@ SCALED_MM_BLOCKS = Kernel(
     device="cuda",
     archs=("sm_120", "sm_100"),
     native=True,
-    about="torch._scaled_mm (cuBLASLt mxf8f6f4), an e8m0 scale per 1 x 32, bias in its epilogue",
+    about="torch._scaled_mm (cuBLASLt mxf8f6f4), an e8m0 scale per 1 x 32, bias in its epilogue; "
+    "the weight's scales are swizzled once",
     quantize=gpu_quantize.quantize,
     gemm=scaled_mm.gemm_blocks,
     refuse=scaled_mm.refuse_blocks,
+    arrange=scaled_mm.arrange_blocks,
     as_matrix=True,
 )

@@ -43,10 +43,18 @@ def quantize_dual_level(x: torch.Tensor, format: str) -> Parts:
     return parts[0], parts[1], parts[2]
 
 
+def arrange_dual_level(parts: Parts) -> Parts:
+    """Lay a second matrix out as `operators.npu_dual_level_quant_matmul` reads it."""
+    codes, scale, coarse = parts
+    codes, coarse = torch.ops.omniq.npu_dual_level_arrange(codes, coarse)
+    return codes, scale, coarse
+
+
 def gemm_dual_level(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Multiply codes with both levels of scales and add the bias; see `Kernel.gemm`."""
+    b = b if problem.b_is_weight else arrange_dual_level(b)
     out: torch.Tensor = torch.ops.omniq.npu_dual_level_quant_matmul(*a, *b, bias, problem.dtype)
     return out
 
@@ -83,8 +91,9 @@ MXFP4_DUALSCALE = Kernel(
     archs=_ARCHS,
     native=True,
     about="torch_npu: npu_dual_level_quant_matmul, bias in its epilogue; the weight's codes are "
-    "copied to FRACTAL_NZ in each call",
+    "copied to FRACTAL_NZ once, or in each call where they are stored",
     quantize=quantize_dual_level,
     gemm=gemm_dual_level,
+    arrange=arrange_dual_level,
     refuse=limits.refuse_dual_level,
 )

@@ -10,8 +10,8 @@ torch_npu wants instead is made here:
 * e8m0 scales are ``[rows, ceil(K / 64), 2]``: a view of ``[rows, K / 32]`` where that is even, else
   a copy with one column of zeros.
 * ``npu_dual_level_quant_matmul`` wants its second matrix as FRACTAL_NZ and its coarse scales as
-  ``[ceil(K / 512), N]``. Both are made in each call, which reads and writes ``N * K / 2`` bytes of
-  codes and ``N * K / 128`` of scales once more.
+  ``[ceil(K / 512), N]``. Of a weight that comes quantized, both are made in each call, which reads
+  and writes ``N * K / 2`` bytes of codes and ``N * K / 128`` of scales once more.
 
 Sources: schemas in npu_native_functions_by_codegen.yaml of torch_npu 2.13.0; layouts and dtypes in
 docs/zh/custom_APIs of github.com/Ascend/op-plugin, and in gitcode.com/cann/ops-nn
@@ -219,6 +219,27 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, coarse
 
 
+@torch.library.custom_op("omniq::npu_dual_level_arrange", mutates_args=())
+def npu_dual_level_arrange(b: Tensor, b_coarse: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay a second matrix out as `npu_dual_level_quant_matmul` reads it.
+
+    Args:
+        b: packed e2m1 (uint8) ``[N, K / 2]``.
+        b_coarse: float32 ``[N, ceil(K / 512)]``.
+
+    Returns:
+        The codes, int8 of the same shape as FRACTAL_NZ, and ``[ceil(K / 512), N]``.
+    """
+    codes = b.view(torch.int8)
+    fractal = _torch_npu().npu_format_cast(codes, FRACTAL_NZ, customize_dtype=torch.int8)
+    return fractal, b_coarse.t().clone(memory_format=torch.contiguous_format)
+
+
+@npu_dual_level_arrange.register_fake
+def _(b: Tensor, b_coarse: Tensor) -> tuple[Tensor, Tensor]:
+    return b.new_empty(b.shape, dtype=torch.int8), b_coarse.new_empty(b_coarse.shape[::-1])
+
+
 @torch.library.custom_op("omniq::npu_dual_level_quant_matmul", mutates_args=())
 def npu_dual_level_quant_matmul(
     a: Tensor,
@@ -236,17 +257,16 @@ def npu_dual_level_quant_matmul(
         a: packed e2m1 (uint8) ``[..., M, K / 2]``.
         a_scale: uint8 e8m0 ``[..., M, K / 32]``.
         a_coarse: float32 ``[..., M, ceil(K / 512)]``.
-        b, b_scale, b_coarse: the same of ``[N, K]``.
+        b, b_coarse: of ``[N, K]``, as `npu_dual_level_arrange` returns them.
+        b_scale: uint8 e8m0 ``[N, K / 32]``.
         bias: ``[N]`` of any float dtype, or None; passed on in float32.
         dtype: of the result ``[..., M, N]``, bfloat16 or float16.
     """
-    npu = _torch_npu()
-    fractal = npu.npu_format_cast(b.view(torch.int8), FRACTAL_NZ, customize_dtype=torch.int8)
-    out = npu.npu_dual_level_quant_matmul(
+    out = _torch_npu().npu_dual_level_quant_matmul(
         _rows(a),
-        fractal,
+        b,
         _rows(a_coarse),
-        b_coarse.t().contiguous(),
+        b_coarse,
         _paired(_rows(a_scale)),
         _paired(b_scale),
         bias=None if bias is None else bias.to(torch.float32),

@@ -1,9 +1,9 @@
 """mxfp4 on gfx950 through AITER where it is installed: the one place that calls it.
 
 Its ``gemm_a4w4`` reads weights and scales in layouts of its own, which AITER makes. omniq stores
-the format's, so the weight's are made in each call: ``N * K / 2`` bytes of codes and ``N * K / 32``
-of scales are read and written once more. A bias is added afterwards, because the call drops it
-where AITER picks a kernel of Composable Kernel.
+the format's: where a weight comes quantized, ``N * K / 2`` bytes of codes and ``N * K / 32`` of
+scales are read and written once more in each call. A bias is added afterwards, because the call
+drops it where AITER picks a kernel of Composable Kernel.
 
 Sources: aiter/ops/gemm_op_a4w4.py, aiter/ops/shuffle.py and aiter/utility/fp4_utils.py of
 github.com/ROCm/aiter; limits as in vllm/model_executor/kernels/linear/mxfp4/aiter.py of
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omniq_compile.lowering import gpu_quantize
@@ -30,6 +31,9 @@ from omniq_compile.lowering.schemes import Scheme
 
 ALIGNMENT_N = 32
 ALIGNMENT_K = 256
+
+# Rows of scales that AITER shuffles together; it pads to them itself.
+SCALE_ROWS = 256
 
 # Wrong results for few rows (github.com/ROCm/aiter/issues/5931).
 WRONG_N = 96
@@ -61,6 +65,35 @@ def _aiter(module: str) -> Any:
     return importlib.import_module(module)
 
 
+@torch.library.custom_op("omniq::rocm_shuffle_a4w4", mutates_args=())
+def rocm_shuffle_a4w4(b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay a weight out as ``gemm_a4w4`` reads it.
+
+    Args:
+        b: packed e2m1, uint8 ``[N, K / 2]``.
+        b_scale: e8m0, uint8 ``[N, K / 32]``.
+
+    Returns:
+        Codes of the same shape, and scales ``[ceil(N / 256) * 256, K / 32]``.
+    """
+    codes = _aiter("aiter.ops.shuffle").shuffle_weight(
+        b.view(torch.float4_e2m1fn_x2), layout=(16, 16)
+    )
+    padded = F.pad(b_scale, (0, 0, 0, -b_scale.shape[0] % SCALE_ROWS))
+    return codes.view(torch.uint8), _shuffled(padded).view(torch.uint8)
+
+
+@rocm_shuffle_a4w4.register_fake
+def _(b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(b), F.pad(b_scale, (0, 0, 0, -b_scale.shape[0] % SCALE_ROWS))
+
+
+def _shuffled(scale: Tensor) -> Tensor:
+    shuffle = _aiter("aiter.utility.fp4_utils").e8m0_shuffle
+    out: Tensor = shuffle(scale.view(torch.float8_e8m0fnu))
+    return out
+
+
 @torch.library.custom_op("omniq::rocm_gemm_a4w4", mutates_args=())
 def rocm_gemm_a4w4(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """Multiply packed e2m1 codes, each block with its e8m0 scale.
@@ -68,22 +101,18 @@ def rocm_gemm_a4w4(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
     Args:
         a: uint8 ``[..., M, K / 2]``.
         a_scale: uint8 e8m0 ``[..., M, K / 32]``.
-        b, b_scale: the same of ``[N, K]``.
+        b, b_scale: of ``[N, K]``, as `rocm_shuffle_a4w4` returns them.
 
     Returns:
         bfloat16 ``[..., M, N]``.
     """
-    shuffle_scale = _aiter("aiter.utility.fp4_utils").e8m0_shuffle
     rows = a.reshape(-1, a.shape[-1]).contiguous()
     scale_rows = a_scale.reshape(-1, a_scale.shape[-1]).contiguous()
-    weight = _aiter("aiter.ops.shuffle").shuffle_weight(
-        b.view(torch.float4_e2m1fn_x2), layout=(16, 16)
-    )
     out: Tensor = _aiter("aiter").gemm_a4w4(
         rows.view(torch.float4_e2m1fn_x2),
-        weight,
-        shuffle_scale(scale_rows.view(torch.float8_e8m0fnu)),
-        shuffle_scale(b_scale.view(torch.float8_e8m0fnu)),
+        b.view(torch.float4_e2m1fn_x2),
+        _shuffled(scale_rows),
+        b_scale.view(torch.float8_e8m0fnu),
         dtype=torch.bfloat16,
         bpreshuffle=True,
     )
@@ -95,10 +124,17 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.bfloat16)
 
 
+def arrange(parts: Parts) -> Parts:
+    """Lay a weight ``[N, K]`` out as ``gemm_a4w4`` reads it."""
+    codes, scale = torch.ops.omniq.rocm_shuffle_a4w4(*parts)
+    return codes, scale
+
+
 def gemm(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Multiply e2m1 codes with their scales; see `Kernel.gemm`."""
+    b = b if problem.b_is_weight else arrange(b)
     return add_bias(torch.ops.omniq.rocm_gemm_a4w4(*a, *b), bias)
 
 
@@ -130,8 +166,9 @@ GEMM_A4W4 = Kernel(
     archs=("gfx950",),
     native=True,
     about="AITER where it is installed: gemm_a4w4, bias added afterwards; the weight's codes are "
-    "shuffled in each call",
+    "shuffled once, or in each call where they are stored",
     quantize=gpu_quantize.quantize,
     gemm=gemm,
     refuse=refuse,
+    arrange=arrange,
 )

@@ -14,8 +14,7 @@ import torch
 
 from omniq_compile.lowering import gpu_quantize, scaled_mm
 from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.registry import Kernel, Problem
-from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.lowering.registry import Kernel
 
 # hipBLASLt has no faster way to accumulate.
 _gemm_rows = partial(scaled_mm.gemm_rows, fast_accum=False)
@@ -31,15 +30,6 @@ def to_fnuz(parts: Parts) -> Parts:
 def quantize_fnuz(x: torch.Tensor, format: str) -> Parts:
     """Return e4m3 fnuz codes ``[..., K]`` and scale ``[...]``, the values of omniq's fp8."""
     return to_fnuz(gpu_quantize.quantize(x, format))
-
-
-def gemm_fnuz(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
-) -> torch.Tensor:
-    """Multiply fnuz codes with a scale per row of both; see `Kernel.gemm`."""
-    if problem.b_is_weight:
-        b = to_fnuz(b)
-    return _gemm_rows(a, b, bias, problem, scheme)
 
 
 SCALED_MM = Kernel(
@@ -62,9 +52,10 @@ SCALED_MM_FNUZ = Kernel(
     archs=("gfx942",),
     native=True,
     about="torch._scaled_mm (hipBLASLt), scales and bias in its epilogue; the weight's codes are "
-    "copied as fnuz in each call",
+    "copied as fnuz once, or in each call where they are stored",
     quantize=quantize_fnuz,
-    gemm=gemm_fnuz,
+    gemm=_gemm_rows,
     refuse=scaled_mm.refuse_rows,
+    arrange=to_fnuz,
     as_matrix=True,
 )

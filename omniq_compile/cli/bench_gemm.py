@@ -137,7 +137,8 @@ def _gemm(
     kernel, why = registry.choose(scheme, detect(device), problem)
     if kernel is None:
         raise RuntimeError(f"no kernel takes {problem}: {why}")
-    a, b = kernel.quantize(x, scheme.activation), get_format(scheme.weight).quantize(w)
+    a = kernel.quantize(x, scheme.activation)
+    b = kernel.arrange(get_format(scheme.weight).quantize(w))
     parts = [part.contiguous() for part in (*a, *b)]
 
     def multiply(*parts: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,10 @@ def _quantized_linear(
                     wide[kernel.gemm] = _DECODERS[kernel.gemm](parts, scheme.weight)
                 parts = wide[kernel.gemm]
                 problem = dataclasses.replace(problem, b_is_weight=False)
+            elif kernel.arrange is not registry.as_stored:
+                if kernel.arrange not in wide:
+                    wide[kernel.arrange] = kernel.arrange(parts)
+                parts = wide[kernel.arrange]
             chosen[key] = kernel, problem, parts
         kernel, problem, parts = chosen[key]
         return kernel.gemm(

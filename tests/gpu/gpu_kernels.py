@@ -128,7 +128,8 @@ def _compare(kernel: Kernel, scheme: Scheme, cases: list[Case], compiler: str) -
         results = []
         for case, (x, weight, bias) in zip(cases, inputs, strict=True):
             a = kernel.quantize(x, scheme.activation)
-            results.append((kernel.gemm(a, weight, bias, case.problem, scheme), tuple(a)))
+            b = kernel.arrange(weight)
+            results.append((kernel.gemm(a, b, bias, case.problem, scheme), tuple(a)))
         return results
 
     torch._dynamo.reset()

@@ -1,0 +1,186 @@
+"""Weights whose kernel reads them in a layout of its own, on a CPU kernel that is given one."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import omniq_compile as omniq
+from omniq_compile import QuantConfig
+from omniq_compile.lowering import registry
+from omniq_compile.lowering.formats.format import Parts
+from omniq_compile.lowering.target import detect
+from omniq_compile.quality.switches import Switches
+from omniq_compile.weights import resident_bytes
+
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
+K, HIDDEN, N = 96, 160, 64
+
+calls: list[torch.Size] = []
+
+
+def reversed_scales(parts: Parts) -> Parts:
+    codes, scale = parts
+    if type(scale) is torch.Tensor:  # and not one that is traced
+        calls.append(codes.shape)
+    return codes, scale.flip(0)
+
+
+def reversed_rows(parts: Parts) -> Parts:
+    codes, scale = reversed_scales(parts)
+    return codes.flip(0), scale
+
+
+def undone(parts: Parts, rows: bool) -> Parts:
+    codes, scale = parts
+    return codes.flip(0) if rows else codes, scale.flip(0)
+
+
+Change = Callable[[Callable[[Parts], Parts]], None]
+
+
+@pytest.fixture
+def layout(monkeypatch: pytest.MonkeyPatch) -> Change:
+    """Give every int8 kernel of this CPU a layout: anything but arranged once comes out wrong."""
+
+    def change(arrange: Callable[[Parts], Parts]) -> None:
+        def changed(kernel: registry.Kernel) -> registry.Kernel:
+            def gemm(a: Any, b: Parts, *rest: Any) -> torch.Tensor:
+                return kernel.gemm(a, undone(b, arrange is reversed_rows), *rest)
+
+            return dataclasses.replace(kernel, gemm=gemm, arrange=arrange)
+
+        rows = tuple(map(changed, registry.candidates("int8", detect("cpu"))))
+        monkeypatch.setattr(registry, "kernels_of", lambda device: rows)
+
+    return change
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    calls.clear()
+    with torch.no_grad():
+        yield
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(K, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, N)).bfloat16()
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((actual - expected).float().norm() / expected.float().norm()) < 0.03
+
+
+def compiled(module: nn.Module, **options: Any) -> Any:
+    return torch.compile(module, backend="omniq", options=OPTIONS | options)
+
+
+@pytest.mark.parametrize("arrange", [reversed_scales, reversed_rows])
+def test_a_weight_is_arranged_once_until_it_changes(
+    layout: Change, arrange: Callable[[Parts], Parts]
+) -> None:
+    layout(arrange)
+    net, x = model(), torch.randn(2, 7, K).bfloat16()
+    run = compiled(net)
+    for _ in range(3):
+        assert near(run(x), net(x))
+    assert calls == [(HIDDEN, K), (N, HIDDEN)]
+    net[2].weight.copy_(torch.randn(N, HIDDEN))
+    for _ in range(2):
+        assert near(run(x), net(x))
+    assert calls == [(HIDDEN, K), (N, HIDDEN), (N, HIDDEN)]
+
+
+def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
+    layout(reversed_scales)
+    before = resident_bytes()
+    net, x = model(), torch.randn(2, 7, K).bfloat16()
+    expected = net(x)
+    omniq.quantize_(net, {"method": "int8", "min_features": 1})
+    run = compiled(net)
+    for _ in range(3):
+        assert near(run(x), expected)
+    assert calls == [(HIDDEN, K), (N, HIDDEN)]
+    assert resident_bytes() - before == 4 * (HIDDEN + N)
+
+    other = model()
+    expected = other(x)
+    omniq.quantize_(other, {"method": "int8", "min_features": 1})
+    net.load_state_dict(other.state_dict())
+    assert near(run(x), expected)
+    assert len(calls) == 4
+    del net, run, other
+    torch._dynamo.reset()
+    gc.collect()
+    assert resident_bytes() == before
+
+
+def test_codes_of_a_stored_weight_are_not_held_twice(layout: Change) -> None:
+    layout(reversed_rows)
+    before = resident_bytes()
+    net, x = model(), torch.randn(2, 7, K).bfloat16()
+    expected = net(x)
+    omniq.quantize_(net, {"method": "int8", "min_features": 1})
+    run = compiled(net)
+    for _ in range(3):
+        assert near(run(x), expected)
+    assert resident_bytes() == before
+    lowered = omniq.explain(net, [x], OPTIONS).graphs[0].programs["lowered"]
+    assert "its kernel reads" not in lowered
+    assert lowered.count("_codes.flip(0)") == 2
+
+
+def test_a_layer_that_tune_switches_on_is_arranged_once(layout: Change) -> None:
+    layout(reversed_scales)
+    net = model()
+    switches = Switches(net, QuantConfig.from_options(OPTIONS))
+    for tokens in (3, 8, 3):
+        x = torch.randn(tokens, K).bfloat16()
+        expected = net(x)
+        with switches.on(switches.names):
+            assert near(net(x), expected)
+    assert calls == [(HIDDEN, K), (N, HIDDEN)]
+
+
+def test_inputs_say_that_they_are_arranged(layout: Change) -> None:
+    layout(reversed_rows)
+    lowered = omniq.explain(model(), [torch.randn(3, K).bfloat16()], OPTIONS).graphs[0].programs
+    assert lowered["lowered"].count("as its kernel reads it") == 4
+    assert lowered["quantized"].count("as its kernel reads it") == 0
+
+
+def test_a_weight_that_two_kernels_read_stays_as_it_is(
+    layout: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout(reversed_rows)
+    (changed, *_), plain = registry.kernels_of("cpu"), registry.as_stored
+    few = dataclasses.replace(
+        changed,
+        gemm=lambda a, b, *rest: changed.gemm(a, reversed_rows(b), *rest),
+        arrange=plain,
+        refuse=lambda problem, scheme: None if problem.M < 5 else "many rows",
+    )
+    monkeypatch.setattr(registry, "kernels_of", lambda device: (few, changed))
+    layer = nn.Linear(K, N, bias=False).bfloat16()
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.layer(x), self.layer(x[:3] * 2)
+
+    x = torch.randn(9, K).bfloat16()
+    net = Twice()
+    run = compiled(net)
+    for actual, expected in zip(run(x), net(x), strict=True):
+        assert near(actual, expected)
+    lowered = omniq.explain(net, [x], OPTIONS).graphs[0].programs["lowered"]
+    assert "its kernel reads" not in lowered
