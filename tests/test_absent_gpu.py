@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,32 @@ def test_inductor_launches_each_gemm_and_quantizes_once(variant: str, arch: str)
     assert len(set(read)) == len(read) - 2 * (len(read) == 7)
     for kernel in generated_triton.kernels(program):
         assert ".target sm_" in generated_triton.compile_kernel(kernel, arch)
+
+
+class Normed(torch.nn.Module):
+    """A layer behind a norm, whose rows are longer than a kernel holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(3072, elementwise_affine=False)
+        self.layer = torch.nn.Linear(3072, 256)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(self.norm(x) * (1 + shift))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch"),
+    [("int8", "sm_90"), ("fp8", "sm_90"), ("fp8 block-wise", "sm_90"), ("mxfp8", "sm_100")],
+)
+def test_an_activation_behind_a_norm_is_stored_as_codes_alone(variant: str, arch: str) -> None:
+    inputs = torch.randn(1, ROWS, 3072).to(BF16), torch.randn(3072).to(BF16)
+    program = make(Normed(), inputs, variant, f"cuda:{arch}").program
+    made = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\), .*, torch\.(\w+)\)", program)
+    sizes = [(prod(map(int, re.findall(r"\d+", shape))), dtype) for shape, dtype in made]
+    whole = [dtype for size, dtype in sizes if size == ROWS * 3072]
+    assert whole == ["int8" if variant == "int8" else "float8_e4m3fn"]
 
 
 def on_codes(shape: tuple[int, ...], variant: str) -> torch.Tensor:

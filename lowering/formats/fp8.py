@@ -10,6 +10,7 @@ what shares that scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -132,6 +133,32 @@ def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
     return encode_e4m3(quotient), scale
 
 
+def _quantize_group(
+    x: torch.Tensor, columns: int, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.shape[-1] % columns:
+        quotient, scale = _divide_block(x.unsqueeze(-2), 1, columns)
+        return encode(quotient).squeeze(-2), scale.squeeze(-2)
+    # All in the shape of the amax: Inductor then generates one loop, and of two it would store the
+    # activation in float32 between them on GPUs.
+    group = x.unflatten(-1, (-1, columns)).to(torch.float32)
+    scale = amax_scale(group, (-1,))
+    return encode(divide(group, scale.unsqueeze(-1))).flatten(-2), scale
+
+
+def quantize_group(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize groups of ``columns`` along K; the last one may be smaller.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        columns: that share a scale.
+
+    Returns:
+        codes float8_e4m3fn ``[..., K]``, and scale float32 ``[..., ceil(K / columns)]``.
+    """
+    return _quantize_group(x, columns, encode_e4m3)
+
+
 def fake_quantize_group(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes of `group_format` as float32 values, and the scales.
 
@@ -142,8 +169,7 @@ def fake_quantize_group(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, to
     Returns:
         float32 ``[..., K]``, exact in e4m3, and scale float32 ``[..., ceil(K / columns)]``.
     """
-    quotient, scale = _divide_block(x.unsqueeze(-2), 1, columns)
-    return round_to_e4m3(quotient).squeeze(-2), scale.squeeze(-2)
+    return _quantize_group(x, columns, round_to_e4m3)
 
 
 def allocate_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +223,7 @@ def group_format(columns: int) -> Format:
         name=f"fp8_group_{columns}",
         parts=block.parts,
         nbytes=block.nbytes,
-        quantize=lambda x: drop_row(block.quantize(x.unsqueeze(-2))),
+        quantize=partial(quantize_group, columns=columns),
         allocate=lambda x: drop_row(block.allocate(x.unsqueeze(-2))),
         dequantize=lambda parts: block.dequantize([part.unsqueeze(-2) for part in parts]).squeeze(
             -2
