@@ -123,13 +123,12 @@ def scale_by_e8m0(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return values * small * power
 
 
-def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Put two codes in a byte: uint8 ``[..., 2n]`` -> uint8 ``[..., n]``, even k in the low nibble.
+def pack_e2m1(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+    """Put two codes in a byte, those of even k in the low nibble: uint8, any shape.
 
     The order is that of `torch.float4_e2m1fn_x2`.
     """
-    pairs: torch.Tensor = codes.unflatten(-1, (codes.shape[-1] // 2, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    return even | (odd << 4)
 
 
 def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,11 @@ def blocks(x: torch.Tensor) -> torch.Tensor:
     return block.to(torch.float32)
 
 
+def block_amax(block: torch.Tensor) -> torch.Tensor:
+    """Return the amax of each block: ``[..., n, 32]`` -> ``[..., n, 1]``."""
+    return block.abs().amax(dim=-1, keepdim=True)
+
+
 def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
     """Choose the e8m0 scale of each block.
 
@@ -97,19 +102,20 @@ def scale_down(values: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(
-    block: torch.Tensor, element: Element, scale_alg: int = OCP
+    block: torch.Tensor, amax: torch.Tensor, element: Element, scale_alg: int = OCP
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the elements are rounded from, and the scale.
 
     Args:
         block: float32 ``[..., n, 32]``.
+        amax: of each, ``[..., n, 1]``.
         element: the element type.
         scale_alg: ``OCP`` or ``UOS``.
 
     Returns:
         float32 ``[..., n, 32]``, and int32 e8m0 bytes ``[..., n, 1]``.
     """
-    byte = block_scale(block.abs().amax(dim=-1, keepdim=True), element, scale_alg)
+    byte = block_scale(amax, element, scale_alg)
     return scale_down(block, byte), byte
 
 
@@ -125,14 +131,15 @@ def fake_quantize(x: torch.Tensor, element: Element, scale_alg: int = OCP) -> to
         float32 ``[..., K']``, K' = K padded to whole blocks. bfloat16 holds every
         value exactly, save float32 denormals.
     """
-    return fake_quantize_blocks(blocks(x), element, scale_alg).flatten(-2)
+    block = blocks(x)
+    return fake_quantize_blocks(block, block_amax(block), element, scale_alg).flatten(-2)
 
 
 def fake_quantize_blocks(
-    block: torch.Tensor, element: Element, scale_alg: int = OCP
+    block: torch.Tensor, amax: torch.Tensor, element: Element, scale_alg: int = OCP
 ) -> torch.Tensor:
-    """Do what `fake_quantize` does to blocks: float32 ``[..., n, 32]`` -> the same."""
-    values, byte = scaled(block, element, scale_alg)
+    """Do what `fake_quantize` does to blocks and their amax, see `scaled`."""
+    values, byte = scaled(block, amax, element, scale_alg)
     return scale_by_e8m0(element.round(values), byte)
 
 

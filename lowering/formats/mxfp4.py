@@ -51,10 +51,21 @@ def quantize(x: torch.Tensor, scale_alg: int = mx.OCP) -> tuple[torch.Tensor, to
     return quantize_blocks(mx.blocks(x), scale_alg)
 
 
-def quantize_blocks(block: torch.Tensor, scale_alg: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `quantize` does to blocks: float32 ``[..., n, 32]``."""
-    values, byte = mx.scaled(block, mx.E2M1, scale_alg)
-    return pack_e2m1(encode_e2m1(values).flatten(-2)), byte.squeeze(-1).to(torch.uint8)
+def quantize_blocks(
+    block: torch.Tensor, scale_alg: int, amax: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `quantize` does to blocks, float32 ``[..., n, 32]``.
+
+    ``amax`` is theirs, ``[..., n, 1]``, where it is known.
+    """
+    # By pairs from the start: Inductor then packs codes in the loop that makes them, and would
+    # store a byte for each otherwise.
+    even, odd = block.unflatten(-1, (mx.BLOCK // 2, 2)).unbind(-1)
+    if amax is None:
+        amax = torch.maximum(mx.block_amax(even), mx.block_amax(odd))
+    byte = mx.block_scale(amax, mx.E2M1, scale_alg)
+    codes = pack_e2m1(*(encode_e2m1(mx.scale_down(x, byte)) for x in (even, odd)))
+    return codes.flatten(-2), byte.squeeze(-1).to(torch.uint8)
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,21 +27,23 @@ def runs(K: int) -> int:
     return (K + RUN - 1) // RUN
 
 
-def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take the coarse scale out.
 
     Args:
         x: ``[..., K]``, any float dtype.
 
     Returns:
-        blocks of ``x / coarse``, float32 ``[..., ceil(K / 32), 32]``, and coarse, float32
-        ``[..., ceil(K / 512)]``.
+        blocks of ``x / coarse``, float32 ``[..., ceil(K / 32), 32]``, their amax,
+        ``[..., ceil(K / 32), 1]``, and coarse, float32 ``[..., ceil(K / 512)]``.
     """
     block = mx.blocks(x)
-    amax = pad_last(block.abs().amax(dim=-1), BLOCKS_A_RUN)
-    coarse = amax.unflatten(-1, (runs(x.shape[-1]), BLOCKS_A_RUN)).amax(dim=-1) / E2M1_MAX
+    amax = block.abs().amax(dim=-1)
+    split = pad_last(amax, BLOCKS_A_RUN).unflatten(-1, (runs(x.shape[-1]), BLOCKS_A_RUN))
+    coarse = split.amax(dim=-1) / E2M1_MAX
     divisor = repeat(torch.where(coarse == 0, 1.0, coarse), -1, BLOCKS_A_RUN, block.shape[-2])
-    return block / divisor.unsqueeze(-1), coarse
+    # A correctly rounded division keeps the order, so that the largest stays the largest.
+    return block / divisor.unsqueeze(-1), (amax / divisor).unsqueeze(-1), coarse
 
 
 def quantize(
@@ -57,8 +59,8 @@ def quantize(
         codes uint8 ``[..., K' / 2]``, e8m0 scale uint8 ``[..., K' / 32]`` and coarse float32
         ``[..., ceil(K / 512)]``, where K' is K padded to whole blocks.
     """
-    block, coarse = divide_coarse(x)
-    return *mxfp4.quantize_blocks(block, scale_alg), coarse
+    block, amax, coarse = divide_coarse(x)
+    return *mxfp4.quantize_blocks(block, scale_alg, amax), coarse
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,8 +93,8 @@ def fake_quantize(x: torch.Tensor, scale_alg: int = mx.OCP) -> tuple[torch.Tenso
         float32 ``[..., K']``, which bfloat16 holds exactly, and coarse float32
         ``[..., ceil(K / 512)]``.
     """
-    block, coarse = divide_coarse(x)
-    return mx.fake_quantize_blocks(block, mx.E2M1, scale_alg).flatten(-2), coarse
+    block, amax, coarse = divide_coarse(x)
+    return mx.fake_quantize_blocks(block, amax, mx.E2M1, scale_alg).flatten(-2), coarse
 
 
 def scale_format(scale_alg: int) -> Format:

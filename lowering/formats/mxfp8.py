@@ -28,7 +28,8 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes float8_e4m3fn ``[..., K']``, and e8m0 scale uint8 ``[..., K' / 32]``, where K' is K
         padded to whole blocks.
     """
-    values, byte = mx.scaled(mx.blocks(x), mx.E4M3)
+    block = mx.blocks(x)
+    values, byte = mx.scaled(block, mx.block_amax(block), mx.E4M3)
     return encode_e4m3(values).flatten(-2), byte.squeeze(-1).to(torch.uint8)
 
 
