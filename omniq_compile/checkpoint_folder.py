@@ -13,28 +13,6 @@ from diffusers import ModelMixin
 from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 
 
-def local_folder(where: str, subfolder: str | None = None, cls: type | None = None) -> Path:
-    """Return a local folder for a folder or a hub id.
-
-    Raises:
-        CheckpointError: there is no such folder, and no such model can be downloaded.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists() or where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise CheckpointError(f"{where} is not a folder.")
-    from huggingface_hub import snapshot_download
-
-    # A component of a pipeline lies in a folder of its own; which one is known only afterwards.
-    patterns = [f"{subfolder}/*"] if subfolder else None
-    try:
-        return Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns=["*.bin"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"there is no folder {where!r}, and {where!r} cannot be downloaded: {error}"
-        ) from error
-
-
 def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> Path:
     """Return the folder of one component, from its own or its pipeline's folder.
 

@@ -16,13 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from omniq_compile.checkpoint_folder import (
-    component_folder,
-    local_folder,
-    model_class,
-    read_config,
-)
+from omniq_compile.checkpoint_folder import model_class, read_config
 from omniq_compile.foreign import refuse_foreign
+from omniq_compile.hub_download import check_hub_arguments, whole_component
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.load_arguments import check_device, check_dtype
 from omniq_compile.lowering.errors import CheckpointError, OptionError
@@ -47,6 +43,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     torch_dtype: torch.dtype | None = None,
+    **hub: Any,
 ) -> nn.Module:
     """Load one diffusers model and quantize it on the way: BF16 is never resident as a whole.
 
@@ -57,21 +54,25 @@ def load_model(
         source: the model's class and then ``folder``, or the folder alone, whose config.json names
             the class.
         folder: with config.json and safetensors files; a pipeline's folder, whose component of
-            the class is meant; or a hub id, which is downloaded.
+            the class is meant; or a hub id, of which that component alone is downloaded.
         options: see `QuantConfig`; None for a checkpoint that omniq quantized.
         subfolder: the component of a pipeline's folder.
         variant: of the files, such as ``"fp16"``.
         dtype: of what is not quantized, and of the weights before they are; None is bfloat16.
         device: to load on.
         torch_dtype: another name for ``dtype``, as in diffusers.
+        hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` and
+            ``proxies``, as ``huggingface_hub.snapshot_download`` takes them; without effect on a
+            local folder.
 
     Raises:
-        OptionError: unknown options, a class that does not fit, a dtype or device that is none, or
-            options that the quantized checkpoint was not made with.
+        OptionError: unknown arguments or options, a class that does not fit, a dtype or device that
+            is none, or options that the quantized checkpoint was not made with.
         CheckpointError: files that are missing, damaged, quantized by something else, or do not
             fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
+    check_hub_arguments(hub)
     config = None if options is None else QuantConfig.from_options(options)
     dtype = check_dtype(dtype, torch_dtype)
     device = check_device(device)
@@ -79,7 +80,7 @@ def load_model(
     where = folder if cls is not None else source
     if where is None:
         raise OptionError("load_model needs the folder to load from, after the class.")
-    place = component_folder(local_folder(str(where), subfolder, cls), subfolder, cls)
+    place = whole_component(str(where), hub, subfolder, cls, variant)
     about = read_config(place)
     cls = model_class(about, cls, place)
     files = SafetensorsFiles(place, variant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from omniq_compile.checkpoint_folder import (
-    local_folder,
-    pipeline_components,
-    read_config,
-    read_json,
-)
+from omniq_compile.checkpoint_folder import pipeline_components, read_config, read_json
 from omniq_compile.components import PipelineQuantConfig, build_quant_config, is_transformer
 from omniq_compile.foreign import OWN
+from omniq_compile.hub_download import HUB_ARGUMENTS, index_folder, whole_folder
 from omniq_compile.load_arguments import (
     DTYPE_KEYWORD,
     check_device,
@@ -51,7 +47,8 @@ def from_pretrained(
     that their BF16 weights are never all resident.
 
     Args:
-        folder: of the pipeline, or a hub id.
+        folder: of the pipeline, or a hub id, of which one form of the weights is downloaded, and
+            none of a component given here.
         quantization: see `build_quant_config`.
         dtype: of everything that is not quantized; None is bfloat16.
         device: to load the quantized components on; move the pipeline for the others.
@@ -59,7 +56,8 @@ def from_pretrained(
             of it is loaded from its other files.
         torch_dtype: another name for ``dtype``, as in diffusers.
         pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``; a component given
-            here is used as it is.
+            here is used as it is, and ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download`` and ``proxies`` are of the download.
 
     Raises:
         OptionError: unknown arguments, methods, options or components (the message lists the
@@ -71,14 +69,24 @@ def from_pretrained(
     config = build_quant_config(quantization)
     dtype = check_dtype(dtype, torch_dtype)
     device = check_device(device)
-    place = local_folder(str(folder))
-    components = check_components(place, config)
-    _check_own_code(place, pipeline_arguments)
+    hub = {name: pipeline_arguments[name] for name in HUB_ARGUMENTS if name in pipeline_arguments}
+    described = index_folder(str(folder), hub)
+    _check_own_code(described, pipeline_arguments)
     pipeline = (
-        DiffusionPipeline if pipeline_arguments.get("custom_pipeline") else pipeline_class(place)
+        DiffusionPipeline
+        if pipeline_arguments.get("custom_pipeline")
+        else pipeline_class(described)
     )
-    index = read_json(place / "model_index.json")
+    index = read_json(described / "model_index.json")
     check_pipeline_keywords(pipeline, pipeline_arguments, index)
+    place = whole_folder(
+        str(folder),
+        hub,
+        variant=variant,
+        given=pipeline_arguments,
+        every_format=any(pipeline_arguments.get(name) for name in ("use_onnx", "use_flashpack")),
+    )
+    components = check_components(place, config, pipeline_arguments)
     with_variant = _components_with(variant, place, components)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
@@ -162,8 +170,15 @@ def pipeline_class(place: Path) -> Any:
     return cls
 
 
-def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tuple[str, str]]:
+def check_components(
+    place: Path, config: PipelineQuantConfig, given: Collection[str] = ()
+) -> dict[str, tuple[str, str]]:
     """Return the library and class of each model of a pipeline, with the config checked on them.
+
+    Args:
+        place: the pipeline's folder.
+        config: which components are quantized, and how.
+        given: components that need no weights there.
 
     Raises:
         OptionError: the config does not fit the pipeline.
@@ -171,13 +186,19 @@ def check_components(place: Path, config: PipelineQuantConfig) -> dict[str, tupl
             quantized.
     """
     listed = pipeline_components(place)
-    components = {name: entry for name, entry in listed.items() if _holds_weights(place / name)}
+    components = {
+        name: entry
+        for name, entry in listed.items()
+        if _holds_weights(place / name) or (name in given and _is_described(place / name))
+    }
     if not components and config != PipelineQuantConfig():
         raise CheckpointError(
             f"{place} holds no component with weights and a config.json, so there is nothing to "
             "quantize. Download the whole pipeline, or name the folder that has them."
         )
     for name in listed:
+        if name in given:
+            continue
         named = any(key.split(".")[0] == name for key in config.components)
         if named or (config.everywhere is not None and is_transformer(name)):
             _check_complete(place / name)
@@ -193,7 +214,7 @@ def _check_complete(folder: Path) -> None:
     Raises:
         CheckpointError: one of the two is missing.
     """
-    described, weights = (folder / "config.json").is_file(), _has_weights(folder)
+    described, weights = _is_described(folder), _has_weights(folder)
     if not described and (weights or is_transformer(folder.name)):
         raise CheckpointError(f"{folder / 'config.json'} is missing. Download the whole pipeline.")
     if described and not weights:
@@ -208,7 +229,11 @@ def _has_weights(folder: Path) -> bool:
 
 def _holds_weights(folder: Path) -> bool:
     """Say whether a component is a model: a scheduler or tokenizer has no config.json of one."""
-    return (folder / "config.json").is_file() and _has_weights(folder)
+    return _is_described(folder) and _has_weights(folder)
+
+
+def _is_described(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _is_stage(name: str, kind: str) -> bool:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from omniq_compile.backend import omniq
-from omniq_compile.checkpoint_folder import local_folder
+from omniq_compile.hub_download import index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class
@@ -20,7 +20,7 @@ from omniq_compile.regional import compile, module_blocks
 
 
 def check_call_of_folder(folder: str, given: Collection[str]) -> None:
-    """Check names of arguments before the weights of a pipeline are read.
+    """Check names of arguments before the weights of a pipeline are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
 
@@ -28,7 +28,7 @@ def check_call_of_folder(folder: str, given: Collection[str]) -> None:
         OptionError: see `check_call`.
         CheckpointError: there is no such pipeline.
     """
-    cls = pipeline_class(local_folder(folder))
+    cls = pipeline_class(index_folder(folder, {}))
     if cls is not DiffusionPipeline:
         check_call(cls, given)
 

@@ -26,6 +26,10 @@ REMAP_BYTES = 32 << 20
 # Bytes that the system is asked to fetch from the disk while those before them are worked on.
 READ_AHEAD_BYTES = 256 << 20
 
+# What files of weights are named by, omniq's own first: a folder that was written over may have the
+# original beside it.
+STEMS = ("omniq_model", "diffusion_pytorch_model", "model")
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -158,8 +162,7 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
     middle = f".{variant}" if variant else ""
-    # omniq's own first: a folder that was written over may have the original beside it.
-    for stem in ("omniq_model", "diffusion_pytorch_model", "model"):
+    for stem in STEMS:
         index = folder / f"{stem}.safetensors.index{middle}.json"
         if index.is_file():
             mapping = _read_index(index)

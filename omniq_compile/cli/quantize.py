@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
-    from omniq_compile.checkpoint_folder import local_folder
+    from omniq_compile.hub_download import whole_folder
     from omniq_compile.loading import load_model
     from omniq_compile.pipeline import check_components, component_class
     from omniq_compile.saving import save_model, write_aside
     from omniq_compile.text_encoders import load_quantized
 
-    source = local_folder(arguments.folder)
+    source = whole_folder(arguments.folder, {})
     _check_apart(source, arguments.out)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)

@@ -1,0 +1,239 @@
+"""A hub id: the arguments of a load reach the download, which brings what is read and no more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from tiny_pipelines import save_text_to_image
+
+import omniq_compile as omniq
+from omniq_compile import CheckpointError, OptionError
+from omniq_compile.cli import main
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+
+pytest.importorskip("transformers")
+OPTIONS = {"method": "int8", "min_features": 32}
+HUB_ID = "somebody/pipeline"
+
+# What a repository has beside what a load reads.
+BESIDE = (
+    "flux1.safetensors", "README.md", "sample.png", "transformer/diffusion_pytorch_model.bin",
+    "transformer/flax_model.msgpack", "text_encoder/pytorch_model.bin", "vae/model.onnx",
+    "vae/comfy/model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+)  # fmt: skip
+
+
+class Hub:
+    """A repository in a folder, and what was asked of it."""
+
+    def __init__(self, files: Path, cache: Path) -> None:
+        self.files = files
+        self.cache = cache
+        self.calls: list[dict[str, Any]] = []
+
+    def snapshot_download(
+        self, repo_id: str, *, allow_patterns: Any, ignore_patterns: Any, **given: Any
+    ) -> str:
+        assert repo_id == HUB_ID
+        self.calls.append(given)
+        if given.get("local_files_only"):
+            if not self.cache.is_dir():
+                raise FileNotFoundError("nothing is cached")
+            return str(self.cache)
+        names = [p.relative_to(self.files).as_posix() for p in self.files.rglob("*") if p.is_file()]
+        for name in filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.files / name, self.cache / name)
+        return str(self.cache)
+
+    def downloaded(self, folder: str = "") -> set[str]:
+        place = self.cache / folder
+        return {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_text_to_image(tmp_path_factory.mktemp("repository") / "t2i")
+    for name in BESIDE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"none of this is read")
+    return folder
+
+
+@pytest.fixture
+def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    shutil.copytree(repository, tmp_path / "remote")
+    hub = Hub(tmp_path / "remote", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    monkeypatch.chdir(tmp_path)  # where no folder is named like the repository
+    return hub
+
+
+def triple(file: Path) -> None:
+    """Write a variant of a file of weights that can be told from it."""
+    tensors = {k: t * 3 for k, t in safetensors.torch.load_file(file).items()}
+    variant = file.with_name(f"{file.stem}.fp16.safetensors")
+    safetensors.torch.save_file(tensors, variant, {"format": "pt"})
+
+
+@pytest.mark.parametrize("load", [omniq.from_pretrained, omniq.load_model])
+def test_arguments_reach_every_download(hub: Hub, load: Any) -> None:
+    given = {
+        "revision": "refs/pr/3", "token": "hf_secret", "cache_dir": "elsewhere",
+        "force_download": True, "local_files_only": False,
+    }  # fmt: skip
+    how = {"quantization": OPTIONS} if load is omniq.from_pretrained else {"options": OPTIONS}
+    load(HUB_ID, **how, **given)
+    assert len(hub.calls) > 1
+    assert all(call == given for call in hub.calls)
+
+
+def test_nothing_is_passed_on_that_was_not_given(hub: Hub) -> None:
+    omniq.load_model(HUB_ID, options=OPTIONS)
+    assert hub.calls
+    assert not any(hub.calls)
+
+
+def test_a_pipeline_is_downloaded_once(hub: Hub) -> None:
+    pipe = omniq.from_pretrained(HUB_ID, OPTIONS)
+    assert any(isinstance(p, QuantizedTensor) for p in pipe.transformer.parameters())
+    everything = {p.relative_to(hub.files).as_posix() for p in hub.files.rglob("*") if p.is_file()}
+    assert hub.downloaded() == everything - (set(BESIDE) - {"README.md"})
+
+
+def test_a_variant_is_downloaded_where_there_is_one(hub: Hub) -> None:
+    weights = "diffusion_pytorch_model"
+    for name in ("transformer", "vae"):
+        triple(hub.files / name / f"{weights}.safetensors")
+    expected = safetensors.torch.load_file(hub.files / f"vae/{weights}.fp16.safetensors")
+    pipe = omniq.from_pretrained(HUB_ID, OPTIONS, variant="fp16")
+    for name in ("transformer", "vae"):
+        assert hub.downloaded(name) == {"config.json", f"{weights}.fp16.safetensors"}
+    assert "model.safetensors" in hub.downloaded("text_encoder")
+    bias = "decoder.conv_in.bias"
+    assert torch.equal(pipe.vae.state_dict()[bias], expected[bias])
+
+
+@pytest.mark.parametrize("load", [omniq.from_pretrained, omniq.load_model])
+def test_a_variant_that_nothing_has(hub: Hub, load: Any) -> None:
+    how = {"quantization": OPTIONS} if load is omniq.from_pretrained else {"options": OPTIONS}
+    with pytest.raises(CheckpointError, match=r"no weights of .* are of variant 'bf16'"):
+        load(HUB_ID, **how, variant="bf16")
+    assert not any(name.endswith(".safetensors") for name in hub.downloaded())
+
+
+def test_weights_of_a_component_that_is_given_are_not_downloaded(hub: Hub) -> None:
+    pipe = omniq.from_pretrained(HUB_ID, OPTIONS, text_encoder=None, tokenizer=None)
+    assert pipe.text_encoder is None
+    assert "model.safetensors" not in hub.downloaded("text_encoder")
+    shutil.rmtree(hub.cache)
+    again = omniq.from_pretrained(HUB_ID, OPTIONS, transformer=pipe.transformer)
+    assert again.transformer is pipe.transformer
+    assert hub.downloaded("transformer") == {"config.json"}
+
+
+def test_weights_that_only_pickle_reads_are_left_to_diffusers(hub: Hub) -> None:
+    vae = hub.files / "vae"
+    file = vae / "diffusion_pytorch_model.safetensors"
+    expected = safetensors.torch.load_file(file)
+    torch.save(expected, file.with_suffix(".bin"))
+    torch.save({}, vae / "diffusion_pytorch_model.fp16.bin")
+    for safe in vae.rglob("*.safetensors"):
+        safe.unlink()
+    pipe = omniq.from_pretrained(HUB_ID, OPTIONS)
+    assert hub.downloaded("vae") == {"config.json", "diffusion_pytorch_model.bin"}
+    bias = "decoder.conv_in.bias"
+    assert torch.equal(pipe.vae.state_dict()[bias], expected[bias])
+    file.with_suffix(".bin").rename(hub.files / "transformer" / "diffusion_pytorch_model.bin")
+    for safe in (hub.files / "transformer").rglob("*.safetensors"):
+        safe.unlink()
+    shutil.rmtree(hub.cache)
+    with pytest.raises(CheckpointError, match="which only pickle reads, and omniq never does"):
+        omniq.load_model(HUB_ID, options=OPTIONS)
+
+
+@pytest.mark.parametrize("subfolder", [None, "transformer"])
+def test_of_a_pipeline_one_model_is_downloaded(hub: Hub, subfolder: str | None) -> None:
+    model = omniq.load_model(HUB_ID, options=OPTIONS, subfolder=subfolder)
+    assert type(model).__name__ == "AuraFlowTransformer2DModel"
+    files = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert hub.downloaded("transformer") == files
+    assert hub.downloaded() - {f"transformer/{name}" for name in files} <= {"model_index.json"}
+
+
+def test_a_model_alone_in_its_repository(hub: Hub) -> None:
+    hub.files = hub.files / "transformer"
+    (hub.files / "examples").mkdir()
+    (hub.files / "examples" / "lora.safetensors").write_bytes(b"")
+    omniq.load_model(HUB_ID, options=OPTIONS)
+    assert hub.downloaded() == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_a_file_of_another_name_is_found(hub: Hub) -> None:
+    folder = hub.files / "transformer"
+    (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "own_name.safetensors")
+    omniq.load_model(HUB_ID, options=OPTIONS)
+    assert hub.downloaded("transformer") == {"config.json", "own_name.safetensors"}
+
+
+def test_what_omniq_saved_is_downloaded(hub: Hub) -> None:
+    method = json.dumps({"transformer": OPTIONS, "text_encoder": OPTIONS})
+    command = ["quantize", str(hub.files), "--quantization", method, "--out"]
+    assert main([*command, str(hub.files.with_name("quantized"))]) == 0
+    hub.files = hub.files.with_name("quantized")
+    pipe = omniq.from_pretrained(HUB_ID)
+    assert "omniq_model.safetensors" in hub.downloaded("text_encoder")
+    for model in (pipe.transformer, pipe.text_encoder):
+        assert any(isinstance(p, QuantizedTensor) for p in model.parameters())
+
+
+def test_without_a_network_the_cache_is_taken_as_it_is(hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded: nothing is cached"):
+        omniq.from_pretrained(HUB_ID, OPTIONS, local_files_only=True)
+    omniq.from_pretrained(HUB_ID, OPTIONS)
+    (hub.cache / "README.md").unlink()  # as diffusers' own download leaves it
+    hub.files = hub.files / "nowhere"
+    pipe = omniq.from_pretrained(HUB_ID, OPTIONS, local_files_only=True)
+    assert any(isinstance(p, QuantizedTensor) for p in pipe.transformer.parameters())
+    shutil.rmtree(hub.cache / "transformer")
+    with pytest.raises(CheckpointError, match=r"transformer/config\.json is missing"):
+        omniq.from_pretrained(HUB_ID, OPTIONS, local_files_only=True)
+
+
+def test_a_repository_that_changes_meanwhile(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moving(*arguments: Any, **given: Any) -> str:
+        place = Path(hub.snapshot_download(*arguments, **given))
+        return str(place.rename(place.with_name(f"commit{len(hub.calls)}")))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", moving)
+    with pytest.raises(CheckpointError, match="was changed on the hub while it was downloaded"):
+        omniq.load_model(HUB_ID, options=OPTIONS)
+
+
+def test_a_misnamed_argument_is_refused_before_a_download(hub: Hub) -> None:
+    with pytest.raises(OptionError, match=r"'revison'\. Did you mean 'revision'\?"):
+        omniq.load_model(HUB_ID, options=OPTIONS, revison="main")
+    assert hub.calls == []
+    with pytest.raises(OptionError, match=r"'revison' .*Did you mean 'revision'\?"):
+        omniq.from_pretrained(HUB_ID, OPTIONS, revison="main")
+    assert hub.downloaded() == {"model_index.json"}
+
+
+def test_a_command_checks_arguments_before_weights_are_downloaded(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", HUB_ID, "--quantization", "int8", "--out", "x.png"]
+    assert main([*command, "--argument", "promt=1"]) == 2
+    assert "Did you mean 'prompt'" in capsys.readouterr().err
+    assert hub.downloaded() == {"model_index.json"}
