@@ -87,7 +87,7 @@ def from_pretrained(
         every_format=any(pipeline_arguments.get(name) for name in ("use_onnx", "use_flashpack")),
     )
     components = check_components(place, config, pipeline_arguments)
-    with_variant = _components_with(variant, place, components)
+    with_variant = components_with(variant, place, components)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
         options = config.options_for(name)
@@ -117,7 +117,7 @@ def from_pretrained(
     return pipe
 
 
-def _components_with(variant: str | None, place: Path, components: Iterable[str]) -> list[str]:
+def components_with(variant: str | None, place: Path, components: Iterable[str]) -> list[str]:
     """Return the components that have files of a variant: ``model.VARIANT.safetensors``.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from omniq_compile.backend import omniq
+from omniq_compile.given_images import takes_several
 from omniq_compile.hub_download import index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
@@ -19,8 +20,8 @@ from omniq_compile.pipeline import pipeline_class
 from omniq_compile.regional import compile, module_blocks
 
 
-def check_call_of_folder(folder: str, given: Collection[str]) -> None:
-    """Check names of arguments before the weights of a pipeline are downloaded or read.
+def check_call_of_folder(folder: str, given: Mapping[str, Any]) -> None:
+    """Check arguments before the weights of a pipeline are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
 
@@ -33,18 +34,27 @@ def check_call_of_folder(folder: str, given: Collection[str]) -> None:
         check_call(cls, given)
 
 
-def check_call(pipeline: Any, given: Collection[str]) -> None:
-    """Check names of arguments against the signature of a pipeline's call.
+def check_call(pipeline: Any, given: Mapping[str, Any]) -> None:
+    """Check arguments against the signature of a pipeline's call.
 
     Raises:
-        OptionError: it has no such argument, or needs one that is not given.
+        OptionError: it has no such argument, needs one that is not given, or takes one image
+            where several are.
     """
     _, *parameters = inspect.signature(pipeline.__call__).parameters.items()  # without self
     accepted = dict(parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for name in given:
         if name not in accepted and not open_ended:
+            if name == "image":
+                raise OptionError(
+                    f"{pipeline.__name__} takes no image. Leave --image out, or name the folder of "
+                    "a pipeline that takes one, such as image to image."
+                )
             raise OptionError(unknown(f"argument of {pipeline.__name__}", name, accepted))
+    several = isinstance(given.get("image"), list)
+    if several and "image" in accepted and not takes_several(accepted["image"]):
+        raise OptionError(f"{pipeline.__name__} takes one image: give --image a single file.")
     needed = [
         name
         for name, parameter in accepted.items()
@@ -53,9 +63,8 @@ def check_call(pipeline: Any, given: Collection[str]) -> None:
         and name not in given
     ]
     if needed:
-        raise OptionError(
-            f"{pipeline.__name__} needs {' and '.join(needed)}: give --argument {needed[0]}=JSON."
-        )
+        first = "--image FILE" if needed[0] == "image" else f"--argument {needed[0]}=JSON"
+        raise OptionError(f"{pipeline.__name__} needs {' and '.join(needed)}: give {first}.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whole diffusers pipelines, tiny and with random weights: text to image, and text to video."""
+"""Whole diffusers pipelines, tiny and with random weights, that begin with text or a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
+    WanTransformer3DModel,
 )
 
 from omniq_compile.cli.models import random_model
@@ -69,4 +71,24 @@ def save_text_to_video(folder: Path) -> Path:
         scheduler=UniPCMultistepScheduler(),
         transformer=random_model("WanTransformer3DModel", "tiny", width=128),
     ).save_pretrained(folder)
+    return folder
+
+
+def save_image_to_video(folder: Path) -> Path:
+    """Save a Wan pipeline like the one above, whose videos begin with a picture."""
+    torch.manual_seed(0)
+    tokenizer, encoder = _text(256)
+    WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=UniPCMultistepScheduler(),
+        # The picture's latents and their mask come beside the noise.
+        transformer=WanTransformer3DModel(
+            num_attention_heads=4, attention_head_dim=32, in_channels=36, out_channels=16,
+            text_dim=256, ffn_dim=256, num_layers=2,
+        ).to(torch.bfloat16),
+        image_encoder=None,
+        image_processor=None,
+    ).save_pretrained(folder)  # fmt: skip
     return folder

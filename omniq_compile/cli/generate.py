@@ -15,11 +15,12 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from rich.console import Console
 
+from omniq_compile.cli.loading_arguments import add_dtype_argument
 from omniq_compile.cli.output_file import check_writable
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
     given_arguments,
-    remote_code,
+    pipeline_arguments,
     usable_device,
 )
 from omniq_compile.cli.quantization import (
@@ -28,6 +29,7 @@ from omniq_compile.cli.quantization import (
     read_quantization,
 )
 from omniq_compile.components import build_quant_config
+from omniq_compile.given_images import image_argument, read_images
 from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.pipeline_call import (
     call_worded,
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a diffusers pipeline, or a hub id")
     add_quantization_argument(parser, required=False)
     add_call_arguments(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
     parser.add_argument(
@@ -61,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_ending(arguments.out, video=None)
     config = build_quant_config(read_quantization(arguments.quantization))
     device = usable_device(arguments.device)
-    given = given_arguments(arguments)
+    given = {**given_arguments(arguments), **image_argument(read_images(arguments.image))}
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
     check_call_of_folder(arguments.folder, given)
-    pipe = load_worded(arguments.folder, config, device=device, **remote_code(arguments))
+    pipe = load_worded(arguments.folder, config, device=device, **pipeline_arguments(arguments))
     check_call(type(pipe), given)
     check_ending(arguments.out, returns_video(type(pipe)))
     pipe.to(device)

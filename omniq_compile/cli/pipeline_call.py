@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omniq_compile.cli.loading_arguments import add_variant_argument, loading_arguments
 from omniq_compile.components import build_quant_config
+from omniq_compile.given_images import image_argument, read_images
 from omniq_compile.load_arguments import tried
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import COMPILERS
@@ -26,6 +29,14 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what shapes a call of the pipeline, but for its seed."""
     parser.add_argument("--prompt", help="for pipelines that take one")
     parser.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="for pipelines that take one, or several",
+    )
+    parser.add_argument(
         "--steps", type=_steps, help="denoising steps; the pipeline's own by default"
     )
     parser.add_argument(
@@ -35,6 +46,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=JSON",
         help="any other argument of the pipeline's call: height=512, digits=[0,1,2]",
     )
+    add_variant_argument(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the folder brings along"
     )
@@ -48,13 +60,14 @@ def _steps(text: str) -> int:
     return value
 
 
-def remote_code(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the argument of ``from_pretrained`` that lets a folder's own code run."""
-    return {"trust_remote_code": True} if arguments.trust_remote_code else {}
+def pipeline_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line says to ``from_pretrained``, but for the device."""
+    trusted = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    return {**loading_arguments(arguments), **trusted}
 
 
 def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call that the command line gives.
+    """Return the arguments of a pipeline's call that the command line gives, without images.
 
     Raises:
         OptionError: an ``--argument`` that is not NAME=JSON, or of which nothing could be saved.
@@ -103,7 +116,7 @@ def quality_setting(
     """Return what is to be generated, with every argument checked that can be before loading.
 
     Raises:
-        OptionError: unknown options, seeds or devices.
+        OptionError: unknown options, seeds or devices, or files that are no pictures.
     """
     from omniq_compile.quality.comparison import Setting
     from omniq_compile.quality.generation import parse_seeds
@@ -113,14 +126,16 @@ def quality_setting(
     if arguments.compiler:
         more["compiler"] = arguments.compiler
     given = given_arguments(arguments)
-    check_call_of_folder(arguments.folder, {*given, "generator"})
+    images = read_images(arguments.image)
+    check_call_of_folder(arguments.folder, {**given, **image_argument(images), "generator": None})
     return Setting(
         folder=arguments.folder,
         config=config.with_options(more, ignored_layers),
         arguments=given,
         seeds=parse_seeds(arguments.seeds),
         device=usable_device(arguments.device),
-        loading=remote_code(arguments),
+        loading=pipeline_arguments(arguments),
+        images=images,
     )
 
 

@@ -10,6 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from omniq_compile.cli.loading_arguments import (
+    add_dtype_argument,
+    add_variant_argument,
+    loading_arguments,
+)
 from omniq_compile.cli.quantization import (
     add_quantization_argument,
     describe_component,
@@ -23,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", help="a diffusers pipeline or model, or a hub id")
     add_quantization_argument(parser)
+    add_variant_argument(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="the folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
@@ -31,11 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
     from omniq_compile.hub_download import whole_folder
     from omniq_compile.loading import load_model
-    from omniq_compile.pipeline import check_components, component_class
+    from omniq_compile.pipeline import check_components, component_class, components_with
     from omniq_compile.saving import save_model, write_aside
     from omniq_compile.text_encoders import load_quantized
 
-    source = whole_folder(arguments.folder, {})
+    loading = loading_arguments(arguments)
+    variant = loading.pop("variant", None)
+    source = whole_folder(arguments.folder, {}, variant=variant)
     _check_apart(source, arguments.out)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)
@@ -44,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         components = check_components(source, config)
         chosen = {name: config.options_for(name) for name in components}
         todo = {name: options for name, options in chosen.items() if options is not None}
+        with_variant = components_with(variant, source, components)
 
         def write(folder: Path) -> None:
             for entry in source.iterdir():
@@ -53,13 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
             for name, options in todo.items():
                 # Where `default` stands for it, a component that has nothing to quantize may.
                 asked = config.everywhere is not None or name in config.components
+                own = {**loading, "variant": variant if name in with_variant else None}
                 if components[name][0] == "diffusers":
-                    model: Any = load_model(source / name, options=options)
+                    model: Any = load_model(source / name, options=options, **own)
                     _report(console, name, model, options, asked)
                     model.save_pretrained(folder / name)
                 else:
                     cls = component_class(*components[name], source / name)
-                    model = load_quantized(cls, source / name, options)
+                    model = load_quantized(cls, source / name, options, **own)
                     _report(console, name, model, options, asked)
                     model.save_pretrained(folder / name)
                     _copy_rest(source / name, folder / name)
@@ -71,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise OptionError(
                 f"{source} is one model, not a pipeline: give a method, such as int8."
             )
-        model = load_model(source, options=options)
+        model = load_model(source, options=options, variant=variant, **loading)
         _report(console, str(source), model, options, asked=True)
         save_model(model, arguments.out, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}")

@@ -30,7 +30,9 @@ def as_json(
         "version": VERSION,
         "folder": setting.folder,
         "quantization": as_given(setting.config),
+        "variant": setting.loading.get("variant"),
         "arguments": dict(setting.arguments),
+        "images": [str(image.file) for image in setting.images],
         "seeds": list(setting.seeds),
         "gate": {
             "name": gate_name,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from omniq_compile.components import PipelineQuantConfig
+from omniq_compile.given_images import GivenImage, image_argument
 from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.memory import peak_of_call, state_bytes
@@ -36,10 +37,11 @@ class Setting:
     Attributes:
         folder: of a diffusers pipeline with weights that are not quantized.
         config: which components are quantized, and how.
-        arguments: of the pipeline's call.
+        arguments: of the pipeline's call, as JSON can say them.
         seeds: one call each.
         device: to run on.
         loading: further arguments of ``from_pretrained``.
+        images: for pipelines whose call takes an image.
     """
 
     folder: str
@@ -48,6 +50,12 @@ class Setting:
     seeds: Sequence[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loading: Mapping[str, Any] = field(default_factory=dict)
+    images: Sequence[GivenImage] = ()
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, images among them."""
+        return {**self.arguments, **image_argument(self.images)}
 
 
 @dataclass
@@ -148,9 +156,9 @@ def _run(
         side.weight_bytes = sum(map(state_bytes, models_of(pipe).values()))
         side.quantized_layers = sum(map(count_quantized, models_of(pipe).values()))
         compile_pipeline(pipe, setting.config, reference=config is None)
-        side.first_call_seconds = warm_up(pipe, setting.arguments, setting.seeds[0])
+        side.first_call_seconds = warm_up(pipe, setting.call, setting.seeds[0])
         for place, seed in enumerate(setting.seeds):
-            made = generate(pipe, setting.arguments, seed, lambda n, i=place: on_step(name, i, n))  # type: ignore[misc]
+            made = generate(pipe, setting.call, seed, lambda n, i=place: on_step(name, i, n))  # type: ignore[misc]
             on_step(name, place, -1)
             side.seconds.append(made.seconds)
             _save(work / f"{name}_{seed}.safetensors", made)
@@ -169,7 +177,7 @@ def load_pipeline(setting: Setting, config: PipelineQuantConfig | None) -> Any:
             setting's config.
     """
     pipe = load_worded(setting.folder, config, device=setting.device, **setting.loading)
-    check_call(type(pipe), {*setting.arguments, "generator"})
+    check_call(type(pipe), {**setting.call, "generator": None})
     if config is None:
         _check_reference(setting, models_of(pipe))
     pipe.set_progress_bar_config(disable=True)

@@ -107,7 +107,7 @@ class _Subject:
         with recording([models[name] for name in self.configs], most_calls) as self.calls:
             for seed in setting.seeds:
                 on_work(f"BF16, seed {seed}")
-                made = generate(self.pipe, setting.arguments, seed, keep_latents=False)
+                made = generate(self.pipe, setting.call, seed, keep_latents=False)
                 save_file(
                     {"pictures": np.ascontiguousarray(made.pictures)},
                     work / f"bf16_{seed}.safetensors",
@@ -141,7 +141,7 @@ def generated_psnr(pipe: Any, setting: Setting, work: Path) -> list[float]:
     """Generate every seed; returns the PSNR of its pictures to the reference's, as one."""
     values = []
     for seed in setting.seeds:
-        made = generate(pipe, setting.arguments, seed, keep_latents=False)
+        made = generate(pipe, setting.call, seed, keep_latents=False)
         finite = bool(np.isfinite(made.pictures).all())
         value = psnr(pictures_in(work, "bf16", seed), made.pictures) if finite else -math.inf
         values.append(value)
