@@ -22,6 +22,7 @@ from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
 from omniq_compile.passes.regions import find_blocks
 from omniq_compile.unmatched import warn_unmatched_in
+from omniq_compile.whole_or_blocks import check_not_whole, refuse_whole
 
 logger = logging.getLogger("omniq")
 
@@ -34,7 +35,8 @@ def compile(
     What `torch.compile` cannot know of a block compiled on its own, its name and its place in the
     model, is known here: ``ignored_layers`` and ``w4a8_fallback_layers`` match full names, and the
     leading ``num_bf16_fallback_layers`` blocks stay BF16, in the order the model first runs them.
-    Layers outside the blocks (embeddings, the last projection) run as they are.
+    Layers outside the blocks (embeddings, the last projection) run as they are. A model that is
+    compiled as a whole later, alone or in something around it, refuses when it is called.
 
     Args:
         model: any module with repeated blocks.
@@ -52,7 +54,7 @@ def compile(
     """
     check_model(model, "compile")
     _check_arguments(compile_arguments)
-    _check_not_whole(model)
+    check_not_whole(model)
     config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
     blocks = module_blocks(model)
     if not blocks:
@@ -61,7 +63,8 @@ def compile(
             "torch.compile(model, backend='omniq', options=...)."
         )
     warn_unmatched_in(model, config)
-    _Regions(model, blocks, config, compile_arguments)
+    _Regions(blocks, config, compile_arguments)
+    refuse_whole(model)
     return model
 
 
@@ -70,16 +73,6 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise OptionError(
             "omniq_compile.compile takes no argument 'backend': it compiles with omniq's. Other "
             "backends are for torch.compile."
-        )
-
-
-def _check_not_whole(model: nn.Module) -> None:
-    """Refuse a model whose compiled form runs the blocks' own code, and would skip theirs."""
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise OptionError(
-            f"this {type(model).__name__} is compiled as a whole already, which leaves out what "
-            "omniq_compile.compile makes of its blocks. Pass the model itself, as it was before "
-            "torch.compile or its own compile()."
         )
 
 
@@ -101,7 +94,6 @@ class _Regions:
 
     def __init__(
         self,
-        model: nn.Module,
         blocks: dict[str, nn.Module],
         config: QuantConfig,
         compile_arguments: dict[str, Any],

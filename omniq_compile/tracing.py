@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from omniq_compile.whole_or_blocks import read_as_whole
+
 Record = Callable[[fx.GraphModule, Sequence[Any]], Any]
 
 
@@ -29,5 +31,5 @@ def run_traced(
     fresh = types.FunctionType(
         call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
     )
-    with torch.no_grad():
+    with torch.no_grad(), read_as_whole():
         torch.compile(fresh, backend=record, dynamic=False)(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from omniq_compile.cli.models import make_inputs, random_model
 from omniq_compile.regional import module_blocks
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}
+INT8 = {"method": "int8"}
 
 
 class Block(nn.Module):
@@ -257,6 +259,71 @@ def test_a_model_that_is_compiled_whole_is_refused() -> None:
     for model in (torch.compile(Tower(), backend="eager"), inside):
         with pytest.raises(omniq_compile.OptionError, match="compiled as a whole already"):
             omniq_compile.compile(model, OPTIONS | {"method": "int8"})
+
+
+def in_place(model: nn.Module) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+WHOLE = {
+    "its own compile": in_place,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "omniq": lambda model: torch.compile(model, backend="omniq", options=OPTIONS | INT8),
+    "a module around it": lambda model: in_place(nn.Sequential(nn.Identity(), model)),
+    "a function around it": lambda model: torch.compile(lambda x: model(x) * 2, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("way", WHOLE)
+def test_a_model_that_is_compiled_whole_afterwards_refuses(way: str, ran_before: bool) -> None:
+    model, x = omniq_compile.compile(tower(), OPTIONS | INT8), torch.randn(7, 38)
+    if ran_before:
+        model(x)
+    whole = WHOLE[way](model)
+    for _ in range(2):
+        with pytest.raises(omniq_compile.OptionError, match="Tower was compiled by omniq_compile"):
+            whole(x)
+
+
+def test_the_reason_is_shown_where_graphs_may_not_break() -> None:
+    model = omniq_compile.compile(tower(), OPTIONS | INT8)
+    model.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile it in one way only"):
+        model(torch.randn(7, 38))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_not_compiled_and_may_be(copied: Any) -> None:
+    model, x = tower(), torch.randn(7, 38)
+    exact = model(x)
+    omniq_compile.compile(model, OPTIONS | INT8)
+    quantized = model(x)
+    again = copied(model)
+    assert torch.equal(again(x), exact)
+    assert torch.equal(torch.compile(copied(model), backend="eager", fullgraph=True)(x), exact)
+    assert torch.equal(omniq_compile.compile(again, OPTIONS | INT8)(x), quantized)
+    again.compile(backend="eager")
+    with pytest.raises(omniq_compile.OptionError, match="Tower was compiled by omniq_compile"):
+        again(x)
+
+
+def test_compiling_anew_adds_no_second_hook() -> None:
+    model = tower()
+    for method in ("int8", "fp8", "mxfp8"):
+        omniq_compile.compile(model, OPTIONS | {"method": method})
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_a_compiled_model_is_still_explained_and_exported() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    expected = omniq_compile.explain(model, (x,), OPTIONS | INT8)
+    exact = model(x)
+    omniq_compile.compile(model, OPTIONS | INT8)
+    found = omniq_compile.explain(model, (x,), OPTIONS | INT8)
+    assert [s.layer for s in found.sites] == [s.layer for s in expected.sites]
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), exact)
 
 
 @pytest.mark.parametrize("function", ["compile", "quantize_", "explain"])
