@@ -19,7 +19,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 
 PAGE = Path(__file__).parent / "methods.md"
 SEED = 0

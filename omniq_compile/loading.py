@@ -119,7 +119,7 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> None:
-    """Give each parameter on the meta device the dtype it loads in.
+    """Give each parameter, which has no value yet, the dtype it loads in.
 
     Args:
         model: any module.
@@ -128,9 +128,19 @@ def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> Non
     """
     kept = list(kept)
     for name, parameter in list(model.named_parameters()):
-        high = any(f".{part}." in f".{name}." for part in kept)
-        like = torch.empty_like(parameter, dtype=torch.float32 if high else dtype, device="meta")
+        chosen = torch.float32 if is_inside(name, kept) else dtype
+        like = torch.empty_like(parameter, dtype=chosen)
         _assign(model, name, nn.Parameter(like, requires_grad=False))
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Say whether a dotted name lies in one of some modules, or is it.
+
+    Args:
+        name: of a parameter.
+        modules: dotted names, or a run of their parts.
+    """
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from omniq_compile.cli import bench_variants
 from omniq_compile.cli.bench_linears import linear_calls
 from omniq_compile.cli.bench_variants import TORCHAO_FP8, TORCHAO_INT8, TORCHAO_SETTINGS
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 
 quantization = pytest.importorskip("torchao.quantization")
 

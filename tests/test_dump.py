@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from omniq_compile.cli import main
-from omniq_compile.cli.models import resolve
+from omniq_compile.cli.random_models import random_model
 
 MODULE = """
 import torch
@@ -148,7 +148,7 @@ def test_a_class_with_a_preset_is_dumped(capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = dump(capsys, name, *options)
     assert code == 0
     assert out.startswith(f"# {name}: int8 on cpu:")
-    modules = resolve(name).model.named_modules()
+    modules = random_model("FluxTransformer2DModel", "tiny").named_modules()
     linears = [n for n, m in modules if isinstance(m, nn.Linear)]
     # The second of two equal blocks is not printed again.
     shown = [n for n in linears if not n.startswith("transformer_blocks.1.")]
@@ -171,7 +171,7 @@ def test_a_class_with_a_preset_is_dumped(capsys: pytest.CaptureFixture[str]) -> 
         (["HERE:name", "--method", "int8"], ["Did you mean 'named'?", "positional"]),
         (["HERE:wrong", "--method", "int8"], ["must return (model, inputs)", "Model"]),
         (["HEREx:named", "--method", "int8"], ["unknown module"]),
-        (["./nowhere", "--method", "int8"], ["no folder ./nowhere"]),
+        (["./nowhere", "--method", "int8"], ["no folder or configuration ./nowhere"]),
         (["HERE:named", "--method", "int9"], ["unknown method 'int9'. Did you mean 'int8'?"]),
         (["HERE:named", "--method", "int8", "--target", "gpu"], ["unknown target device 'gpu'"]),
         (["HERE:named", "--method", "int8", "--min-features", "0"], ["'min_features'"]),

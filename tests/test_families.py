@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TinyModel, tiny_model
 
 from omniq_compile import explain
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import LoadedModel, make_inputs, resolve
+from omniq_compile.cli.random_models import make_inputs
 
 # Linears of each tiny preset, counted on the modules, and those among them that Wan keeps in
 # float32 or that the forward does not reach.
@@ -32,14 +33,10 @@ def error(actual: Any, expected: Any) -> float:
     return ((a - e).norm() / e.norm()).item()
 
 
-def load(name: str) -> LoadedModel:
-    return resolve(f"{name}:tiny")
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_whole_model_stays_near_bf16(name: str, mode: Any) -> None:
-    loaded = load(name)
+    loaded = tiny_model(name)
     fast = torch.compile(loaded.model, backend="omniq", options=options())
     with mode():
         expected = loaded.run()
@@ -51,14 +48,14 @@ def test_a_whole_model_stays_near_bf16(name: str, mode: Any) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_linear_is_a_site(name: str) -> None:
     """The linears that run are counted by hooks, independently of the graph."""
-    loaded = load(name)
+    loaded = tiny_model(name)
     called: list[str] = []
     for layer, module in loaded.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_, layer=layer: called.append(layer))
     with torch.no_grad():
         loaded.run()
-    fresh = load(name)
+    fresh = tiny_model(name)
     report = explain(fresh.model, fresh.inputs, options())
     assert [s.layer for s in report.sites] == called
     assert len(report.kept) == KEPT_IN_FLOAT32.get(name, 0)
@@ -67,7 +64,7 @@ def test_every_linear_is_a_site(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_repeated_blocks_compile_once_and_stay_near_bf16(name: str) -> None:
-    loaded = load(name)
+    loaded = tiny_model(name)
     with torch.no_grad():
         expected = loaded.run()
         graphs = torch._dynamo.utils.counters["stats"]
@@ -83,7 +80,7 @@ def test_repeated_blocks_compile_once_and_stay_near_bf16(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_new_resolution_gets_its_own_answer(name: str) -> None:
-    loaded = load(name)
+    loaded = tiny_model(name)
     fast = torch.compile(loaded.model, backend="omniq", options=options())
     with torch.no_grad():
         for image, text in [(64, 16), (36, 24), (100, 9), (64, 16)]:
@@ -123,7 +120,7 @@ def test_graph_breaks_leave_every_part_rewritten() -> None:
 
 def test_one_family_through_inductor_whole_and_by_blocks() -> None:
     """The C++ compile of what aot_eager checks above."""
-    loaded = load("QwenImageTransformer2DModel")
+    loaded = tiny_model("QwenImageTransformer2DModel")
     chosen = options(compiler="inductor")
     with torch.inference_mode():
         expected = loaded.run()
@@ -135,7 +132,7 @@ def test_one_family_through_inductor_whole_and_by_blocks() -> None:
         assert 0 < error(loaded.model(**inputs), load_eager(loaded, inputs)) < 0.05
 
 
-def load_eager(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
-    plain = load("QwenImageTransformer2DModel").model
+def load_eager(loaded: TinyModel, inputs: dict[str, Any]) -> Any:
+    plain = tiny_model("QwenImageTransformer2DModel").model
     plain.load_state_dict(loaded.model.state_dict())
     return plain(**inputs)

@@ -16,9 +16,7 @@ from test_folding import Model
 from torch import nn
 
 from omniq_compile.cli import main
-from omniq_compile.cli.configs import resolve_shapes
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import preset_config, resolve
+from omniq_compile.cli.model_argument import find_model
 from omniq_compile.inspector.dataflow import Flow
 from omniq_compile.inspector.drawing import LOOKS, render_svg
 from omniq_compile.inspector.inspection import inspect
@@ -83,24 +81,6 @@ def dump(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_without_weights_is_the_model_with_them(name: str) -> None:
-    real, shapes = resolve(f"{name}:tiny").model, resolve_shapes(f"{name}:tiny").model
-    assert {n: (p.shape, p.dtype) for n, p in shapes.named_parameters()} == {
-        n: (p.shape, p.dtype) for n, p in real.named_parameters()
-    }
-    assert not any(p.requires_grad for p in shapes.parameters())
-    assert not shapes.training
-
-
-def test_no_memory_is_taken_for_a_model_of_full_width() -> None:
-    config = preset_config("QwenImageTransformer2DModel", "block")
-    assert config["num_attention_heads"] * config["attention_head_dim"] == 3072
-    parameters = list(resolve_shapes("QwenImageTransformer2DModel:block").model.parameters())
-    assert sum(p.numel() for p in parameters) > 300e6
-    assert all(isinstance(p.data, torch._subclasses.FakeTensor) for p in parameters)
-
-
 def test_a_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pipe" / "transformer"
     folder.mkdir(parents=True)
@@ -109,7 +89,7 @@ def test_a_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture
         json.dumps({"transformer": ["diffusers", CONFIG["_class_name"]]})
     )
     named = [folder / "config.json", folder, tmp_path / "pipe"]
-    models = [resolve_shapes(str(path)).model for path in named]
+    models = [find_model(str(path)).model for path in named]
     assert [type(model).__name__ for model in models] == [CONFIG["_class_name"]] * 3
     assert {model.config.num_layers for model in models} == {2}
     model = named[0]
@@ -319,7 +299,7 @@ def test_without_dot_the_error_says_what_to_install(
         ({"_class_name": "PixArtTransformer2DModel"}, ["inputs cannot be made up for"]),
         ({"architectures": ["T5EncoderModel"]}, ["has no _class_name"]),
         (CONFIG | {"num_layer": 3}, ["no setting 'num_layer'", "Did you mean 'num_layers'?"]),
-        (CONFIG | {"attention_head_dim": "x"}, ["cannot be made with these settings"]),
+        (CONFIG | {"attention_head_dim": "x"}, ["cannot be built from this configuration"]),
         ([1, 2], ["holds list, and a configuration is an object"]),
         ("{", ["is not valid JSON"]),
         (None, ["no folder or configuration"]),

@@ -21,7 +21,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor, WeightError
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 
 OPTIONS = {"method": "int8", "min_features": 64}
 METHODS: list[dict[str, Any]] = [

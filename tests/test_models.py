@@ -1,16 +1,17 @@
-"""The MODEL argument: presets of every family, folders, and a user's own function."""
+"""Models that commands make up, of every family, and the MODEL argument: presets and functions."""
 
 import inspect
-import json
 import sys
 
 import diffusers
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import make_inputs, random_model, resolve
+from omniq_compile.cli.model_argument import find_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
 
 QWEN = "QwenImageTransformer2DModel"
@@ -31,7 +32,7 @@ def output_of(loaded):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tiny_runs_in_bfloat16(name):
-    loaded = resolve(name)
+    loaded = tiny_model(name)
     y = output_of(loaded)
     assert y.shape == TINY_OUTPUT[name]
     assert y.dtype == torch.bfloat16
@@ -43,7 +44,7 @@ def test_tiny_runs_in_bfloat16(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_are_of_order_one(name):
-    loaded = resolve(name, dtype=torch.float32)
+    loaded = tiny_model(name, dtype=torch.float32)
     seen = {}
 
     def record(layer_name):
@@ -62,7 +63,7 @@ def test_activations_are_of_order_one(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_seed_decides_weights_and_inputs(name):
     state = torch.get_rng_state()
-    same, again, other = (output_of(resolve(name, seed=s)) for s in (0, 0, 1))
+    same, again, other = (output_of(tiny_model(name, seed=s)) for s in (0, 0, 1))
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -104,13 +105,13 @@ def test_parameters_kept_in_float32_on_loading_are_float32():
         ("QwenImageTransformer2DModl:tiny", "Did you mean 'QwenImageTransformer2DModel'?"),
         ("SD3Transformer2DModel:block", "Valid: QwenImageTransformer2DModel, WanTransformer3D"),
         ("QwenImageTransformer2DModel:tinny", "Did you mean 'tiny'?"),
-        ("./no-such-folder", "no folder ./no-such-folder"),
+        ("./no-such-folder", "no folder or configuration ./no-such-folder."),
         ("mathh:sqrt", "unknown module 'mathh'"),
     ],
 )
 def test_unknown_names_are_answered_with_the_valid_ones(text, expected):
     with pytest.raises(OmniqError) as info:
-        resolve(text)
+        find_model(text)
     assert expected in str(info.value)
 
 
@@ -134,30 +135,6 @@ def test_image_tokens_that_make_no_image(tokens, expected):
         make_inputs(model, image_tokens=tokens, text_tokens=8)
 
 
-def test_folders(tmp_path):
-    tiny = resolve(QWEN)
-    tiny.model.save_pretrained(tmp_path / "transformer")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
-    for folder in (tmp_path, tmp_path / "transformer"):
-        assert torch.equal(output_of(resolve(str(folder))), output_of(tiny))
-
-
-def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(OmniqError, match=r"no config\.json"):
-        resolve(str(tmp_path))
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(OmniqError, match="unknown transformer class 'SD3Transformer2DModel'"):
-        resolve(str(tmp_path))
-    config.write_text("{")
-    with pytest.raises(OmniqError, match="not valid JSON"):
-        resolve(str(tmp_path))
-    config.write_text(json.dumps({"_class_name": QWEN}))
-    with pytest.raises(OmniqError, match="cannot load QwenImageTransformer2DModel") as info:
-        resolve(str(tmp_path))
-    assert info.value.__cause__ is not None
-
-
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -176,9 +153,10 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["by_name", "in_order"])
 def test_function_with_keyword_or_positional_inputs(module, function):
-    loaded = resolve(f"{module}:{function}")
-    assert output_of(loaded).shape == (3, 2)
+    loaded = find_model(f"{module}:{function}")
+    assert loaded.model(*loaded.args, **loaded.inputs).shape == (3, 2)
     assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -191,18 +169,18 @@ def test_function_with_keyword_or_positional_inputs(module, function):
 )
 def test_function_that_cannot_be_used(module, text, expected):
     with pytest.raises(OmniqError) as info:
-        resolve(text)
+        find_model(text)
     assert expected in str(info.value)
 
 
 def test_function_that_raises_shows_its_own_traceback(module):
     with pytest.raises(OmniqError) as info:
-        resolve(f"{module}:fails")
+        find_model(f"{module}:fails")
     assert isinstance(info.value.__cause__, ZeroDivisionError)
     assert "return 1 // 0" in str(info.value)
-    assert "models.py" not in str(info.value)
+    assert "model_function.py" not in str(info.value)
 
 
 def test_module_that_lacks_an_import_of_its_own(module):
     with pytest.raises(OmniqError, match="No module named 'omniq_test_missing'"):
-        resolve("omniq_test_broken:anything")
+        find_model("omniq_test_broken:anything")

@@ -18,7 +18,7 @@ from PIL import Image
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
 from omniq_compile.cli import main
-from omniq_compile.cli.models import random_model
+from omniq_compile.cli.random_models import random_model
 from omniq_compile.saving import stored_options
 
 transformers = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ import omniq_compile as omniq
 from omniq_compile import folded_trace, report
 from omniq_compile.cli import main
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
 from omniq_compile.meta_run import run_on_meta, to_meta
@@ -297,6 +297,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("clip.json", {"architectures": ["CLIPTextModel"]})
     write("vae.json", {"_class_name": "AutoencoderKL"})
     write("near.json", {"_class_name": "QwenImageTransformer2DModl"})
+    write("typo.json", {"_class_name": "FluxTransformer2DModel", "num_layer": 3})
     write("wrong.json", {"_class_name": "FluxTransformer2DModel", "num_layers": "many"})
     write("unet/model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]})
     write("half/model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]})
@@ -315,6 +316,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["clip.json"], ["clip.json has no _class_name"]),
         (["vae.json"], ["vae.json is of AutoencoderKL, an autoencoder, and not of a transformer"]),
         (["near.json"], ["Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["typo.json"], ["no setting 'num_layer'. Did you mean 'num_layers'?"]),
+        (["nowhere.json"], ["no folder or configuration nowhere.json.", "Did you mean"]),
         (["wrong.json"], ["wrong.json: FluxTransformer2DModel cannot be built", "TypeError"]),
         (["unet"], ["names no transformer that omniq knows, but unet (UNet2DConditionModel)"]),
         (["half"], ["cannot read half/transformer/config.json: No such file or directory"]),

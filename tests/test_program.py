@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omniq_compile import QuantConfig
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context

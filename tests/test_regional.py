@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import omniq_compile
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.regional import module_blocks
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}

@@ -22,7 +22,7 @@ from conftest import Holder, traced
 from torch import fx
 
 from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 from omniq_compile.passes import pipeline, policy

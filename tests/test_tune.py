@@ -20,7 +20,7 @@ from conftest import dequantized, error
 import omniq_compile as omniq
 from omniq_compile import OptionError, QuantConfig
 from omniq_compile.cli import main
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.quality.layer_units import (
     Layer,

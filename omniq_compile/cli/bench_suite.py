@@ -31,7 +31,7 @@ from omniq_compile.cli.bench_measure import run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
 from omniq_compile.cli.bench_suites import SUITES, Case, Suite
 from omniq_compile.cli.bench_variants import Variant, suite_variants
-from omniq_compile.cli.models import make_inputs, random_model
+from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 
 PACKAGES = ("triton", "torchao", "diffusers")

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from omniq_compile.cli.configs import resolve_shapes
+from omniq_compile.cli.model_argument import find_model
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.inspector.document import render_json
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Trace the model, and show it."""
     stages = _stages(arguments)
     check_writable("--out", arguments.out)
-    loaded = resolve_shapes(arguments.model)
+    loaded = find_model(arguments.model)
     inspection = inspect(
         loaded.name,
         loaded.model,

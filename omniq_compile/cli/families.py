@@ -5,12 +5,15 @@ Adding a class is adding a row to FAMILIES: how to size it, and what its forward
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 
 
 @dataclass(frozen=True)
@@ -193,3 +196,49 @@ FAMILIES = {
     "ZImageTransformer2DModel": Family(3840, _z_image_config, _z_image_inputs),
     "FluxTransformer2DModel": Family(3072, _flux_config, _flux_inputs),
 }
+
+
+def family_of(class_name: str) -> Family:
+    """Return the row of a class.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if class_name not in FAMILIES:
+        raise OptionError(unknown("transformer class", class_name, FAMILIES))
+    return FAMILIES[class_name]
+
+
+def transformer_class(class_name: str) -> Any:
+    """Return a class of FAMILIES itself.
+
+    Raises:
+        OmniqError: the installed diffusers is older than it.
+    """
+    # Imported late: `omniq --help` should not wait for diffusers.
+    found = getattr(importlib.import_module("diffusers"), class_name, None)
+    if found is None:
+        raise OmniqError(f"the installed diffusers has no {class_name}: upgrade diffusers")
+    return found
+
+
+def preset_config(
+    class_name: str, preset: str, width: int | None = None, num_blocks: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a class of FAMILIES that make the model of `random_model`.
+
+    Raises:
+        OmniqError: an unknown class or preset, or a width that is not a multiple of 32.
+    """
+    family = family_of(class_name)
+    if preset not in PRESETS:
+        raise OptionError(unknown("preset", preset, PRESETS))
+    if width is None:
+        width = PRESETS[preset].width or family.width
+    if num_blocks is None:
+        num_blocks = PRESETS[preset].num_blocks
+    if width < 64 or width % 32:
+        raise OmniqError(f"width {width}: {class_name} needs a multiple of 32, at least 64")
+    if num_blocks < 1:
+        raise OmniqError(f"num_blocks {num_blocks}: {class_name} needs at least 1")
+    return family.config(width, 128 if width % 128 == 0 else 32, num_blocks)

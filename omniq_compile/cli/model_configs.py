@@ -1,4 +1,4 @@
-"""Finds the configurations that a command's MODEL argument names, and builds models without values.
+"""Finds the configurations that a command's MODEL argument names, and builds their models.
 
 MODEL is one of
 
@@ -10,7 +10,9 @@ MODEL is one of
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +22,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.cli.families import FAMILIES, PRESETS
-from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, unknown
+from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
+from omniq_compile.loading import set_dtypes
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint, unknown
+
+# How alike a setting's name is to a known one to be a misspelling of it.
+LIKELY_MEANT = 0.8
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformer class, and what its constructor takes."""
+    """A transformer class, what its constructor takes, and the preset whose inputs fit it."""
 
     name: str
     class_name: str
     arguments: dict[str, Any]
+    preset: str = "tiny"
 
 
 def find_configs(text: str) -> list[ModelConfig]:
@@ -48,32 +55,38 @@ def find_configs(text: str) -> list[ModelConfig]:
         return [_of_file(path)]
     class_name, _, preset = text.partition(":")
     if "/" in text or path.suffix == ".json":
-        raise OmniqError(f"no folder or configuration {text}")
+        beside = [str(entry) for entry in path.parent.glob("*")]
+        raise OmniqError(f"no folder or configuration {text}.{hint(text, beside)}")
     return [_of_preset(text, class_name, preset or "tiny")]
 
 
-def build_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Build a model without values, in eval mode and the dtypes that diffusers loads it in.
+def build_model(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Build a model in eval mode and the dtypes that diffusers loads it in, with no value drawn.
+
+    Call it in a mode whose tensors have none: ``torch.device("meta")`` or ``FakeTensorMode``.
 
     Raises:
         CheckpointError: the class does not take the configuration.
     """
-    kind = getattr(importlib.import_module("diffusers"), config.class_name, None)
-    if kind is None:
-        raise OmniqError(f"the installed diffusers has no {config.class_name}: upgrade diffusers")
+    kind = transformer_class(config.class_name)
+    known = list(inspect.signature(kind.__init__).parameters)
+    for key in config.arguments:
+        # Diffusers ignores what it does not know, and released configurations hold some of that.
+        meant = difflib.get_close_matches(key, known, n=1, cutoff=LIKELY_MEANT)
+        if key not in known and meant:
+            raise CheckpointError(
+                f"{config.name}: {config.class_name} has no setting {key!r}. Did you mean "
+                f"{meant[0]!r}?"
+            )
     try:
-        with torch.device("meta"):
-            model: nn.Module = kind.from_config(config.arguments)
+        model: nn.Module = kind.from_config(config.arguments)
     except Exception as error:
         raise CheckpointError(
             f"{config.name}: {config.class_name} cannot be built from this configuration: "
             f"{type(error).__name__}: {error}"
         ) from error
-    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        keep = not in_float32.isdisjoint(name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
-    return model.eval().requires_grad_(False)
+    set_dtypes(model, dtype, getattr(model, "_keep_in_fp32_modules", None) or ())
+    return model.eval()
 
 
 def _of_folder(folder: Path) -> list[ModelConfig]:
@@ -110,7 +123,13 @@ def _of_file(path: Path) -> ModelConfig:
         )
     if class_name not in FAMILIES:
         raise OptionError(f"{path} {_wrong_class(str(class_name))}")
-    return ModelConfig(str(path), class_name, dict(content))
+    # Of weights that are stored quantized the file says how; the model is the same.
+    arguments = {
+        key: value
+        for key, value in content.items()
+        if not key.startswith("_") and key != "quantization_config"
+    }
+    return ModelConfig(str(path), class_name, arguments)
 
 
 def _wrong_class(class_name: str) -> str:
@@ -132,8 +151,7 @@ def _wrong_class(class_name: str) -> str:
         )
     return (
         f"is of a class that inputs cannot be made up for: "
-        f"{unknown('transformer class', class_name, FAMILIES)} For another one write a function "
-        "that returns the model and its inputs, and name it as module:function."
+        f"{unknown('transformer class', class_name, FAMILIES)}"
     )
 
 
@@ -157,9 +175,4 @@ def _of_preset(text: str, class_name: str, preset: str) -> ModelConfig:
             f"{unknown('transformer class', class_name, FAMILIES)} Give one of them, a diffusers "
             "folder, or a config.json."
         )
-    if preset not in PRESETS:
-        raise OptionError(unknown("preset", preset, PRESETS))
-    family, size = FAMILIES[class_name], PRESETS[preset]
-    width = size.width or family.width
-    head_dim = 128 if width % 128 == 0 else 32
-    return ModelConfig(text, class_name, family.config(width, head_dim, size.num_blocks))
+    return ModelConfig(text, class_name, preset_config(class_name, preset), preset)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from omniq_compile.cli.families import FAMILIES, InputSize
-from omniq_compile.cli.model_configs import ModelConfig, build_on_meta, find_configs
+from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.lowering.errors import OptionError
@@ -106,7 +106,8 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
 
 
 def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -> Plan:
-    built = build_on_meta(model)
+    with torch.device("meta"):
+        built = build_model(model)
     grid = (size.height // PIXELS_PER_TOKEN, size.width // PIXELS_PER_TOKEN)
     latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
     generator = torch.Generator().manual_seed(0)
