@@ -59,6 +59,9 @@ def run(folder):
         from torchao.quantization import Int8WeightOnlyConfig
         config = TorchAoConfig(Int8WeightOnlyConfig())
         return Model.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    if load == "diffusers":
+        config = omniq.DiffusersConfig("int8")
+        return Model.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
     return omniq.load_model(Model, folder, options=json.loads(load))
 
 def status(name):
@@ -113,6 +116,7 @@ def main() -> None:
 
     loads = {f"diffusers, BF16, {name}": name for name in ("mapped", "read", "copied")}
     loads |= {f"omniq {name}": json.dumps(options) for name, options in OPTIONS.items()}
+    loads["diffusers with omniq int8"] = "diffusers"
     loads["diffusers with torchao int8"] = "torchao"
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in loads}
     with tempfile.TemporaryDirectory() as temporary:

@@ -3,9 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from omniq_compile.registration import register_when_imported
+
 if TYPE_CHECKING:
     from omniq_compile.components import PipelineQuantConfig, build_quant_config
     from omniq_compile.denoise import denoise_step
+    from omniq_compile.diffusers_quantizer import DiffusersConfig
     from omniq_compile.kernel_table import KernelRow, kernels
     from omniq_compile.layer_plan import LayerPlan
     from omniq_compile.loading import load_model
@@ -24,14 +27,18 @@ if TYPE_CHECKING:
     from omniq_compile.report import Decision, Report, Site, explain
     from omniq_compile.saving import save_model
     from omniq_compile.state import flatten_state, unflatten_state
+    from omniq_compile.transformers_quantizer import TransformersConfig
 
 __version__ = "0.1.0"
+
+register_when_imported()
 
 # Nothing is imported before it is used: pytest and torch import parts of this package in every
 # process of an environment that has it, and those have to cost nothing.
 _MODULES = {
     "components": ("PipelineQuantConfig", "build_quant_config"),
     "denoise": ("denoise_step",),
+    "diffusers_quantizer": ("DiffusersConfig",),
     "kernel_table": ("KernelRow", "kernels"),
     "layer_plan": ("LayerPlan",),
     "loading": ("load_model",),
@@ -50,6 +57,7 @@ _MODULES = {
     "report": ("Decision", "Report", "Site", "explain"),
     "saving": ("save_model",),
     "state": ("flatten_state", "unflatten_state"),
+    "transformers_quantizer": ("TransformersConfig",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -69,6 +77,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "CheckpointError",
     "Decision",
+    "DiffusersConfig",
     "GradientError",
     "KernelRow",
     "LayerPlan",
@@ -79,6 +88,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Site",
+    "TransformersConfig",
     "WeightError",
     "__version__",
     "build_quant_config",

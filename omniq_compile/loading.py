@@ -1,36 +1,26 @@
-"""Quantize while loading: one component from safetensors, one tensor at a time."""
+"""`load_model`: one component from safetensors, quantized while it is read."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from omniq_compile.checkpoint_folder import model_class, read_config
+from omniq_compile.filling import Devices, fill_quantized, fill_stored, set_dtypes
 from omniq_compile.foreign import refuse_foreign
 from omniq_compile.hub_download import check_hub_arguments, whole_component
-from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.load_arguments import check_device, check_dtype
 from omniq_compile.lowering.errors import CheckpointError, OptionError
-from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize_weights import quantized_parameter
+from omniq_compile.recorded_options import difference, quantization_config
 from omniq_compile.safetensors_files import SafetensorsFiles
-from omniq_compile.saving import difference, make_savable, quantization_config
-from omniq_compile.state import VERSION, join_parts, read_metadata, stored_names
-from omniq_compile.unmatched import warn_unmatched_in
-
-logger = logging.getLogger("omniq")
+from omniq_compile.saving import make_savable
+from omniq_compile.state import VERSION
 
 
 def load_model(
@@ -91,20 +81,48 @@ def load_model(
             f'{place} is not quantized: say how with options={{"method": "int8"}}, or load it with '
             f"{cls.__name__}.from_pretrained."
         )
-    model = empty_model(cls, about, dtype)
-    quantized = True
     if stored is not None:
         check_stored(place, stored, options)
-        fill_stored(model, files, dtype, device, place)
-    else:
-        assert config is not None
-        stored = quantization_config(config)
-        quantized = _fill_quantized(model, files, config, device, place)
+    model = empty_model(cls, about, dtype)
+    record = fill(model, files, stored, config, dtype, {"": device})
     model.register_to_config(_name_or_path=str(place))
-    if quantized:
-        make_savable(model, stored)
+    if record is not None:
+        make_savable(model, record)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def fill(
+    model: nn.Module,
+    files: SafetensorsFiles,
+    stored: Mapping[str, Any] | None,
+    config: QuantConfig | None,
+    dtype: torch.dtype,
+    devices: Devices,
+) -> dict[str, Any] | None:
+    """Fill a model on the meta device, whose parameters have the dtypes to load in.
+
+    Args:
+        model: of diffusers.
+        files: of its weights.
+        stored: what config.json says of weights that omniq quantized, or None for others.
+        config: how to quantize others.
+        dtype: of the buffers that are stored in a low precision.
+        devices: to load on.
+
+    Returns:
+        What config.json is to say of the model; None where no layer was quantized.
+
+    Raises:
+        CheckpointError: the files are damaged or do not fit the model.
+        WeightError: a weight holds NaN or Inf; the message names its layer.
+    """
+    if stored is not None:
+        fill_stored(model, files, dtype, devices, files.folder)
+        return dict(stored)
+    assert config is not None
+    quantized = fill_quantized(model, files, config, devices, files.folder)
+    return quantization_config(config) if quantized else None
 
 
 def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -116,119 +134,6 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
         model = cls.from_config(dict(about))
     set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or ())
     return model
-
-
-def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> None:
-    """Give each parameter, which has no value yet, the dtype it loads in.
-
-    Args:
-        model: any module.
-        dtype: of the parameters.
-        kept: dotted names of modules, or a run of their parts, that stay in float32.
-    """
-    kept = list(kept)
-    for name, parameter in list(model.named_parameters()):
-        chosen = torch.float32 if is_inside(name, kept) else dtype
-        like = torch.empty_like(parameter, dtype=chosen)
-        _assign(model, name, nn.Parameter(like, requires_grad=False))
-
-
-def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Say whether a dotted name lies in one of some modules, or is it.
-
-    Args:
-        name: of a parameter.
-        modules: dotted names, or a run of their parts.
-    """
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module: Any = model.get_submodule(owner)
-    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
-
-
-def _fill_quantized(
-    model: Any, files: SafetensorsFiles, config: QuantConfig, device: torch.device, place: Path
-) -> bool:
-    """Fill a model and say whether any of it was quantized."""
-    warn_unmatched_in(model, config)
-    if config.target is None and detectable(device.type):
-        config = dataclasses.replace(config, target=detect(device.type))
-    rows = plan_layers(model, config)
-    layers = {f"{row.layer}.weight": row for row in rows if row.method is not None}
-    expected = _check_names(model, set(files.tensors), place)
-    with _progress(files.nbytes) as advance:
-        for name, tensor in files.read([n for n in files.tensors if n in expected]):
-            _check_shape(name, tensor, expected[name], place)
-            advance(name, tensor.nbytes)
-            _assign(model, name, _loaded(name, tensor, expected[name], layers, config, device))
-    if layers:
-        logger.info("load_model: %s from %s", describe(rows, config.method), place)
-    else:
-        why = nothing_quantized(rows, type(model).__name__)
-        logger.warning("load_model: %s (%s)", why, place)
-    return bool(layers)
-
-
-def _loaded(
-    name: str,
-    tensor: torch.Tensor,
-    like: torch.Tensor,
-    layers: Mapping[str, LayerPlan],
-    config: QuantConfig,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return a tensor of the file as the model holds it: quantized, or copied and cast."""
-    if name in layers:
-        moved = tensor.to(device, like.dtype)
-        return quantized_parameter(layers[name].layer, moved, config)
-    return _copied(tensor, like, like.dtype, device)
-
-
-def _copied(
-    tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    dtype = dtype if tensor.is_floating_point() else tensor.dtype
-    copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-    return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
-
-
-def _check_names(model: Any, names: set[str], place: Path) -> dict[str, torch.Tensor]:
-    """Return what the model expects, by name, after checking that the files hold it and no more."""
-    expected = dict(model.state_dict(keep_vars=True))
-    held = {id(expected[name]) for name in names if name in expected}  # tied weights have one name
-    missing = sorted(n for n in set(expected) - names if id(expected[n]) not in held)
-    if missing:
-        raise CheckpointError(
-            f"{place} lacks {len(missing)} of the {len(expected)} tensors of "
-            f"{type(model).__name__}: {_some(missing)}."
-        )
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    unexpected = sorted(
-        name
-        for name in names - set(expected)
-        if not any(re.search(pattern, name) for pattern in patterns)
-    )
-    if unexpected:
-        raise CheckpointError(
-            f"{place} holds {len(unexpected)} tensors that {type(model).__name__} has no place "
-            f"for: {_some(unexpected)}. Is config.json that of this checkpoint?"
-        )
-    return expected
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
-def _check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Path) -> None:
-    if tensor.shape != like.shape:
-        raise CheckpointError(
-            f"{name!r} of {place} is of shape {list(tensor.shape)}, and the model of its "
-            f"config.json has {list(like.shape)} there."
-        )
 
 
 def check_stored(
@@ -250,72 +155,3 @@ def check_stored(
         raise OptionError(
             f"{place} is {differs}. Leave the options out, or load the original checkpoint."
         )
-
-
-def fill_stored(
-    model: Any,
-    files: SafetensorsFiles,
-    dtype: torch.dtype,
-    device: torch.device,
-    place: Path,
-) -> None:
-    """Fill a model on the meta device from a folder of omniq's own.
-
-    Parameters, quantized or not, get the dtypes that they have on the meta device.
-
-    Args:
-        model: with parameters of the dtypes to load in.
-        files: of the folder.
-        dtype: of the buffers that are stored in a low precision.
-        device: to load on.
-        place: the folder, for messages.
-
-    Raises:
-        CheckpointError: the files are damaged or do not fit the model.
-    """
-    weights = read_metadata(files.metadata, str(place)) or {}
-    owners = {part: name for name, about in weights.items() for part in stored_names(name, about)}
-    names = {owners.get(name, name) for name in files.tensors}
-    expected = _check_names(model, names, place)
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
-    left = {name: sum(o == name for o in owners.values()) for name in weights}
-    with _progress(files.nbytes) as advance:
-        for name, tensor in files.read(list(files.tensors)):
-            advance(name, tensor.nbytes)
-            owner = owners.get(name)
-            if owner is None:
-                if name in expected:
-                    _check_shape(name, tensor, expected[name], place)
-                    like = expected[name]
-                    if isinstance(like, nn.Parameter):
-                        kind = like.dtype
-                    else:  # a buffer in float32, such as a rotary table, is so for its precision
-                        kind = torch.float32 if tensor.dtype is torch.float32 else dtype
-                    _assign(model, name, _copied(tensor, like, kind, device))
-                continue
-            parts = waiting.setdefault(owner, {})
-            parts[name] = torch.empty_like(tensor, device=device).copy_(tensor)
-            if len(parts) == left[owner]:
-                joined = join_parts(owner, weights[owner], waiting.pop(owner))
-                _check_shape(owner, joined, expected[owner], place)
-                joined = joined.with_parts(joined.parts, expected[owner].dtype)
-                _assign(model, owner, nn.Parameter(joined, requires_grad=False))
-    if waiting:
-        name, parts = next(iter(waiting.items()))
-        join_parts(name, weights[name], parts)  # raises, naming the part that is missing
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """Show bytes and layer names, on a terminal only."""
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(name: str, nbytes: int) -> None:
-            bar.update(task, advance=nbytes, description=name)
-
-        yield advance

@@ -15,6 +15,7 @@ from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
+from omniq_compile.recorded_options import difference, quantization_config
 from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
@@ -81,7 +82,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         for layer in sharing:
             layer._parameters["weight"] = parameter
     if layers and hasattr(model, "save_pretrained"):
-        from omniq_compile.saving import make_savable, quantization_config  # needs diffusers
+        from omniq_compile.saving import make_savable  # needs diffusers
 
         make_savable(model, quantization_config(config))
     if layers or any(isinstance(p, QuantizedTensor) for p in model.parameters()):
@@ -94,7 +95,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
 def _check_quantized_before(model: nn.Module, rows: list[LayerPlan], config: QuantConfig) -> None:
     """Refuse a model that was quantized with other options: one record describes all of it."""
     if hasattr(model, "save_pretrained"):
-        from omniq_compile.saving import difference, quantization_record  # needs diffusers
+        from omniq_compile.saving import quantization_record  # needs diffusers
 
         record = quantization_record(model)
         differs = "" if record is None else difference(record, config)

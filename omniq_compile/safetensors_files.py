@@ -10,10 +10,10 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,8 +45,15 @@ class StoredTensor:
 class SafetensorsFiles:
     """The tensors of one component's folder, by name."""
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, variant: str | None = None, *, files: Sequence[Path] | None = None
+    ) -> None:
         """Read the index, where there is one, and every file's header.
+
+        Args:
+            folder: that the files are in.
+            variant: of the files to find.
+            files: that were found already.
 
         Raises:
             CheckpointError: there is no safetensors file, or several that may be meant; a file is
@@ -54,7 +61,12 @@ class SafetensorsFiles:
                 tensor that its file does not hold.
         """
         self.folder = folder
-        files, index = _find(folder, variant)
+        index: dict[str, Path] = {}
+        if files is None:
+            files, index = _find(folder, variant)
+        for file in files:
+            if file.suffix in _PICKLES:
+                _refuse_pickle(folder, file.name)
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
@@ -180,11 +192,15 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
         )
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if pickled:
-        raise CheckpointError(
-            f"{folder} has its weights in {pickled[0]}, which only pickle reads, and omniq never "
-            "does. Load it with diffusers and save_pretrained(..., safe_serialization=True) it."
-        )
+        _refuse_pickle(folder, pickled[0])
     raise CheckpointError(f"{folder} has no safetensors file.")
+
+
+def _refuse_pickle(folder: Path, name: str) -> NoReturn:
+    raise CheckpointError(
+        f"{folder} has its weights in {name}, which only pickle reads, and omniq never does. Load "
+        "it with diffusers and save_pretrained(..., safe_serialization=True) it."
+    )
 
 
 def _read_index(index: Path) -> dict[str, Path]:

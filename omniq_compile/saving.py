@@ -6,169 +6,29 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import torch
 from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-import omniq_compile
-from omniq_compile.foreign import OWN
+from omniq_compile.diffusers_quantizer import describe
 from omniq_compile.lowering.errors import CheckpointError
-from omniq_compile.lowering.schemes import METHODS
-from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.option_checks import METHODS_OF
-from omniq_compile.saving_checks import dequantize_weights, refuse_adapters
+from omniq_compile.recorded_options import options_of
 from omniq_compile.saving_transformers import save_pretrained
-from omniq_compile.state import VERSION, flatten_state
-
-
-class _Method(StrEnum):  # diffusers asks for its ``value``
-    OMNIQ = OWN
-
-
-class OmniqConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of config.json, as diffusers wants it."""
-
-    def __init__(self, **about: Any) -> None:
-        """Take what stands in config.json."""
-        self.about = about
-        self.quant_method = _Method.OMNIQ
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what stands in config.json."""
-        return dict(self.about)
-
-
-class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """What diffusers' ``save_pretrained`` asks to turn a quantized model into plain tensors.
-
-    Checked on diffusers 0.42.
-    """
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to load: of a weight's parts diffusers would take none.
-
-        Raises:
-            CheckpointError: always; only diffusers' own loading calls this.
-        """
-        raise CheckpointError(
-            "these weights were quantized by omniq, and diffusers' from_pretrained does not load "
-            "them. Use omniq_compile.load_model(folder), or omniq_compile.from_pretrained(folder) "
-            "for a whole pipeline."
-        )
-
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
-    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return the parts of every quantized weight as tensors of their own."""
-        if not safe_serialization:
-            raise CheckpointError("omniq saves to safetensors only: pickle is never used.")
-        refuse_adapters(state_dict)
-        return flatten_state(state_dict)
-
-    @property
-    def is_serializable(self) -> bool:
-        """Whether the model can be saved."""
-        return True
-
-    @property
-    def supports_safetensors_serialization(self) -> bool:
-        """Whether safetensors can hold it."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the quantized weights can be trained."""
-        return False
-
-    def _dequantize(self, model: Any) -> Any:
-        dequantize_weights(model)
-        # diffusers has no way to take an entry out, and fails on one that is None.
-        kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
-        model._internal_dict = FrozenDict(kept)
-        return model
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        pass
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        pass
-
-
-# Otherwise diffusers' from_pretrained would only say that it does not know the method.
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(OWN, OmniqConfig)
-AUTO_QUANTIZER_MAPPING.setdefault(OWN, OmniqQuantizer)
-
-# The options that shape a quantized model, and not only one compile of it.
-_STORED_OPTIONS = (
-    "method",
-    "ignored_layers",
-    "min_features",
-    "mxfp4_scale_alg",
-    "weight_block_size",
-    "num_bf16_fallback_layers",
-)
-
-
-def quantization_config(config: QuantConfig) -> dict[str, Any]:
-    """Return what config.json says of a quantized model: the options that shaped its weights."""
-    options = {name: getattr(config, name) for name in _STORED_OPTIONS}
-    return {
-        "quant_method": OWN,
-        "version": VERSION,
-        "omniq_version": omniq_compile.__version__,
-        "format": config.scheme.weight,
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-    }
 
 
 def quantization_record(model: nn.Module) -> Mapping[str, Any] | None:
     """Return what config.json will say of a model that omniq quantized, or None for another."""
     about = getattr(model, "omniq_quantization", None)
-    if about is None and isinstance(getattr(model, "hf_quantizer", None), OmniqQuantizer):
-        about = model.config.get("quantization_config")  # type: ignore[union-attr, operator]
-    if not isinstance(about, Mapping) or about.get("quant_method") != OWN:
-        return None
-    return about
+    return about if isinstance(about, Mapping) else None
 
 
 def stored_options(model: nn.Module) -> dict[str, Any] | None:
     """Return the options to compile a model with that omniq quantized, or None for another."""
     about = quantization_record(model)
-    if about is None:
-        return None
-    options = {name: about[name] for name in _STORED_OPTIONS if name in about}
-    return {
-        name: value
-        for name, value in options.items()
-        if options["method"] in METHODS_OF.get(name, METHODS) and value is not None
-    }
-
-
-def difference(about: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig) -> str:
-    """Word how options differ from what a model was quantized with; "" where they do not.
-
-    Of a dict only what it gives is compared, as the rest may be left out.
-    """
-    asked = quantization_config(QuantConfig.from_options(options))
-    given = [n for n in _STORED_OPTIONS if isinstance(options, QuantConfig) or n in options]
-    if about.get("format") != asked["format"]:
-        return f"quantized to {about.get('format')}, and the options ask for {asked['format']}"
-    for name in given:
-        held, wanted = about.get(name), asked[name]
-        if name == "ignored_layers":  # in any order
-            held, wanted = sorted(set(held or ())), sorted(set(wanted))
-        if held != wanted:
-            return f"quantized with {name} = {held!r}, and the options ask for {wanted!r}"
-    return ""
+    return None if about is None else options_of(about)
 
 
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
@@ -177,12 +37,15 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
     Models of other libraries are left alone.
     """
     if isinstance(model, ModelMixin):
-        model.register_to_config(quantization_config=about)
-        model.hf_quantizer = OmniqQuantizer(OmniqConfig(**about))
+        describe(model, about)
     elif _is_of_transformers(model):
+        from omniq_compile.transformers_quantizer import OmniqHfQuantizer, TransformersConfig
+
         model.omniq_quantization = about  # type: ignore[assignment]
-        # A bound method, unlike a closure, is bound anew where the model is copied.
-        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
+        # For the model's dequantize().
+        model.hf_quantizer = OmniqHfQuantizer(TransformersConfig.from_dict(about))
+        # Unlike a closure or a bound method, it comes back right from copying and pickling.
+        model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

@@ -27,13 +27,18 @@ def refuse_adapters(names: Iterable[str]) -> None:
         )
 
 
-def dequantize_weights(model: nn.Module) -> None:
-    """Replace every quantized weight by a plain parameter of the values it stands for."""
+def dequantize_weights(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every quantized weight by a plain parameter of the values it stands for.
+
+    Args:
+        model: any module.
+        dtype: of the parameters; None is what each weight stands for.
+    """
     plain: dict[int, nn.Parameter] = {}  # by weight, which several layers may share
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, QuantizedTensor):
                 if id(parameter) not in plain:
-                    values: torch.Tensor = parameter.dequantize()
+                    values: torch.Tensor = parameter.dequantize(dtype)
                     plain[id(parameter)] = nn.Parameter(values, requires_grad=False)
                 module._parameters[name] = plain[id(parameter)]

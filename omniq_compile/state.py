@@ -98,6 +98,18 @@ def read_metadata(metadata: Mapping[str, str] | None, where: str = "") -> dict[s
     return weights
 
 
+def part_owners(weights: Mapping[str, Any]) -> dict[str, str]:
+    """Return the weight that each stored part belongs to, by the part's name.
+
+    Args:
+        weights: as `read_metadata` returns them.
+
+    Raises:
+        CheckpointError: a description is damaged.
+    """
+    return {part: name for name, about in weights.items() for part in stored_names(name, about)}
+
+
 def unflatten_state(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
 ) -> dict[str, torch.Tensor]:

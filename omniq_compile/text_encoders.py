@@ -1,34 +1,28 @@
-"""Models of transformers, such as text encoders: quantized while they load, saved, loaded again.
+"""Models of transformers, such as text encoders: quantized while they load, and loaded again.
 
-Uses transformers' interface for quantizers (``HfQuantizer``, ``register_quantizer`` and
-``ConversionOps``), checked on transformers 5.24. Version 4 has another one: there a model is loaded
-in BF16 first, and a warning says so.
+transformers 5 quantizes them as it reads them (`transformers_quantizer`). With version 4 a model is
+loaded in BF16 first, and a warning says so.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-from torch import nn
 
 from omniq_compile.checkpoint_folder import read_config
-from omniq_compile.foreign import OWN, refuse_foreign
-from omniq_compile.layer_plan import plan_layers
-from omniq_compile.loading import check_stored, fill_stored, set_dtypes
-from omniq_compile.lowering.errors import CheckpointError, WeightError
-from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.lowering.target import detect, detectable
+from omniq_compile.filling import fill_stored, set_dtypes
+from omniq_compile.foreign import refuse_foreign
+from omniq_compile.loading import check_stored
+from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.quantize_weights import quantize_, quantized_parameter
-from omniq_compile.safetensors_files import SafetensorsFiles, release_free_memory
-from omniq_compile.saving import make_savable, quantization_config
+from omniq_compile.quantize_weights import quantize_
+from omniq_compile.safetensors_files import SafetensorsFiles
+from omniq_compile.saving import make_savable
 
 logger = logging.getLogger("omniq")
 
@@ -66,12 +60,11 @@ def load_quantized(
     if config is None:
         raise CheckpointError(f"{folder} is not quantized: say how with options.")
     device = torch.device(device)
-    if config.target is None and detectable(device.type):
-        config = dataclasses.replace(config, target=detect(device.type))
     streaming: dict[str, Any] = {}
-    errors: list[WeightError] = []
     if _has_conversions():
-        streaming = {"quantization_config": _config_class()(config, errors)}
+        from omniq_compile.transformers_quantizer import TransformersConfig
+
+        streaming = {"quantization_config": TransformersConfig.of(config)}
         if device.type != "cpu":
             streaming["device_map"] = {"": device}
     else:
@@ -82,15 +75,8 @@ def load_quantized(
         )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be loaded from safetensors: {error}") from error
-    except RuntimeError:
-        if errors:  # transformers reports them as one of its own
-            raise errors[0] from None
-        raise
-    model.requires_grad_(False)
-    # What no file holds by its own name, such as a copy of another weight, is quantized now.
-    quantize_(model.to(device), config)
-    if any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
-        make_savable(model, quantization_config(config))
+    if not streaming:
+        quantize_(model.to(device).requires_grad_(False), config)
     return model.eval()
 
 
@@ -105,7 +91,7 @@ def _load_stored(
         model = cls(about)
     set_dtypes(model, dtype, _kept_in_float32(model, dtype))
     model.tie_weights()
-    fill_stored(model, SafetensorsFiles(folder, variant), dtype, device, folder)
+    fill_stored(model, SafetensorsFiles(folder, variant), dtype, {"": device}, folder)
     model.tie_weights()
     model.requires_grad_(False)
     model = model.to(device).eval()
@@ -125,72 +111,3 @@ def _has_conversions() -> bool:
     import transformers
 
     return int(transformers.__version__.split(".")[0]) >= 5
-
-
-@cache
-def _config_class() -> Any:
-    """Register omniq with transformers, which is imported here; returns its configuration class."""
-    from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    @register_quantization_config(OWN)
-    class Config(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(self, config: QuantConfig, errors: list[WeightError]) -> None:
-            self.quant_method = OWN
-            self.config = config
-            self.errors = errors
-
-        def to_dict(self) -> dict[str, Any]:
-            return quantization_config(self.config)
-
-        @classmethod
-        def from_dict(cls, *_: Any, **__: Any) -> Any:
-            raise CheckpointError(
-                "these weights were quantized by omniq, and transformers' from_pretrained does not "
-                "load them. Use omniq_compile.from_pretrained(folder) on the pipeline's folder."
-            )
-
-    class Quantize(ConversionOps):  # type: ignore[misc]
-        def __init__(self, config: Config) -> None:
-            self.config = config
-
-        def convert(
-            self, input_dict: dict[str, Any], *_: Any, full_layer_name: str, **__: Any
-        ) -> dict[str, Any]:
-            (value,) = input_dict.values()
-            weight = value[0] if isinstance(value, list) else value
-            layer = full_layer_name.removesuffix(".weight")
-            release_free_memory()
-            try:
-                return {full_layer_name: quantized_parameter(layer, weight, self.config.config)}
-            except WeightError as error:
-                self.config.errors.append(error)
-                raise
-
-    @register_quantizer(OWN)
-    class Quantizer(HfQuantizer):  # type: ignore[misc]
-        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-            config = self.quantization_config.config
-            rows = plan_layers(model, config)
-            self.planned = {f"{row.layer}.weight" for row in rows if row.method is not None}
-            self.planned -= set(getattr(model, "all_tied_weights_keys", None) or {})
-
-        def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-            return param_name in self.planned
-
-        def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config)
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-            self.remove_quantization_config(model)
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-    return Config

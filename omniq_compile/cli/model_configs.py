@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
-from omniq_compile.loading import set_dtypes
+from omniq_compile.filling import set_dtypes
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint, unknown
 
 # How alike a setting's name is to a known one to be a misspelling of it.

@@ -14,7 +14,7 @@ from omniq_compile.cli.families import (
     preset_config,
     transformer_class,
 )
-from omniq_compile.loading import is_inside
+from omniq_compile.filling import is_inside
 from omniq_compile.lowering.errors import OmniqError
 
 

@@ -1,0 +1,86 @@
+"""When diffusers and transformers know omniq: each case in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_flux import OPTIONS, tiny_flux
+
+import omniq_compile as omniq
+
+LOAD = """
+from diffusers import FluxTransformer2DModel
+print(type(FluxTransformer2DModel.from_pretrained({folder!r}).proj_out.weight).__name__)
+"""
+KNOWN = """
+import sys
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as them
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as those
+print(them["omniq"].__name__, those["omniq"].__name__)
+print("waiting:", sum("omniq" in type(finder).__module__ for finder in sys.meta_path))
+"""
+
+
+def run(code: str, autoload: bool) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload))}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model, path = tiny_flux(), tmp_path_factory.mktemp("stored")
+    omniq.quantize_(model, OPTIONS)
+    model.save_pretrained(path)
+    return str(path)
+
+
+BEFORE = "import omniq_compile"
+AFTER = "import diffusers.quantizers.auto, transformers.quantizers.auto, omniq_compile"
+EXPECTED = ["QuantizedTensor", "OmniqHfQuantizer", "OmniqQuantizer", "waiting:", "0"]
+
+
+@pytest.mark.parametrize("first", [BEFORE, AFTER, BEFORE + ".diffusers_quantizer"])
+def test_an_import_of_omniq_registers_it_before_and_after(folder: str, first: str) -> None:
+    ran = run(f"{first}\n{LOAD.format(folder=folder)}{KNOWN}", autoload=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == EXPECTED
+
+
+def test_torchs_own_entry_points_register_it_too(folder: str) -> None:
+    installed = run("import sys, torch; print('omniq_compile' in sys.modules)", autoload=True)
+    if "True" not in installed.stdout:
+        pytest.skip("omniq is not installed here, only on the path")
+    ran = run(LOAD.format(folder=folder) + KNOWN, autoload=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == EXPECTED
+
+
+def test_without_it_diffusers_says_so(folder: str) -> None:
+    ran = run(LOAD.format(folder=folder), autoload=False)
+    assert ran.returncode == 1
+    assert "Unknown quantization type, got omniq" in ran.stderr
+
+
+def test_importing_omniq_imports_neither_library() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'accelerate'}"
+    ran = run(f"import sys, omniq_compile; print(sorted({heavy} & set(sys.modules)))", False)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_a_library_that_lacks_what_is_used_is_imported_all_the_same(tmp_path: Path) -> None:
+    """A diffusers of another version must not fail because omniq is installed."""
+    for name in ("__init__", "quantizers/__init__", "quantizers/auto"):
+        file = tmp_path / "diffusers" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import omniq_compile, torch; "
+    ran = run(code + "import diffusers.quantizers.auto as a; print(a.__file__)", autoload=False)
+    assert ran.stdout.strip().startswith(str(tmp_path)), ran.stderr
+    assert "could not register with diffusers" in ran.stderr
