@@ -72,8 +72,8 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
             raise CheckpointError(
-                f"diffusers {diffusers.__version__} cannot load weights that omniq quantizes: its "
-                "from_pretrained needs to be of 0.42. Use omniq_compile.load_model(folder)."
+                f"diffusers {diffusers.__version__} cannot load weights that omniq quantizes: that "
+                "needs 0.39 or later. Use omniq_compile.load_model(folder)."
             )
         if not isinstance(device_map, Mapping):
             return

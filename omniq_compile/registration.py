@@ -14,20 +14,28 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Whose import to wait for, and what to import then.
+# Where the dicts are, and what puts omniq into them.
 _REGISTERED_BY = {
     "diffusers.quantizers.auto": "omniq_compile.diffusers_quantizer",
     "transformers.quantizers.auto": "omniq_compile.transformers_quantizer",
+}
+# What is imported after them, and before any model.
+_LATER = {
+    "diffusers.quantizers.auto": "diffusers.models.modeling_utils",
+    "transformers.quantizers.auto": "transformers.modeling_utils",
 }
 
 
 def register_when_imported() -> None:
     """Register with each library as soon as its quantizers are imported, or now where they are."""
     for library in _REGISTERED_BY:
-        if library in sys.modules:
+        module = sys.modules.get(library)
+        if module is None:
+            sys.meta_path.insert(0, _Waiting(library, library))
+        elif hasattr(module, "AUTO_QUANTIZER_MAPPING"):
             _register(library)
-        else:
-            sys.meta_path.insert(0, _Waiting(library))
+        else:  # it is running, and the first to import torch, which imports omniq
+            sys.meta_path.insert(0, _Waiting(_LATER[library], library))
 
 
 def _register(library: str) -> None:
@@ -46,12 +54,13 @@ def _register(library: str) -> None:
 class _Waiting:
     """A finder that leaves finding to the others, and has omniq registered when a module ran."""
 
-    def __init__(self, library: str) -> None:
+    def __init__(self, awaited: str, library: str) -> None:
+        self._awaited = awaited
         self._library = library
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Return what the other finders find, where it is the module that is waited for."""
-        if name != self._library:
+        if name != self._awaited:
             return None
         from importlib.util import find_spec
 

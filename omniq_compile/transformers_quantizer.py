@@ -63,8 +63,7 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not hasattr(HfQuantizer, needed):
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot load weights that omniq quantizes:"
-                " its from_pretrained needs to be of 5.24. Use "
-                "omniq_compile.from_pretrained(folder) on the pipeline's folder."
+                " that needs 5.24. Use omniq_compile.from_pretrained on the pipeline's folder."
             )
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise OptionError(

@@ -129,5 +129,5 @@ def test_a_single_file_and_an_old_diffusers_are_refused(
         )
     monkeypatch.delattr("diffusers.quantizers.base.DiffusersQuantizer.maybe_update_state_dict")
     monkeypatch.delattr("omniq_compile.diffusers_quantizer.OmniqQuantizer.maybe_update_state_dict")
-    with pytest.raises(CheckpointError, match=r"needs to be of 0\.42\. Use omniq_compile\.load_m"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.39 or later\. Use omniq_compile\.load_m"):
         load(stored)
