@@ -46,7 +46,8 @@ class QuantizedTensor(TensorOfParts):
 
     method: str
     format: str
-    # Operations reach __torch_dispatch__ alone, so that Dynamo traces them as on any tensor.
+    # Operations reach __torch_dispatch__ alone, so that Dynamo traces them as on any tensor. This
+    # and what ``__new__`` calls is private, and checked on torch 2.11 to 2.13.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Register the alias and the weights; PyTorch calls this while it is being imported."""
+    # Private, checked on torch 2.11 to 2.13.
     from torch._logging._internal import register_log
 
     from omniq_compile.lowering.pickled import allow_loading

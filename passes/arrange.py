@@ -11,15 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.metadata import fake_mode
+from omniq_compile.passes.metadata import call_fake
 from omniq_compile.passes.program import describe
 from omniq_compile.passes.rewrite import GEMM
 
@@ -41,7 +39,7 @@ def arrange_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:
         if others or arrange is as_stored:
             continue
         nodes = [inputs[name] for name in binding.parts]
-        values = _arranged(arrange, [dynamo.value(node) for node in nodes])
+        values: Parts = call_fake(arrange, [dynamo.value(node) for node in nodes])
         if binding.stored and not _small(values, nodes):
             continue
         for node, value in zip(nodes, values, strict=True):
@@ -51,11 +49,6 @@ def arrange_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:
         context.bindings[position] = dataclasses.replace(binding, arrange=arrange)
         arranged |= set(nodes)
     return arranged
-
-
-def _arranged(arrange: Callable[[Parts], Parts], parts: Parts) -> Parts:
-    with fake_mode(parts), enable_python_dispatcher(), torch.no_grad():
-        return arrange(parts)
 
 
 def _small(values: Parts, nodes: Iterable[fx.Node]) -> bool:

@@ -150,7 +150,10 @@ def changed_in_graph(node: fx.Node) -> bool:
 
 
 def _storages(node: fx.Node) -> set[int]:
-    """Identify the memory of a node's tensors: Dynamo's fake views share that of their base."""
+    """Identify the memory of a node's tensors: Dynamo's fake views share that of their base.
+
+    ``_cdata`` is private, checked on torch 2.11 to 2.13: fake memory has no address.
+    """
     values = torch.utils._pytree.tree_leaves(dynamo.value(node))
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+# Private, checked on torch 2.11 to 2.13.
 from torch._dispatch.python import enable_python_dispatcher
 
 from omniq_compile.lowering import ops
@@ -25,15 +27,21 @@ _LIKE: dict[Any, Callable[..., Any]] = {
 def fill_values(node: fx.Node) -> None:
     """Set ``example_value`` of a new node by running it on the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), dynamo.value)
+    if node.op == "call_method":
+        method = getattr(args[0], str(node.target))
+        node.meta["example_value"] = call_fake(method, *args[1:], **kwargs)
+    elif node.op == "call_function":
+        function: Any = _LIKE.get(node.target, node.target)
+        node.meta["example_value"] = call_fake(function, *args, **kwargs)
+
+
+def call_fake(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function on fake values, as those of nodes are."""
+    owner = getattr(function, "__self__", None)
     # Some operators' fakes read symbolic sizes as numbers unless their Python decompositions serve:
     # `torch.nn.functional.pad` would fix a dynamic size to what it is in this call.
-    with fake_mode(args), enable_python_dispatcher(), torch.no_grad():
-        if node.op == "call_method":
-            owner, *rest = args
-            node.meta["example_value"] = getattr(owner, str(node.target))(*rest, **kwargs)
-        elif node.op == "call_function":
-            function: Any = _LIKE.get(node.target, node.target)
-            node.meta["example_value"] = function(*args, **kwargs)
+    with fake_mode((owner, args)), enable_python_dispatcher(), torch.no_grad():
+        return function(*args, **kwargs)
 
 
 def fake_mode(arguments: Any) -> Any:

@@ -62,7 +62,7 @@ def test_memory_stays_flat_and_compiles_as_few_as_without_omniq(calls: int) -> N
     gc.collect()
     held, model = resident_bytes(), tiny_flux(num_layers=1)
     base = Counting(plain)
-    run(model, base, len(SIZES) * 10)
+    run(model, base, len(SIZES) * 3)
     torch._dynamo.reset()
     ours, before = Counting(quantized), statistics()["quantized"]
     seen = run(model, ours, calls)

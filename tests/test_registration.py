@@ -46,7 +46,7 @@ AFTER = "import diffusers.quantizers.auto, transformers.quantizers.auto, omniq_c
 EXPECTED = ["QuantizedTensor", "OmniqHfQuantizer", "OmniqQuantizer", "waiting:", "0"]
 
 
-@pytest.mark.parametrize("first", [BEFORE, AFTER, BEFORE + ".diffusers_quantizer"])
+@pytest.mark.parametrize("first", [BEFORE, AFTER])
 def test_an_import_of_omniq_registers_it_before_and_after(folder: str, first: str) -> None:
     ran = run(f"{first}\n{LOAD.format(folder=folder)}{KNOWN}", autoload=False)
     assert ran.returncode == 0, ran.stderr
@@ -57,12 +57,11 @@ def test_torchs_own_entry_points_register_it_too(folder: str) -> None:
     installed = run("import sys, torch; print('omniq_compile' in sys.modules)", autoload=True)
     if "True" not in installed.stdout:
         pytest.skip("omniq is not installed here, only on the path")
-    # A module of transformers that is the first to import torch, and with it omniq.
+    # A module of transformers is the first to import torch here, and with it omniq.
     first = "import transformers.quantizers.auto, transformers.modeling_utils\n"
-    for code in (LOAD.format(folder=folder) + KNOWN, first + LOAD.format(folder=folder) + KNOWN):
-        ran = run(code, autoload=True)
-        assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.split() == EXPECTED
+    ran = run(first + LOAD.format(folder=folder) + KNOWN, autoload=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == EXPECTED
 
 
 def test_without_it_diffusers_says_so(folder: str) -> None:

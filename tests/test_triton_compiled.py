@@ -16,7 +16,16 @@ from triton_offline import Case, cases
 pytest.importorskip("triton")
 
 PARTS = 2
-by_case = pytest.mark.parametrize("case", list(cases()), ids=str)
+
+
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    """Leave to `make zoo` what runs under ``max_autotune`` alone, but for the tiles of TMA."""
+    return [pytest.mark.zoo] if case.tile and (case.a, case.arch) != ("int8", "sm_90") else []
+
+
+by_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=marks(c), id=str(c)) for c in cases()]
+)
 
 # Bytes of shared memory that a block may use: CUDA C++ Programming Guide, "Technical Specifications
 # per Compute Capability" ("Maximum amount of shared memory per thread block"); LDS of a workgroup:
@@ -78,14 +87,20 @@ def native(case: Case) -> str:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Compile the cases of the tests that were selected."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    given = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    names = [str(found["case"]) for found in given if isinstance(found.get("case"), Case)]
     cache = tmp_path_factory.mktemp("triton_cache")
     script = Path(__file__).with_name("triton_offline.py")
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(part), str(PARTS)],
+            [sys.executable, str(script), *names[part::PARTS]],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         for part in range(PARTS)
