@@ -97,15 +97,28 @@ def test_a_weight_is_arranged_once_until_it_changes(
     assert calls == [(HIDDEN, K), (N, HIDDEN), (N, HIDDEN)]
 
 
-def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
-    layout(reversed_scales)
-    before = resident_bytes()
+def held() -> int:
+    """Return the bytes that are held, without those of tests before."""
+    torch._dynamo.reset()
+    gc.collect()
+    return resident_bytes()
+
+
+def run_stored() -> tuple[nn.Module, Any, torch.Tensor]:
+    """Run a model that is stored quantized three times; returns it, compiled too, and its input."""
     net, x = model(), torch.randn(2, 7, K).bfloat16()
     expected = net(x)
     omniq.quantize_(net, {"method": "int8", "min_features": 1})
     run = compiled(net)
     for _ in range(3):
         assert near(run(x), expected)
+    return net, run, x
+
+
+def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
+    layout(reversed_scales)
+    before = held()
+    net, run, x = run_stored()
     assert calls == [(HIDDEN, K), (N, HIDDEN)]
     assert resident_bytes() - before == 4 * (HIDDEN + N)
 
@@ -116,20 +129,13 @@ def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
     assert near(run(x), expected)
     assert len(calls) == 4
     del net, run, other
-    torch._dynamo.reset()
-    gc.collect()
-    assert resident_bytes() == before
+    assert held() == before
 
 
 def test_codes_of_a_stored_weight_are_not_held_twice(layout: Change) -> None:
     layout(reversed_rows)
-    before = resident_bytes()
-    net, x = model(), torch.randn(2, 7, K).bfloat16()
-    expected = net(x)
-    omniq.quantize_(net, {"method": "int8", "min_features": 1})
-    run = compiled(net)
-    for _ in range(3):
-        assert near(run(x), expected)
+    before = held()
+    net, _, x = run_stored()
     assert resident_bytes() == before
     lowered = omniq.explain(net, [x], OPTIONS).graphs[0].programs["lowered"]
     assert "its kernel reads" not in lowered
