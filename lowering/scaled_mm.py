@@ -52,7 +52,7 @@ def gemm_rows(
     Fast accumulation keeps about 14 bits of a partial sum on Hopper, well beyond e4m3's 4, and is
     what makes fp8 twice as fast as BF16 there.
     """
-    codes, scale = (_rows(part, keep) for part, keep in zip(a, (1, 0), strict=True))
+    codes, scale = (as_matrix(part, keep) for part, keep in zip(a, (1, 0), strict=True))
     out = torch._scaled_mm(
         codes,
         b[0].t(),
@@ -62,7 +62,7 @@ def gemm_rows(
         out_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,
     )
-    return _restore(out, a[0], problem)
+    return restore(out, a[0], problem)
 
 
 def refuse_blocks(problem: Problem, scheme: Scheme) -> str | None:
@@ -78,7 +78,7 @@ def gemm_blocks(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     """Multiply mxfp8 codes with their e8m0 scale per 1 x 32; see `Kernel.gemm`."""
-    codes, scale = (_rows(part, 1) for part in a)
+    codes, scale = (as_matrix(part, 1) for part in a)
     b = b if problem.b_is_weight else arrange_blocks(b)
     out = torch._scaled_mm(
         codes,
@@ -88,7 +88,7 @@ def gemm_blocks(
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
     )
-    return _restore(out, a[0], problem)
+    return restore(out, a[0], problem)
 
 
 def arrange_blocks(parts: Parts) -> Parts:
@@ -111,11 +111,11 @@ def swizzle(scale: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.float8_e8m0fnu)
 
 
-def _rows(part: torch.Tensor, keep: int) -> torch.Tensor:
+def as_matrix(part: torch.Tensor, keep: int) -> torch.Tensor:
     """Join the leading dimensions of an activation's part, but for the last ``keep``."""
     extra = part.dim() - keep
     return part if extra == 1 else part.flatten(0, extra - 1)
 
 
-def _restore(out: torch.Tensor, codes: torch.Tensor, problem: Problem) -> torch.Tensor:
+def restore(out: torch.Tensor, codes: torch.Tensor, problem: Problem) -> torch.Tensor:
     return out if problem.a_rank == 2 else out.unflatten(0, codes.shape[:-1])

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from omniq_compile.cli import bench, bench_machine
-from omniq_compile.cli.bench_machine import environment, time_calls
+from omniq_compile.cli.bench_machine import environment, time_calls, to_device
 from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
 from omniq_compile.lowering.errors import OmniqError
@@ -145,6 +146,31 @@ def test_a_gpu_is_timed_by_its_own_clock_behind_earlier_work(monkeypatch, host, 
     assert timing.host_seconds == pytest.approx(host)
 
 
+def test_tensors_that_modules_hold_as_plain_attributes_move_too():
+    model = nn.Sequential(nn.Linear(2, 3))
+    model[0].table = torch.ones(4, dtype=torch.complex64)
+    assert to_device(model, torch.device("meta")) is model
+    assert model[0].table.is_meta
+    assert model[0].table.dtype is torch.complex64
+    assert model[0].weight.is_meta
+
+
+def test_calls_as_cuda_graphs_are_in_the_table_and_the_json():
+    slow = Measurement(BASELINE, [1.0, 1.0], [0.1], graph_seconds=[0.012, 0.013, 0.014])
+    fast = Measurement("omniq int8", [1.0, 1.0], [0.1], graph_seconds=[0.008, 0.0065, 0.004])
+    waits = Measurement("torchao int8", [1.0, 1.0], [0.1], graph_error="it waits")
+    result = BenchResult(BenchConfig(), {}, [slow, fast, waits])
+    assert result.graph_speedup("omniq int8") == 2.0
+    assert result.graph_speedup("torchao int8") is None
+    summary = json.loads(result.to_json())["summary"]
+    assert summary["omniq int8"]["median_graph_seconds"] == 0.0065
+    assert summary["omniq int8"]["graph_speedup"] == 2.0
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(bench._speed_table(result))
+    assert "as a graph" in screen.file.getvalue()
+    assert "6.50 ms" in screen.file.getvalue()
+
+
 def test_host_seconds_are_in_the_table_and_the_json():
     m = Measurement(BASELINE, [1.0, 1.0], host_seconds=[0.0011, 0.0013, 0.0099])
     result = BenchResult(SMALL, environment(SMALL), [m])
@@ -227,7 +253,7 @@ def test_every_option_is_of_one_model_or_of_a_suite(monkeypatch):
     """None that is added later is ignored without a word."""
     monkeypatch.setattr(bench, "run_command", lambda *arguments: 0)
     assert bench.run(parse("--suite", "smoke", "--case", "words", "--report", "x")) == 0
-    of_a_suite = {"suite", "case", "report"}
+    of_a_suite = {"suite", "case", "variant", "report"}
     names = {*BenchConfig.__dataclass_fields__, "quick", "json"}
     assert set(vars(parse())) - of_a_suite == names
 

@@ -184,6 +184,25 @@ def test_the_command_writes_a_page_and_json(
     assert json.loads(data.read_text()) == json.loads(result.to_json())
 
 
+def test_variants_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[str]] = []
+
+    def run(suite: Any, case: Case, variants: list[Variant], *more: Any) -> Any:
+        measured.append([variant.name for variant in variants])
+        return bench_suite.CaseResult(case.name)
+
+    monkeypatch.setitem(SUITES, "tiny", TINY)
+    monkeypatch.setattr(bench_suite, "_run_case", run)
+    chosen = ["--variant", "omniq fp8", "--variant", BASELINE]
+    assert main(["bench", "--suite", "tiny", "--case", "good", *chosen]) == 0
+    assert measured == [[BASELINE, "omniq fp8"]]
+    monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
+    assert main(["bench", "--suite", "tiny", "--variant", "omniq fp9"]) == 2
+    assert "Did you mean 'omniq fp8'?" in errors.getvalue()
+    assert main(["bench", "--variant", "omniq fp8"]) == 2
+    assert "--variant is for a suite" in errors.getvalue()
+
+
 def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

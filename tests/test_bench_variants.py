@@ -11,7 +11,7 @@ from torch._inductor import config as inductor_config
 
 from omniq_compile.cli import bench_variants
 from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_variants import TORCHAO_FP8, TORCHAO_INT8, TORCHAO_SETTINGS
+from omniq_compile.cli.bench_variants import TORCHAO, TORCHAO_INT8, TORCHAO_SETTINGS
 from omniq_compile.cli.random_models import make_inputs, random_model
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -32,7 +32,7 @@ def test_settings_are_those_that_torchao_sets_itself() -> None:
     assert TORCHAO_SETTINGS.items() <= after.items()
 
 
-@pytest.mark.parametrize("variant", [TORCHAO_INT8, TORCHAO_FP8], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", TORCHAO, ids=lambda v: v.name)
 def test_settings_are_those_of_torchao_alone(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
     compiled: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ def test_settings_are_those_of_torchao_alone(variant: Any, monkeypatch: pytest.M
 
     def quantize(model: nn.Module, config: Any, **more: Any) -> None:
         configs.append(config)
-        if variant is TORCHAO_INT8:  # its fp8 needs a GPU
+        if "int8" in variant.name:  # its fp8 needs a GPU
             quantize_(model, config, **more)
 
     monkeypatch.setattr(quantization, "quantize_", quantize)
@@ -50,7 +50,9 @@ def test_settings_are_those_of_torchao_alone(variant: Any, monkeypatch: pytest.M
     with torch.no_grad():
         variant.build(model, {"input": x})(x)
     assert settings() == before
-    assert compiled == [{"options": TORCHAO_SETTINGS}]
+    untuned = {"coordinate_descent_tuning": False} if "untuned" in variant.name else {}
+    assert compiled == [{"options": TORCHAO_SETTINGS | untuned}]
+    assert bool(untuned) == any("takes minutes" in note for note in variant.notes)
     assert [config.set_inductor_config for config in configs] == [False]
     assert any("recommends" in note for note in variant.notes)
 

@@ -45,17 +45,26 @@ def layer(
 @pytest.mark.parametrize(
     ("place", "scheme", "problem", "name", "said"),
     [
-        ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", ""),
+        ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", "for up to 2"),
+        ("cuda:sm_90", INT8, layer(2), "cuda_s8_few_rows", ""),
         ("cuda:sm_80", INT8, layer("s0", 70, 45), "cuda_s8_triton", ""),
         ("cuda:sm_100", INT8, layer(), "cuda_s8_int_mm", ""),
         ("cuda:sm_100", INT8, layer("s0"), "cuda_s8_int_mm", ""),
         ("cuda:sm_100", INT8, layer(1), "cuda_s8_triton", "needs more than 16"),
         ("cuda:sm_100", INT8, layer(64, 70), "cuda_s8_triton", "K = 70"),
         ("cuda:sm_90", INT8, layer(b_rank=3), "cuda_s8_float32", "no batch of matrices"),
-        ("cuda:sm_90", FP8, layer(), "cuda_fp8_scaled_mm", ""),
+        ("cuda:sm_90", FP8, layer(), "cuda_fp8_scaled_mm", "9216 tiles of 64 x 64"),
+        ("cuda:sm_90", FP8, layer("s0"), "cuda_fp8_scaled_mm", "not both known"),
+        ("cuda:sm_90", FP8, layer(128, N=4224), "cuda_fp8_few_tiles_triton", ""),
+        ("cuda:sm_90", FP8, layer(128, N=4240), "cuda_fp8_scaled_mm", "134 tiles of 64 x 64"),
         ("cuda:sm_90", FP8, layer(K=3000), "cuda_fp8_triton", "not a multiple of 16"),
         ("cuda:sm_90", FP8, layer(dtype=FP16), "cuda_fp8_triton", "result is float16"),
-        ("cuda:sm_90", blocks(128, 128), layer(), "cuda_fp8_block_triton", "one per block"),
+        ("cuda:sm_90", blocks(128, 128), layer(), "cuda_fp8_block_scaled_mm", "one per block"),
+        ("cuda:sm_90", blocks(128, 128), layer(7), "cuda_fp8_block_triton", "M = 7 is not"),
+        ("cuda:sm_90", blocks(128, 128), layer("s0"), "cuda_fp8_block_triton", "M = s0 is not"),
+        ("cuda:sm_90", blocks(128, 128), layer(N=160), "cuda_fp8_block_triton", "N = 160 is not"),
+        ("cuda:sm_90", blocks(128, 128), layer(K=3200), "cuda_fp8_block_triton", "K = 3200 is"),
+        ("cuda:sm_89", blocks(128, 128), layer(), "cuda_fp8_block_triton", "one per block"),
         ("cuda:sm_90", blocks(7, 96), layer(), "cuda_fp8_block_triton", "one per block"),
         ("cuda:sm_90", blocks(64, 48), layer(), "cuda_fp8_float32", "16 columns share both"),
         ("cuda:sm_80", FP8, layer(), "cuda_fp8_weight_only_triton", ""),
@@ -66,11 +75,13 @@ def layer(
         ("cuda:sm_100", w4a8(MXFP4), layer(), "cuda_mxfp4_triton", ""),
         ("cuda:sm_120", w4a8(MXFP4), layer(1), "cuda_mxfp4_decoded_triton", "mxfp8 by mxfp4 in"),
         ("cuda:sm_120", w4a8(MXFP4), layer(), "cuda_mxfp4_bfloat16", "one tile of 128 rows"),
-        ("cuda:sm_90", MXFP4, layer(128), "cuda_mxfp4_decoded_triton", ""),
-        ("cuda:sm_90", MXFP4, layer(129), "cuda_mxfp4_bfloat16", "decodes the weight again"),
+        ("cuda:sm_89", MXFP4, layer(128), "cuda_mxfp4_decoded_triton", ""),
+        ("cuda:sm_89", MXFP4, layer(129), "cuda_mxfp4_bfloat16", "decodes the weight again"),
+        ("cuda:sm_90", MXFP4, layer(64), "cuda_mxfp4_decoded_triton", "for up to 1"),
+        ("cuda:sm_90", MXFP4, layer(65), "cuda_mxfp4_bfloat16", "decodes the weight again"),
         ("cuda:sm_90", MXFP4, layer("s0"), "cuda_mxfp4_bfloat16", "M = s0"),
-        ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", ""),
-        ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", ""),
+        ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", "for up to 1"),
+        ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", "M = s0"),
         ("rocm:gfx942", DUALSCALE, layer(), "rocm_mxfp4_dualscale_decoded_triton", ""),
         ("rocm:gfx942", MXFP4, layer(7), "rocm_mxfp4_decoded_triton", ""),
         ("rocm:gfx942", INT8, layer("s0", 70, 45), "rocm_s8_triton", ""),
@@ -152,8 +163,35 @@ def test_a_tile_is_no_taller_than_its_rows_want(M: int, N: int) -> None:
         assert tile == row[-1] or tile.block_m < 2 * M
         if M >= 4096:
             assert tile.block_m >= 128
-    small = tiles.choose("row_scaled", "sm_90", 1024, 3072, processors=132)
-    assert small.block_n == 128  # 256 columns would leave a third of the SMs without a tile
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "block_m", "block_n", "block_k"),
+    [
+        (4096, 3072, 128, 256, 128),
+        (1024, 12288, 128, 256, 128),
+        (1024, 3072, 128, 64, 128),  # 256 columns would leave a third of the SMs without a tile
+        (512, 5120, 128, 64, 128),
+        (128, 12288, 128, 64, 128),
+        (64, 12288, 64, 64, 128),
+        (128, 3072, 64, 64, 256),
+    ],
+)
+def test_the_tile_is_the_one_that_was_the_fastest_on_an_h200(
+    M: int, N: int, block_m: int, block_n: int, block_k: int
+) -> None:
+    """Times of each: docs/benchmarks/2026-11-26-nvidia-h200-tiles.md."""
+    tile = tiles.choose("row_scaled", "sm_90", M, N, processors=132)
+    assert (tile.block_m, tile.block_n, tile.block_k) == (block_m, block_n, block_k)
+    assert tile.persistent == (block_n == 256)
+    unaligned = tiles.choose("row_scaled", "sm_90", M, N, processors=132, tma=False)
+    assert not unaligned.persistent
+    assert unaligned.block_m == block_m
+
+
+def test_a_tall_matrix_is_not_cut_into_tiles_of_few_rows() -> None:
+    assert tiles.choose("row_scaled", "sm_80", 100, 3072, processors=108).block_m == 128
+    assert tiles.choose("row_scaled", "sm_80", 64, 3072, processors=108).block_m == 16
 
 
 @pytest.mark.parametrize(("M", "N"), [(1, 18432), (77, 3072), (4096, 3072), (16384, 12288)])
@@ -228,10 +266,11 @@ def test_a_gpu_machine_without_triton_falls_to_torchs_own_gemm(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
     )
-    assert chosen("cuda:sm_90", INT8, layer()) == (
+    assert chosen("cuda:sm_80", INT8, layer()) == (
         "cuda_s8_int_mm",
         "cuda_s8_triton: Triton is not installed",
     )
+    assert chosen("cuda:sm_90", FP8, layer(64))[0] == "cuda_fp8_scaled_mm"
 
 
 def test_operands_on_a_cpu_are_an_error() -> None:

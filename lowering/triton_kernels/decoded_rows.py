@@ -3,6 +3,10 @@
 A weight is decoded in registers where that happens once, for results of one tile of rows. With more
 rows each tile would decode it again, and by instruction counts that takes about as long as it takes
 to multiply 128 rows. There the graph decodes it once, to BF16 that a cache may hold for the GEMM.
+
+On sm_90, whose tensor cores read b from shared memory alone, decoded values take a way through it
+that nothing is loaded ahead of: 128 rows by 3072 x 3072 took 22 us in the best tile, and 9 in
+cuBLAS. One tile is 64 rows there.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from omniq_compile.lowering.triton_kernels.rows import SHORTEST_STEP, refuse_any
 TILE_ROWS = 128
 
 
-def decoded_once(problem: Problem) -> bool:
+def in_one_tile(problem: Problem, tile_rows: int) -> bool:
     """Say whether all rows of a result are known to be in one tile."""
-    return isinstance(problem.M, int) and problem.M <= TILE_ROWS
+    return isinstance(problem.M, int) and tile_rows >= problem.M
 
 
 def _refuse(problem: Problem, scheme: Scheme) -> str | None:
@@ -49,34 +53,36 @@ def _multiply(
     return result
 
 
-def _refuse_mx(problem: Problem, scheme: Scheme) -> str | None:
-    refusal = _refuse(problem, scheme)
-    torch_takes_it = decoded_bfloat16.refuse(problem, scheme) is None
-    if refusal is None and torch_takes_it and not decoded_once(problem):
-        return (
-            f"M = {problem.M} is not known to be one tile of {TILE_ROWS} rows, and each tile "
-            "decodes the weight again"
-        )
-    return refusal
-
-
-def _gemm_mx(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
-) -> torch.Tensor:
-    if decoded_once(problem):
-        return _multiply(a, (b[0], b[1], None), bias, problem)
-    dequantize = mxfp8 if scheme.weight == "mxfp8" else mxfp4
-    return _multiply(a, (dequantize.dequantize_bfloat16(b), None, None), bias, problem)
-
-
-def mx_row(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
+def mx_row(
+    device: str, archs: Sequence[str], method: str, why: str, tile_rows: int = TILE_ROWS
+) -> Kernel:
     """Make the row of ``mxfp8`` or ``mxfp4``, before that of torch's BF16 GEMM.
 
     Args:
         device, archs: where it is offered.
         method: of the two.
         why: it is not native.
+        tile_rows: up to which a weight is decoded in registers.
     """
+
+    def refuse(problem: Problem, scheme: Scheme) -> str | None:
+        refusal = _refuse(problem, scheme)
+        torch_takes_it = decoded_bfloat16.refuse(problem, scheme) is None
+        if refusal is None and torch_takes_it and not in_one_tile(problem, tile_rows):
+            return (
+                f"M = {problem.M} is not known to be one tile of {tile_rows} rows, and each tile "
+                "decodes the weight again"
+            )
+        return refusal
+
+    def gemm(
+        a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+    ) -> torch.Tensor:
+        if in_one_tile(problem, tile_rows):
+            return _multiply(a, (b[0], b[1], None), bias, problem)
+        dequantize = mxfp8 if scheme.weight == "mxfp8" else mxfp4
+        return _multiply(a, (dequantize.dequantize_bfloat16(b), None, None), bias, problem)
+
     return Kernel(
         name=f"{device}_{method}_decoded_triton",
         method=method,
@@ -85,25 +91,27 @@ def mx_row(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
         native=False,
         about=f"{why}: Triton decodes weights exactly to BF16 in registers, for few rows",
         quantize=decoded_bfloat16.quantize,
-        gemm=_gemm_mx,
-        refuse=_refuse_mx,
+        gemm=gemm,
+        refuse=refuse,
         decodes_whole=True,
         source="triton_kernels/decoded_gemm.py",
     )
 
 
-def _gemm_dualscale(
-    a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
-) -> torch.Tensor:
-    codes, block, coarse = b
-    if decoded_once(problem):
-        return _multiply(a, (codes, block, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
-    values = mxfp4.dequantize_bfloat16((codes, block))
-    return _multiply(a, (values, None, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
-
-
-def dualscale_row(device: str, archs: Sequence[str], why: str) -> Kernel:
+def dualscale_row(
+    device: str, archs: Sequence[str], why: str, tile_rows: int = TILE_ROWS
+) -> Kernel:
     """Make the row of ``mxfp4_dualscale``; the arguments are those of `mx_row`."""
+
+    def gemm(
+        a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
+    ) -> torch.Tensor:
+        codes, block, coarse = b
+        if in_one_tile(problem, tile_rows):
+            return _multiply(a, (codes, block, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
+        values = mxfp4.dequantize_bfloat16((codes, block))
+        return _multiply(a, (values, None, coarse), bias, problem, 1, mxfp4_dualscale.RUN)
+
     return Kernel(
         name=f"{device}_mxfp4_dualscale_decoded_triton",
         method="mxfp4_dualscale",
@@ -113,7 +121,7 @@ def dualscale_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         about=f"{why}: decoded exactly to BF16, a Triton GEMM applies coarse scales to float32 "
         "sums of 512",
         quantize=decoded_bfloat16.quantize_scaled,
-        gemm=_gemm_dualscale,
+        gemm=gemm,
         refuse=_refuse,
         decodes_whole=True,
         source="triton_kernels/decoded_gemm.py",
@@ -138,7 +146,7 @@ def _gemm_weight_only(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     codes, scale = b
-    if not decoded_once(problem):
+    if not in_one_tile(problem, TILE_ROWS):
         codes = fp8.codes_bfloat16(codes).to(problem.dtype)
     x = a[0].to(problem.dtype)
     return _multiply((x,), (codes, None, scale), bias, problem, *(block_size(scheme.weight) or ()))

@@ -22,9 +22,6 @@ from omniq_compile.lowering.formats.mxfp4_dualscale import RUN
 from omniq_compile.lowering.target import detect
 from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose, count
 
-# Rows of tiles that are computed side by side, see `tile.tile_origin`.
-GROUP_M = 8
-
 # Bytes that a row of an operand is a multiple of, where TMA loads it (CUDA driver API,
 # cuTensorMapEncodeTiled, "globalStrides").
 TMA_ALIGNMENT = 16
@@ -96,9 +93,23 @@ def run(launch: Launch) -> None:
     tile = launch.tiles[0]
     arguments |= tile_constants(launch.kernel, tile, K)
     with torch.cuda.device_of(launch.arguments["out_ptr"]):
+        if tile.persistent:
+            _give_memory_to_descriptors()
         function(launch.kernel)[(launch.programs(arguments),)](
             **arguments, num_warps=tile.warps, num_stages=tile.stages
         )
+
+
+def _give_memory_to_descriptors() -> None:
+    """Let Triton allocate what TMA's descriptors are written to, as Inductor does for its launches.
+
+    Triton asks for it in the thread that launches, on the current stream.
+    """
+    import triton
+
+    triton.set_allocator(
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
 
 
 @cache
@@ -120,6 +131,7 @@ def tile_constants(kernel: str, tile: Tile, K: int) -> dict[str, Any]:
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
     }
     if kernel == "row_scaled_gemm":
         constants["PERSISTENT"] = tile.persistent
@@ -235,13 +247,8 @@ def _launch(
     M = out.numel() // N
     rows = hint(M)
     assert rows is not None
-    sizes = tiles, device.arch, rows, N, device.processors
+    sizes = tiles, device.arch, rows, N, device.processors, K % TMA_ALIGNMENT == 0
     chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
-    fitted = (
-        dataclasses.replace(tile, block_k=gcd(tile.block_k, step))
-        for tile in chosen
-        if not tile.persistent or K % TMA_ALIGNMENT == 0
-    )
+    fitted = (dataclasses.replace(tile, block_k=gcd(tile.block_k, step)) for tile in chosen)
     arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}
-    constants |= {"GROUP_M": GROUP_M}
     return Launch(f"{kernel}_gemm", tuple(dict.fromkeys(fitted)), arguments, constants, device)

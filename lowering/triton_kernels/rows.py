@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from math import gcd
@@ -15,6 +16,7 @@ from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.lowering.triton_kernels import ops  # noqa: F401  (defines the operators)
+from omniq_compile.lowering.triton_kernels.tiles import count
 
 # The shortest step along K that tensor cores multiply 8-bit elements in.
 SHORTEST_STEP = 32
@@ -93,6 +95,31 @@ def fp8(device: str, archs: Sequence[str], how: str, fnuz: bool = False) -> Kern
         gemm=_gemm_rows(fnuz),
         refuse=_refuse_fp8_rows,
         source="triton_kernels/row_scaled_gemm.py",
+    )
+
+
+# What a GEMM of few tiles is cut into, see `tiles`.
+SMALL_TILE = 64
+
+
+def fp8_few_tiles(device: str, archs: Sequence[str], how: str, most: int) -> Kernel:
+    """Make the row of `fp8` for results of up to ``most`` small tiles, ahead of larger kernels."""
+
+    def refuse(problem: Problem, scheme: Scheme) -> str | None:
+        M, N = problem.M, problem.N
+        if not (isinstance(M, int) and isinstance(N, int)):
+            return f"M = {M} and N = {N} are not both known"
+        tiles = count(M, N, SMALL_TILE, SMALL_TILE)
+        if tiles > most:
+            return f"{tiles} tiles of {SMALL_TILE} x {SMALL_TILE}, and it is for up to {most}"
+        return _refuse_fp8_rows(problem, scheme)
+
+    return dataclasses.replace(
+        fp8(device, archs, how),
+        name=f"{device}_fp8_few_tiles_triton",
+        about=f"Triton ({how}), a scale per row of both: results of few tiles, so that each is "
+        "an SM's only one",
+        refuse=refuse,
     )
 
 

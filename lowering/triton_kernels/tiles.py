@@ -3,7 +3,8 @@
 A tile is bounded by shared memory (its stages of a and b), by registers (its sums) and, at the low
 end, by the smallest tile that the architecture's instruction takes: ``wgmma`` and ``tcgen05.mma``
 want 64 rows for fp8, block-scaled ``tcgen05.mma`` 128, or Triton falls back to a wider type without
-a word. What each compiles to is tested; none of them has been timed here, and Inductor's
+a word. What each compiles to is tested. Those of sm_90 are the fastest of the times in
+``docs/benchmarks/2026-11-26-nvidia-h200-tiles.md``, no other has been timed, and Inductor's
 ``max_autotune`` times those of `candidates` where it runs.
 """
 
@@ -18,7 +19,8 @@ class Tile:
 
     ``stages`` is how many steps of K are loaded ahead, one included that is being multiplied.
     ``persistent``: one program an SM computes several tiles, and TMA loads them, see
-    `row_scaled_gemm`.
+    `row_scaled_gemm`. ``group_m``: rows of tiles that are computed side by side, see
+    `tile.tile_origin`.
     """
 
     block_m: int
@@ -27,6 +29,7 @@ class Tile:
     warps: int
     stages: int
     persistent: bool = False
+    group_m: int = 8
 
     def count(self, M: int, N: int) -> int:
         """Return how many tiles cover ``[M, N]``."""
@@ -49,16 +52,22 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _AMPERE): (Tile(128, 128, 128, 8, 3), Tile(16, 64, 128, 4, 4)),
     ("row_scaled", _ADA + _RTX): (Tile(128, 128, 64, 8, 4), Tile(16, 64, 128, 4, 4)),
     ("row_scaled", _HOPPER): (
-        Tile(128, 256, 128, 8, 3),
-        Tile(128, 128, 128, 8, 4),
+        Tile(128, 256, 128, 8, 4, persistent=True, group_m=16),
+        Tile(128, 256, 128, 8, 3, group_m=16),
+        Tile(128, 64, 128, 4, 4),
         Tile(64, 64, 128, 4, 4),
+        Tile(64, 64, 256, 4, 4),
     ),
     ("row_scaled", _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
     ("row_scaled", _CDNA3): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
     ("row_scaled", _CDNA4): (Tile(256, 128, 128, 8, 2), Tile(16, 64, 128, 4, 2)),
     # The same with two sets of sums.
     ("block_scaled", _ADA + _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 128, 4, 3)),
-    ("block_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    ("block_scaled", _HOPPER + _BLACKWELL): (
+        Tile(128, 128, 128, 8, 4),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+    ),
     ("block_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 128, 4, 2)),
     ("block_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
     # MX codes: e4m3 or e4m3 by e2m1, e2m1, and e2m1 with coarse scales, which needs two sets again.
@@ -74,11 +83,19 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     # BF16 activations by codes that become BF16, and the same with scales that change along K.
     ("decoded", _AMPERE): (Tile(128, 128, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("decoded", _ADA + _RTX): (Tile(128, 128, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
-    ("decoded", _HOPPER): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded", _HOPPER): (
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(64, 32, 128, 4, 4),
+    ),
     ("decoded", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
     ("decoded_scaled", _AMPERE): (Tile(128, 64, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("decoded_scaled", _ADA): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
-    ("decoded_scaled", _HOPPER): (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("decoded_scaled", _HOPPER): (
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(64, 32, 128, 4, 4),
+    ),
     ("decoded_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
 }  # fmt: skip
 
@@ -87,16 +104,15 @@ _TRIED: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _AMPERE): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 3)),
     ("row_scaled", _ADA + _RTX): (Tile(128, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
     ("row_scaled", _HOPPER): (
-        Tile(128, 256, 128, 8, 4),
         Tile(64, 128, 128, 4, 5),
-        Tile(128, 256, 128, 8, 3, persistent=True),
-        Tile(256, 128, 128, 8, 3, persistent=True),
-        Tile(128, 128, 128, 8, 4, persistent=True),
+        Tile(128, 256, 128, 8, 3, persistent=True, group_m=16),
+        Tile(256, 128, 128, 8, 3, persistent=True, group_m=16),
+        Tile(128, 128, 128, 4, 4, persistent=True),
     ),
     ("row_scaled", _BLACKWELL): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 4)),
     ("row_scaled", _CDNA3): (Tile(256, 128, 64, 8, 2),),
     ("row_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2),),
-    ("block_scaled", _HOPPER + _BLACKWELL): (Tile(64, 128, 128, 4, 4),),
+    ("block_scaled", _HOPPER + _BLACKWELL): (Tile(128, 128, 128, 8, 3),),
     ("mx_e4m3", _BLACKWELL): (Tile(128, 128, 256, 8, 3),),
     ("mx_e2m1", _BLACKWELL): (Tile(128, 128, 512, 8, 3),),
     ("decoded", _HOPPER): (Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
@@ -114,30 +130,34 @@ TILES = _by_architecture(_ROWS)
 TRIED = _by_architecture(_TRIED)
 
 
-def choose(kernel: str, arch: str, M: int, N: int, processors: int) -> Tile:
+def choose(kernel: str, arch: str, M: int, N: int, processors: int, tma: bool = True) -> Tile:
     """Return the largest tile that has no more rows than M needs and keeps every SM busy.
 
     Args:
         kernel: a key of `TILES`, with ``arch``.
         M, N: of the result.
         processors: how many SMs or compute units the device has.
+        tma: whether TMA can load the operands; persistent tiles need it.
     """
-    *larger, smallest = TILES[kernel, arch]
-    for tile in larger:
-        if tile.block_m // 2 < M and tile.count(M, N) >= processors:
+    known = [tile for tile in TILES[kernel, arch] if tma or not tile.persistent]
+    # A tall matrix is not cut into tiles of 16 rows to have more of them.
+    fitting = [tile for tile in known if min(M, 64) <= tile.block_m < 2 * M] or known[-1:]
+    for tile in fitting:
+        if tile.count(M, N) >= processors:
             return tile
-    # A tall matrix with few tiles is better cut by the middle rows than by the smallest.
-    fitting = [tile for tile in larger if tile.block_m // 2 < M]
-    return fitting[-1] if fitting else smallest
+    return fitting[-1]
 
 
-def candidates(kernel: str, arch: str, M: int, N: int, processors: int) -> tuple[Tile, ...]:
+def candidates(
+    kernel: str, arch: str, M: int, N: int, processors: int, tma: bool = True
+) -> tuple[Tile, ...]:
     """Return the tiles worth timing: what `choose` returns, first, and those that may do better.
 
     None of them has more rows than the first or M needs, or under a quarter of the first's size.
     """
-    first = choose(kernel, arch, M, N, processors)
+    first = choose(kernel, arch, M, N, processors, tma)
     rows, size = max(2 * M - 1, first.block_m), first.block_m * first.block_n
     others = TILES[kernel, arch] + TRIED.get((kernel, arch), ())
+    others = tuple(tile for tile in others if tma or not tile.persistent)
     fitting = [t for t in others if t.block_m <= rows and 4 * t.block_m * t.block_n >= size]
     return tuple(dict.fromkeys([first, *fitting]))

@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="WORDS", help="only a suite's cases with these words in their names"
     )
     parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME",
+        help="only this one of a suite's variants, and any other so named; Inductor is what they "
+        "are compared with",
+    )
+    parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="where a suite's Markdown and JSON go"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
@@ -83,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.suite is not None:
         _refuse_options_of_one_model(args)
-        return run_command(args.suite, args.report, Console(), args.case)
-    for option in ("case", "report"):
+        return run_command(args.suite, args.report, Console(), args.case, args.variant)
+    for option in ("case", "report", "variant"):
         if getattr(args, option) is not None:
             raise OmniqError(f"--{option} is for a suite; name one: --suite {next(iter(SUITES))}")
     check_writable("--json", args.json)
@@ -150,13 +157,15 @@ def print_table(result: BenchResult, console: Console) -> None:
 def _speed_table(result: BenchResult) -> Table:
     on_gpu = any(m.median_host_seconds is not None for m in result.measurements)
     host = "; host: what the host takes to ask a GPU for a call" if on_gpu else ""
+    host += "; as a graph: replayed as a CUDA graph, where the host sets no pace" if on_gpu else ""
     table = Table(
         title=f"One forward of the whole model, no_grad, {result.config.rounds} rounds in turn",
         caption=f"speed-up: {BASELINE}'s time by the variant's, as the median of the rounds' "
         f"ratios, and as the ratio of the medians; the first call compiles{host}",
     )
     table.add_column("variant")
-    titles = ("median", "min", *(["host"] if on_gpu else []), "speed-up", "of medians")
+    by_graph = ["as a graph", "speed-up as a graph"] if on_gpu else []
+    titles = ("median", "min", *(["host"] if on_gpu else []), "speed-up", "of medians", *by_graph)
     for title in (*titles, "first call"):
         table.add_column(title, justify="right")
     for m in result.measurements:
@@ -167,6 +176,8 @@ def _speed_table(result: BenchResult) -> Table:
             *([_format(m.median_host_seconds, "{:.2f} ms", 1e3)] if on_gpu else []),
             _format(by_round, "{:.2f}x"),
             _format(of_medians, "{:.2f}x"),
+            *([_format(m.median_graph_seconds, "{:.2f} ms", 1e3)] if on_gpu else []),
+            *([_format(result.graph_speedup(m.name), "{:.2f}x")] if on_gpu else []),
             _format(m.first_call_seconds, "{:.1f} s"),
         ]
         table.add_row(*_row(m, cells))

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from omniq_compile import inductor
 from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_machine import time_calls
+from omniq_compile.cli.bench_machine import captured, time_calls
 from omniq_compile.cli.bench_suites import Suite
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import get_format
@@ -159,25 +159,13 @@ def _seconds(call: Callable[[], Any], suite: Suite) -> float:
             call()
 
     device = torch.device(suite.device)
-    run = _captured(calls) if device.type == "cuda" else calls
+    # A GEMM can be shorter than the host takes to launch it.
+    run = captured(calls) if device.type == "cuda" else calls
     seconds = []
     for _ in range(REPEATS):
         run()  # on a GPU the next one, which is timed, is queued behind it
         seconds.append(time_calls(run, device).seconds)
     return statistics.median(seconds) / suite.gemm_calls
-
-
-def _captured(calls: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph: a GEMM can be shorter than the host takes to launch it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls()  # what is made in a first call may not be made while a graph is captured
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
 
 
 def _operations(shapes: Any) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from omniq_compile import __version__
 from omniq_compile.cli.bench_result import BenchConfig
@@ -63,6 +64,36 @@ def time_calls(call: Callable[[], Any], device: torch.device, count: int = 1) ->
     end.record()
     end.synchronize()
     return Timing(float(start.elapsed_time(end)) / 1e3 / count, host)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of a call.
+
+    Raises:
+        RuntimeError: the call waits for the device, or cannot be captured for another reason.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # what is made in a first call may not be made while a graph is captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, and the tensors that its modules hold as plain attributes; returns it.
+
+    Qwen-Image's rotary tables are such: a compiled forward of the whole model would copy them to
+    the device in each call, and wait for it. That is once for all blocks of a denoising step.
+    """
+    for module in model.to(device).modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, value.to(device))
+    return model
 
 
 def _host_seconds(call: Callable[[], Any], count: int) -> float:

@@ -10,6 +10,7 @@ from omniq_compile.cli.bench_suite import CaseResult, SuiteResult
 PACKAGES = ("torch", "cuda", "hip", "triton", "torchao", "diffusers")
 COLUMNS = (
     "variant", "median, ms", "fastest, ms", "host, ms", "speed-up", "of medians",
+    "as a graph, ms", "speed-up as a graph",
     "error to float32", "error to BF16", "weights, MB", "peak of a call, MB", "GEMMs, TOPS",
     "of the peak", "kernels",
 )  # fmt: skip
@@ -28,7 +29,8 @@ def markdown(result: SuiteResult) -> str:
         f"Speed-up is {BASELINE} BF16's time by the variant's: the median of the rounds' ratios, "
         "and the ratio of the medians. Variants take turns; each time is the mean of "
         f"{where['calls_per_timing']} call(s) in a row, on a GPU by its own clock. Host is what "
-        "the host takes to ask a GPU for a call: where that is as long, it sets the pace. Errors "
+        "the host takes to ask a GPU for a call: where that is as long, it sets the pace. As a "
+        "graph: the same call replayed as a CUDA graph, where the host sets no pace. Errors "
         "are ||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, on a "
         "GPU in a CUDA graph, and compared with a large square GEMM: native kernels with that of "
         "their precision, emulated ones with BF16's.",
@@ -50,6 +52,9 @@ def _case(case: CaseResult) -> list[str]:
         return [f"Failed: {_one_line(case.error or '')}"]
     lines = _table(COLUMNS, [_row(case, m) for m in case.bench.measurements])
     failures = {m.name: m.error for m in case.bench.measurements if m.error}
+    failures |= {
+        f"CUDA graph of {m.name}": m.graph_error for m in case.bench.measurements if m.graph_error
+    }
     failures |= {f"GEMMs of {name}": error for name, error in case.gemm_errors.items()}
     for note in case.bench.notes:
         lines += ["", f"Note: {note}."]
@@ -69,6 +74,8 @@ def _row(case: CaseResult, m: Measurement) -> tuple[str, ...]:
         _number(m.median_host_seconds, 1e3, 3),
         _number(by_round, 1, 2),
         _number(of_medians, 1, 2),
+        _number(m.median_graph_seconds, 1e3, 3),
+        _number(case.bench.graph_speedup(m.name), 1, 2),
         _number(m.error_to_float32, 1, 4),
         _number(m.error_to_eager, 1, 4),
         _number(m.weight_bytes, 1e-6, 1),

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from omniq_compile import weights
-from omniq_compile.cli.bench_machine import environment, synchronize, time_calls
+from omniq_compile.cli.bench_machine import (
+    captured,
+    environment,
+    synchronize,
+    time_calls,
+    to_device,
+)
 from omniq_compile.cli.bench_result import DTYPES, BenchConfig, BenchResult, Measurement
 from omniq_compile.cli.bench_variants import Variant, default_variants
 from omniq_compile.cli.random_models import make_inputs, random_model
@@ -64,6 +70,7 @@ def run_bench(
     torch.compiler.reset()
     measurements = [Measurement(v.name) for v in variants]
     calls: dict[str, Callable[[], Any]] = {}
+    graphs: dict[str, Callable[[], None]] = {}
 
     # Every variant compiles the same functions; past the limit PyTorch would run them eagerly.
     limits = {"recompile_limit": 8 * len(variants), "fail_on_recompile_limit_hit": True}
@@ -81,6 +88,8 @@ def run_bench(
         for m, variant in zip(measurements, variants, strict=True):
             progress.update(task, description=f"first call: {m.name}")
             _attempt(m, _first_calls, variant, subject, config.warmup, calls)
+            if subject.device.type == "cuda":
+                _attempt(m, _capture, calls, graphs)
             progress.advance(task)
         device = subject.device
         del subject
@@ -88,7 +97,7 @@ def run_bench(
         for number in range(config.rounds):
             progress.update(task, description=f"round {number + 1} of {config.rounds}")
             for m in measurements:
-                _attempt(m, _timed_calls, calls, device, config)
+                _attempt(m, _timed_calls, calls, graphs, device, config)
                 progress.advance(task)
         after = weights.statistics()
 
@@ -111,7 +120,8 @@ def _make_subject(config: BenchConfig) -> _Subject:
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
     model = random_model(
         config.model, width=config.width, num_blocks=config.blocks, dtype=dtype, seed=config.seed
-    ).to(device)
+    )
+    to_device(model, device)
     inputs = make_inputs(
         model,
         image_tokens=config.image_tokens,
@@ -168,9 +178,20 @@ def _first_calls(
         m.peak_call_bytes = peak_of_call(calls[m.name], device)
 
 
+def _capture(
+    m: Measurement, calls: dict[str, Callable[[], Any]], graphs: dict[str, Callable[[], None]]
+) -> None:
+    try:
+        graphs[m.name] = captured(calls[m.name])
+    # What cannot be a graph is timed as it is.
+    except Exception as error:
+        m.graph_error = f"{type(error).__name__}: {error}".strip()
+
+
 def _timed_calls(
     m: Measurement,
     calls: dict[str, Callable[[], Any]],
+    graphs: dict[str, Callable[[], None]],
     device: torch.device,
     config: BenchConfig,
 ) -> None:
@@ -180,6 +201,10 @@ def _timed_calls(
     m.seconds.append(timing.seconds)
     if timing.host_seconds is not None:
         m.host_seconds.append(timing.host_seconds)
+    if m.name in graphs:
+        graphs[m.name]()
+        timing = time_calls(graphs[m.name], device, config.calls_per_timing)
+        m.graph_seconds.append(timing.seconds)
 
 
 def _flat(output: Any) -> Tensor:

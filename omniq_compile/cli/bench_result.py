@@ -73,6 +73,8 @@ class Measurement:
     seconds are of one call, the mean of those of a timing; on a GPU they are the device's, and
     host_seconds those that the host takes to ask for one. Where the host is the slower of the two,
     or a call has more launches than the device queues (about 1000), both are about the same.
+    graph_seconds are those of the device where the call is replayed as a CUDA graph, which takes
+    the host next to no time; graph_error says why it cannot be.
     first_call_seconds holds compilation, and quantization of the weights. The errors are
     ||y - reference|| / ||reference|| over the whole output, in float32. weight_bytes is the
     module's own state, quantized_bytes what omniq keeps beside it. peak_call_bytes is the most
@@ -86,6 +88,7 @@ class Measurement:
     name: str
     seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
+    graph_seconds: list[float] = field(default_factory=list)
     first_call_seconds: float | None = None
     error_to_float32: float | None = None
     error_to_eager: float | None = None
@@ -93,6 +96,7 @@ class Measurement:
     quantized_bytes: int | None = None
     peak_call_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    graph_error: str | None = None
     error: str | None = None
     traceback: str | None = None
 
@@ -104,6 +108,12 @@ class Measurement:
     def median_host_seconds(self) -> float | None:
         return (
             statistics.median(self.host_seconds) if self.host_seconds and not self.error else None
+        )
+
+    @property
+    def median_graph_seconds(self) -> float | None:
+        return (
+            statistics.median(self.graph_seconds) if self.graph_seconds and not self.error else None
         )
 
     @property
@@ -143,6 +153,15 @@ class BenchResult:
         by_round = [b / o for b, o in zip(base.seconds, other.seconds, strict=True)]
         return statistics.median(by_round), base.median_seconds / other.median_seconds
 
+    def graph_speedup(self, name: str) -> float | None:
+        """Return the median of the rounds' ratios where both calls are CUDA graphs, or None."""
+        by_name = {m.name: m for m in self.measurements}
+        base, other = by_name.get(BASELINE), by_name[name]
+        if base is None or not base.graph_seconds or not other.graph_seconds or other.error:
+            return None
+        pairs = zip(base.graph_seconds, other.graph_seconds, strict=True)
+        return statistics.median(b / o for b, o in pairs)
+
     def to_json(self) -> str:
         """Return everything as JSON, and under "summary" the statistics that follow from it."""
         summary = {}
@@ -152,6 +171,8 @@ class BenchResult:
                 "median_seconds": m.median_seconds,
                 "min_seconds": m.min_seconds,
                 "median_host_seconds": m.median_host_seconds,
+                "median_graph_seconds": m.median_graph_seconds,
+                "graph_speedup": self.graph_speedup(m.name),
                 "speedup_median_of_rounds": by_round,
                 "speedup_of_medians": of_medians,
             }

@@ -26,11 +26,11 @@ from omniq_compile.cli.bench_gemm import (
     linear_shapes,
     measure_peaks,
 )
-from omniq_compile.cli.bench_machine import environment
+from omniq_compile.cli.bench_machine import environment, to_device
 from omniq_compile.cli.bench_measure import run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
 from omniq_compile.cli.bench_suites import SUITES, Case, Suite
-from omniq_compile.cli.bench_variants import Variant, suite_variants
+from omniq_compile.cli.bench_variants import Variant, named, suite_variants
 from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 
@@ -155,7 +155,8 @@ def _config(suite: Suite, case: Case) -> BenchConfig:
 
 
 def _shapes(config: BenchConfig) -> Counter[Shape]:
-    model = random_model(config.model, width=config.width, num_blocks=1).to(config.device)
+    model = random_model(config.model, width=config.width, num_blocks=1)
+    to_device(model, torch.device(config.device))
     inputs = make_inputs(model, image_tokens=config.image_tokens, text_tokens=config.text_tokens)
     inputs = tree_map_only(torch.Tensor, lambda t: t.to(config.device), inputs)
     with torch.no_grad():
@@ -172,16 +173,23 @@ def _versions() -> dict[str, Any]:
     return found
 
 
-def run_command(name: str, report: Path | None, console: Console, only: str | None = None) -> int:
+def run_command(
+    name: str,
+    report: Path | None,
+    console: Console,
+    only: str | None = None,
+    variants: list[str] | None = None,
+) -> int:
     """Run a suite for the command line; returns 1 where anything failed, else 0.
 
     Args:
         report: a folder for ``<date>-<device>.md`` and ``.json``, written anew after each case, so
             that a run that is stopped keeps what it has; None prints the tables only.
         only: the words in the names of the cases to run, which are added to the files' names.
+        variants: the names of those to measure; all by default.
 
     Raises:
-        OmniqError: no such suite, case, folder or device.
+        OmniqError: no such suite, case, variant, folder or device.
     """
     from omniq_compile.cli.bench_markdown import markdown
 
@@ -200,7 +208,8 @@ def run_command(name: str, report: Path | None, console: Console, only: str | No
                 path.write_text(text, encoding="utf-8")
 
     command = shlex.join(["omniq", *sys.argv[1:]])
-    result = run_suite(name, console, command=command, only=only, keep=keep)
+    chosen = None if variants is None else named(suite_variants(), variants)
+    result = run_suite(name, console, chosen, command=command, only=only, keep=keep)
     console.print(markdown(result), markup=False, highlight=False, soft_wrap=True)
     if written:
         console.print(f"written to {written[0]} and .json", markup=False)

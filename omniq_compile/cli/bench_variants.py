@@ -13,6 +13,7 @@ from torch import nn
 
 from omniq_compile.cli.bench_linears import linear_calls
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig
+from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import METHODS_OF
 from omniq_compile.quantize_weights import quantize_
 
@@ -31,6 +32,10 @@ SETTINGS_NOTE = (
     "torchao is compiled with the settings of Inductor that it recommends, such as "
     "coordinate_descent_tuning, and nothing else is"
 )
+
+# With it a first call on a GPU takes minutes: it compiles and times each kernel in many shapes.
+TUNING = "coordinate_descent_tuning"
+UNTUNED_NOTE = f"torchao untuned is torchao without {TUNING}, with which a first call takes minutes"
 
 # `torch._int_mm`, which torchao's int8 calls however many rows there are, takes no fewer on CUDA.
 FEWEST_ROWS = {"cuda": 17}
@@ -79,10 +84,22 @@ def suite_variants() -> list[Variant]:
     }
     return [
         Variant(BASELINE, _inductor),
-        TORCHAO_FP8,
-        TORCHAO_INT8,
         *(Variant(name, partial(_stored, options=o), o) for name, o in omniq.items()),
+        *TORCHAO,
     ]
+
+
+def named(variants: list[Variant], names: list[str]) -> list[Variant]:
+    """Return the variants of these names, in their own order.
+
+    Raises:
+        OptionError: no variant has one of the names.
+    """
+    known = [variant.name for variant in variants]
+    for name in names:
+        if name not in known:
+            raise OptionError(unknown("variant", name, known))
+    return [variant for variant in variants if variant.name in names]
 
 
 def _of(method: str) -> dict[str, Any]:
@@ -108,7 +125,7 @@ def _stored(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> Callab
     return _bound(model, inputs, options)
 
 
-def _torchao_int8(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
+def _torchao_int8(model: nn.Module, inputs: Inputs, tuned: bool) -> Callable[..., Any]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     device = next(model.parameters()).device.type
@@ -118,28 +135,43 @@ def _torchao_int8(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
         if rows < FEWEST_ROWS.get(device, 1)
     }
     config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    return _torchao(model, config, few)
+    return _torchao(model, config, few, tuned)
 
 
-def _torchao_fp8(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
+def _torchao_fp8(model: nn.Module, inputs: Inputs, tuned: bool) -> Callable[..., Any]:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     config = Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(), set_inductor_config=False
     )
-    return _torchao(model, config, set())
+    return _torchao(model, config, set(), tuned)
 
 
-def _torchao(model: nn.Module, config: Any, left_out: set[nn.Linear]) -> Callable[..., Any]:
+def _torchao(
+    model: nn.Module, config: Any, left_out: set[nn.Linear], tuned: bool
+) -> Callable[..., Any]:
     from torchao.quantization import quantize_ as torchao_quantize_
 
     def taken(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module not in left_out
 
     torchao_quantize_(model, config, filter_fn=taken)
-    compiled: Callable[..., Any] = torch.compile(model, options=TORCHAO_SETTINGS)
+    settings = TORCHAO_SETTINGS | ({} if tuned else {TUNING: False})
+    compiled: Callable[..., Any] = torch.compile(model, options=settings)
     return compiled
 
 
-TORCHAO_INT8 = Variant("torchao int8", _torchao_int8, notes=(SETTINGS_NOTE, ROWS_NOTE))
-TORCHAO_FP8 = Variant("torchao fp8", _torchao_fp8, notes=(SETTINGS_NOTE,))
+def _torchao_variant(name: str, build: Any, *notes: str, tuned: bool = True) -> Variant:
+    notes = (SETTINGS_NOTE, *notes, *(() if tuned else (UNTUNED_NOTE,)))
+    return Variant(name, partial(build, tuned=tuned), notes=notes)
+
+
+TORCHAO_INT8 = _torchao_variant("torchao int8", _torchao_int8, ROWS_NOTE)
+TORCHAO_FP8 = _torchao_variant("torchao fp8", _torchao_fp8)
+TORCHAO_INT8_UNTUNED = _torchao_variant(
+    "torchao int8 untuned", _torchao_int8, ROWS_NOTE, tuned=False
+)
+TORCHAO_FP8_UNTUNED = _torchao_variant("torchao fp8 untuned", _torchao_fp8, tuned=False)
+
+# Those that take minutes last.
+TORCHAO = (TORCHAO_FP8_UNTUNED, TORCHAO_INT8_UNTUNED, TORCHAO_FP8, TORCHAO_INT8)

@@ -21,11 +21,14 @@ from omniq_compile.lowering.triton_kernels.tiles import Tile
 # M, K and N all different: aligned, ragged, with one block of K left over, few rows, long K.
 SHAPES = [
     (64, 256, 384), (130, 257, 131), (33, 264, 136), (1, 320, 192), (16, 512, 48), (17, 1040, 80),
-    (129, 3072, 272),
+    (129, 3072, 272), (132, 1024, 384),
 ]  # fmt: skip
 
 # For one quick look at each kernel: some take no odd K or N, some only multiples of 16 or 32.
-RAGGED = [(130, 257, 131), (33, 264, 136), (17, 1040, 80), (129, 3072, 272)]
+RAGGED = [
+    (130, 257, 131), (33, 264, 136), (17, 1040, 80), (129, 3072, 272), (132, 1024, 384),
+    (1, 320, 192),
+]  # fmt: skip
 
 # Operands are the same codes, so what is left is the rounding of the result and the order of the
 # sums.
