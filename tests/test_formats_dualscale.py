@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from format_oracle import same_bits
+from gpu_division import GpuDivision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,6 +82,25 @@ def test_a_bad_value_stays_in_its_run(format: Format, bad: float) -> None:
     decoded[1, 512:1024] = good[1, 512:1024]
     assert same_bits(decoded, good)
     assert format.dequantize(format.quantize(torch.zeros(2, 600))).eq(0).all()
+
+
+@by_format
+@pytest.mark.parametrize("units", [-2, -1, 0, 1, 2, None])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_no_division_of_a_gpu_changes_a_block_scale(
+    format: Format, units: int | None, dtype: torch.dtype, bits: int
+) -> None:
+    """With every significand of a run's amax, and blocks' at 4 and 3.625 coarse and beside."""
+    largest = torch.arange(2 ** (bits - 1), 2**bits)
+    jumps = torch.stack([largest * 2 / 3, largest * 29 / 48], dim=-1).to(dtype)
+    beside = [(jumps.view(torch.int16) + step).view(dtype) for step in (-1, 0, 1)]
+    x = torch.zeros(len(largest), mxfp4_dualscale.BLOCKS_A_RUN, mx.BLOCK, dtype=dtype)
+    x[:, :7, 5] = torch.cat([largest.to(dtype).unsqueeze(-1), *beside], dim=-1)
+    parts = format.quantize(x.flatten(-2))
+    with GpuDivision(units):
+        _, scale, coarse = format.quantize(x.flatten(-2))
+    assert torch.equal(scale, parts[1])
+    assert torch.allclose(coarse, parts[2], rtol=1.2e-7, atol=0)
 
 
 def error(format: Format, x: torch.Tensor) -> float:

@@ -21,6 +21,8 @@ from omniq_compile.lowering.formats.format import Format, Parts
 RUN = 512
 BLOCKS_A_RUN = RUN // mx.BLOCK
 
+_MIN_NORMAL = torch.finfo(torch.float32).tiny
+
 
 def runs(K: int) -> int:
     """Return how many coarse scales a row of K has."""
@@ -43,7 +45,23 @@ def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     coarse = split.amax(dim=-1) / E2M1_MAX
     divisor = repeat(torch.where(coarse == 0, 1.0, coarse), -1, BLOCKS_A_RUN, block.shape[-2])
     # A correctly rounded division keeps the order, so that the largest stays the largest.
-    return block / divisor.unsqueeze(-1), (amax / divisor).unsqueeze(-1), coarse
+    return block / divisor.unsqueeze(-1), _divide_amax(amax, divisor).unsqueeze(-1), coarse
+
+
+def _divide_amax(amax: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Return ``amax / divisor``, exact on every device where a block's scale jumps.
+
+    It jumps at powers of two and at 7.25 times one. An amax of BF16 that is two thirds of its run's
+    is exactly at 4, and on a GPU a compiled division has an error of up to 2 units in the last
+    place: just below 4, a block would get half its scale, and its largest element saturate at 3.
+    """
+    ratio = amax / divisor
+    short = ((ratio.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+    # The product of 8 significant bits and 16 is exact, and so is the ratio if it is amax. Where
+    # amax of BF16 or FP16 is at a jump, coarse has at most 10.
+    few = (divisor.view(torch.int32) & 0xFF) == 0
+    is_short = few & (short * divisor == amax) & (amax >= _MIN_NORMAL)
+    return torch.where(is_short, short, ratio)
 
 
 def quantize(
