@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import gpu_checks as checks
 import gpu_kernels
 import pytest
 import torch
+from gpu_division import GpuDivision
 
+from omniq_compile.lowering.formats import get_format, mx, mxfp4
+from omniq_compile.lowering.formats.float_codes import encode_e2m1, pack_e2m1
+from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.target import Target, detect
 
 PLACE = checks.Place("cpu", compiler="eager", width=64, tokens=(16, 8))
@@ -118,3 +124,79 @@ def test_a_limit_holds_what_fp8_sums_lose_and_only_there(K: int) -> None:
     for arch in ("sm_90", "sm_89"):
         assert limit(arch, "cuda_fp8_float32") < lost < limit(arch, "cuda_fp8_triton")
     assert lost > limit("sm_100", "cuda_fp8_triton")
+
+
+DIVIDED = ["int8", "fp8", "fp8_group_128", "mxfp4_dualscale", "mxfp4_dualscale_uos"]
+DIVISIONS = [-2, -1, 1, 2, None]
+
+
+@pytest.mark.parametrize("format", DIVIDED)
+def test_a_value_midway_between_codes_may_take_either(format: str) -> None:
+    form, moved = get_format(format), []
+    for units, shape, dtype in product(DIVISIONS, gpu_kernels.SHAPES, gpu_kernels.LIMITS):
+        x = torch.randn(shape[:2], generator=torch.Generator().manual_seed(shape[1])).to(dtype)
+        with GpuDivision(units):
+            values = gpu_kernels.values_of(form.quantize(x), format)
+        assert gpu_kernels.misplaced(values, x, format) == 0, (units, shape, dtype)
+        moved.append(checks.relative(values, form.dequantize(form.quantize(x)).double()))
+    # So much that a limit of errors would let mistakes pass.
+    assert max(moved) > {"int8": 1e-3, "fp8": 4e-3, "fp8_group_128": 4e-3}.get(format, 2e-2)
+    assert max(moved) < 2.5e-2
+
+
+TARGETS = ["cpu:avx512_bf16", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "rocm:gfx942", "xpu:xe"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_a_kernel_makes_of_an_activation_is_read_back(target: str) -> None:
+    x = torch.randn(2, 17, 640).to(torch.bfloat16)
+    for kernel in gpu_kernels.kernels_on(Target.parse(target)):
+        for format in {scheme.activation for scheme in gpu_kernels.schemes_of(kernel.method)}:
+            with GpuDivision(None):
+                found = tuple(kernel.quantize(x, format))
+            if "weight_only" not in kernel.name:
+                values = gpu_kernels.values_of(found, format)
+                assert gpu_kernels.misplaced(values, x, format) == 0, (kernel.name, format)
+
+
+def another_coarse(parts: Parts, run: int) -> Parts:
+    coarse = parts[2].clone()
+    coarse[:, run] *= 1.01
+    return *parts[:2], coarse
+
+
+def another_exponent(parts: Parts, block: int) -> Parts:
+    """Halve a block's scale, as an amax just below a power of two would, and saturate."""
+    values, scale = mxfp4.dequantize(parts[:2]), parts[1].clone()
+    scale[:, block] -= 1
+    steps = mx.scale_down(values.unflatten(-1, (-1, mx.BLOCK)), scale.int().unsqueeze(-1))
+    even, odd = encode_e2m1(steps.flatten(-2)).unflatten(-1, (-1, 2)).unbind(-1)
+    return pack_e2m1(even, odd), scale, parts[2]
+
+
+def next_code(parts: Parts) -> Parts:
+    codes = parts[0].clone()
+    codes[:, 3] ^= 1
+    return codes, *parts[1:]
+
+
+MISTAKES: dict[str, Callable[[Parts], Parts]] = {
+    "a run's coarse scale is off by 1 %": lambda parts: another_coarse(parts, 2),
+    "a block's exponent is too low": lambda parts: another_exponent(parts, 7),
+    "a code is the next one": next_code,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("format", DIVIDED[3:])
+def test_a_mistake_in_codes_is_found(format: str, mistake: str) -> None:
+    x = torch.randn(33, 1040, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    parts = get_format(format).quantize(x)
+    wrong = gpu_kernels.values_of(MISTAKES[mistake](tuple(parts)), format)
+    assert gpu_kernels.misplaced(wrong, x, format) >= 16
+    assert gpu_kernels.misplaced(gpu_kernels.values_of(tuple(parts), format), x, format) == 0
+
+
+def test_values_that_were_not_quantized_are_found() -> None:
+    x = torch.randn(5, 64)
+    assert gpu_kernels.misplaced(x.double(), x, "int8") > 300
