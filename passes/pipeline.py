@@ -17,6 +17,7 @@ from omniq_compile.passes.context import Context, PassRecord
 from omniq_compile.passes.lower import lower
 from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.policy import decide
+from omniq_compile.passes.real_rotary import real_rotary
 from omniq_compile.passes.rewrite import rewrite
 from omniq_compile.passes.share import share
 
@@ -57,6 +58,7 @@ def build(config: QuantConfig) -> list[Pass]:
         Pass("policy", policy, ends="traced"),
         Pass("rewrite", rewrite),
         Pass("share", share, ends="quantized", optional=True),
+        Pass("real_rotary", real_rotary, optional=True),
         Pass("lower", lower, ends="lowered"),
     ]
 

@@ -80,9 +80,10 @@ def test_every_pass_is_recorded_with_what_it_changed(caplog: pytest.LogCaptureFi
     _, gm, _ = trace()
     with caplog.at_level(logging.DEBUG, logger="omniq"):
         _, context = run(gm)
-    assert [r.name for r in context.records] == ["match", "policy", "rewrite", "share", "lower"]
+    names = ["match", "policy", "rewrite", "share", "real_rotary", "lower"]
+    assert [r.name for r in context.records] == names
     deltas = {r.name: r.delta for r in context.records}
-    assert deltas["match"] == deltas["policy"] == {}
+    assert deltas["match"] == deltas["policy"] == deltas["real_rotary"] == {}
     assert deltas["rewrite"] == {"linear": -3, "quantize.default": 3, "gemm.default": 3}
     assert deltas["share"] == {"quantize.default": -1}
     assert deltas["lower"]["gemm.default"] == -3
@@ -114,7 +115,8 @@ def test_without_share_the_numbers_are_the_same() -> None:
 @pytest.mark.parametrize("name", ["shares", "rewrite", "lower"])
 def test_only_an_optional_pass_can_be_skipped(name: str) -> None:
     _, gm, _ = trace()
-    with pytest.raises(OptionError, match=f"unknown optional pass '{name}'.* Valid: share"):
+    known = "Valid: share, real_rotary"
+    with pytest.raises(OptionError, match=f"unknown optional pass '{name}'.* {known}"):
         run(gm, skip=[name])
 
 
@@ -202,5 +204,5 @@ def test_a_graph_without_sites_passes_through() -> None:
     context = new_context()
     result = pipeline.run(gm, pipeline.build(context.config), context)
     assert (context.sites, context.bindings) == ([], [])
-    assert [r.delta for r in context.records] == [{}] * 5
+    assert [r.delta for r in context.records] == [{}] * 6
     assert torch.equal(result(*inputs)[0], inputs[0] * 2)

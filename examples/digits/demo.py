@@ -48,7 +48,7 @@ def load_pipeline() -> DiffusionPipeline:
     diffusers_logging.disable_progress_bar()
     # Newer diffusers say `dtype`; the old name works in every version the project supports.
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-    # Qwen-Image's rotary embedding is complex: Inductor leaves those few operators as they are.
+    # Qwen-Image's rotary frequencies are complex: Inductor leaves the operators that arrange them.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     pipe = DiffusionPipeline.from_pretrained(
         str(FOLDER), trust_remote_code=True, torch_dtype=torch.bfloat16
