@@ -45,8 +45,7 @@ def layer(
 @pytest.mark.parametrize(
     ("place", "scheme", "problem", "name", "said"),
     [
-        ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", "for up to 2"),
-        ("cuda:sm_90", INT8, layer(2), "cuda_s8_few_rows", ""),
+        ("cuda:sm_90", INT8, layer(), "cuda_s8_triton", ""),
         ("cuda:sm_80", INT8, layer("s0", 70, 45), "cuda_s8_triton", ""),
         ("cuda:sm_100", INT8, layer(), "cuda_s8_int_mm", ""),
         ("cuda:sm_100", INT8, layer("s0"), "cuda_s8_int_mm", ""),
@@ -77,11 +76,11 @@ def layer(
         ("cuda:sm_120", w4a8(MXFP4), layer(), "cuda_mxfp4_bfloat16", "one tile of 128 rows"),
         ("cuda:sm_89", MXFP4, layer(128), "cuda_mxfp4_decoded_triton", ""),
         ("cuda:sm_89", MXFP4, layer(129), "cuda_mxfp4_bfloat16", "decodes the weight again"),
-        ("cuda:sm_90", MXFP4, layer(64), "cuda_mxfp4_decoded_triton", "for up to 1"),
+        ("cuda:sm_90", MXFP4, layer(64), "cuda_mxfp4_decoded_triton", ""),
         ("cuda:sm_90", MXFP4, layer(65), "cuda_mxfp4_bfloat16", "decodes the weight again"),
         ("cuda:sm_90", MXFP4, layer("s0"), "cuda_mxfp4_bfloat16", "M = s0"),
-        ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", "for up to 1"),
-        ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", "M = s0"),
+        ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", ""),
+        ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", ""),
         ("rocm:gfx942", DUALSCALE, layer(), "rocm_mxfp4_dualscale_decoded_triton", ""),
         ("rocm:gfx942", MXFP4, layer(7), "rocm_mxfp4_decoded_triton", ""),
         ("rocm:gfx942", INT8, layer("s0", 70, 45), "rocm_s8_triton", ""),
@@ -175,6 +174,7 @@ def test_a_tile_is_no_taller_than_its_rows_want(M: int, N: int) -> None:
         (128, 12288, 128, 64, 128),
         (64, 12288, 64, 64, 128),
         (128, 3072, 64, 64, 256),
+        (2, 3072, 64, 64, 256),
     ],
 )
 def test_the_tile_is_the_one_that_was_the_fastest_on_an_h200(
@@ -187,6 +187,14 @@ def test_the_tile_is_the_one_that_was_the_fastest_on_an_h200(
     unaligned = tiles.choose("row_scaled", "sm_90", M, N, processors=132, tma=False)
     assert not unaligned.persistent
     assert unaligned.block_m == block_m
+
+
+def test_one_row_has_a_tile_of_its_own_on_sm_90_alone() -> None:
+    for kernel, arch in tiles.TILES:
+        one = tiles.choose(kernel, arch, 1, 18432, processors=132)
+        has = arch == "sm_90" and kernel in ("row_scaled", "decoded", "decoded_scaled")
+        assert (one.block_m == 1) == has
+        assert tiles.choose(kernel, arch, 2, 18432, processors=132).block_m > 1
 
 
 def test_a_tall_matrix_is_not_cut_into_tiles_of_few_rows() -> None:

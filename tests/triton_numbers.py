@@ -54,17 +54,23 @@ class Case:
         return Problem(M, self.K, self.N, len(self.rows) + 1, 2, self.dtype)
 
     @property
+    def has_special_rows(self) -> bool:
+        """Whether there is room for a row of zeros, one with NaN and one with Inf."""
+        return math.prod(self.rows) > 4
+
+    @property
     def row(self) -> Kernel:
         named = candidates(self.scheme.method, Target.parse(self.target))
         return next(kernel for kernel in named if kernel.name == self.kernel)
 
     def operands(self) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
-        """Return x with a row of zeros, of NaN and of Inf, the weight's parts, and the bias."""
+        """Return x with `has_special_rows`, the weight's parts, and the bias."""
         generator = torch.Generator().manual_seed(self.K * self.N)
         x = torch.randn(*self.rows, self.K, generator=generator)
         x *= torch.randn(*self.rows, 1, generator=generator).exp2()
         flat = x.view(-1, self.K)
-        flat[1], flat[2, 3], flat[4, self.K - 1] = 0, torch.nan, torch.inf
+        if self.has_special_rows:
+            flat[1], flat[2, 3], flat[4, self.K - 1] = 0, torch.nan, torch.inf
         w = torch.randn(self.N, self.K, generator=generator)
         w[self.N // 2] = 0
         bias = torch.randn(self.N, generator=generator).to(BF16) if self.bias else None
@@ -105,6 +111,11 @@ CASES = (
     Case("cuda:sm_80", "cuda_mxfp4_decoded_triton", _MXFP4, (150,), 203, 83, FP16, bias=False),
     Case("cuda:sm_80", "cuda_mxfp4_dualscale_decoded_triton", _DUAL, (37,), 1101, 83),
     Case("cuda:sm_90", "cuda_mxfp4_dualscale_decoded_triton", _DUAL, (140,), 1101, 83, BF16),
+    Case("cuda:sm_90", "cuda_s8_triton", get_scheme("int8"), (1,), 1205, 83, BF16),
+    Case("cuda:sm_90", "cuda_fp8_few_tiles_triton", get_scheme("fp8"), (1, 1), 1024, 70),
+    Case("cuda:sm_90", "cuda_mxfp8_decoded_triton", get_scheme("mxfp8"), (1,), 1205, 83),
+    Case("cuda:sm_90", "cuda_mxfp4_decoded_triton", _MXFP4, (1, 1), 1205, 83, FP16, bias=False),
+    Case("cuda:sm_90", "cuda_mxfp4_dualscale_decoded_triton", _DUAL, (1,), 1205, 83, BF16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", get_scheme("fp8"), (2, 9), 203, 83, BF16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", get_scheme("fp8"), (140,), 203, 83, FP16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", _blocks(96, 96), (37,), 301, 200, BF16),

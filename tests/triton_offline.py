@@ -27,6 +27,8 @@ from omniq_compile.lowering.triton_kernels.launch import Device, Launch
 N, K = 3072, 3072
 # M for the largest tile, for the most rows that are decoded in registers, for the smallest tile.
 LARGE, ONE_TILE, SMALL = 4096, 128, 9
+# Rows that have a tile of their own, without tensor cores, and where.
+ONE_ROW, ONE_ROW_ARCHS = 1, ("sm_90",)
 PROCESSORS = 132
 
 CUDA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -52,6 +54,7 @@ DECODED = (
     ("real", "fp8", ("sm_80",)),
     ("real", "fp8_block_128x128", ("sm_80",)),
 )
+ONE_ROW_FORMATS = (("int8", "int8"), ("fp8", "fp8"), *((a, b) for a, b, _ in DECODED[:3]))
 
 POINTERS = {
     torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
@@ -95,6 +98,8 @@ def cases() -> Iterator[Case]:
     for a, b, archs in DECODED:
         yield from (Case(a, b, arch, SMALL) for arch in archs)
         yield from (case for arch in archs for case in timed(Case(a, b, arch, ONE_TILE)))
+    for a, b in ONE_ROW_FORMATS:
+        yield from (Case(a, b, arch, ONE_ROW) for arch in ONE_ROW_ARCHS)
     for arch in UNSCALED:
         yield Case("real", "mxfp4_dualscale", arch, LARGE, by_graph=True)
     yield Case("real", "fp8", "sm_80", LARGE, by_graph=True)

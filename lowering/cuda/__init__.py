@@ -1,7 +1,7 @@
 """Kernels of NVIDIA GPUs, in order of preference."""
 
 from omniq_compile.lowering import emulated
-from omniq_compile.lowering.cuda import block_scaled_mm, few_rows, fp8, int8, triton
+from omniq_compile.lowering.cuda import block_scaled_mm, fp8, int8, triton
 from omniq_compile.lowering.target import ARCHITECTURES
 
 _ALL = ARCHITECTURES["cuda"]
@@ -14,7 +14,6 @@ _LEFT = {method: f"where no kernel for {method} can take it" for method in emula
 _NO_SCALES = dict.fromkeys(("mxfp8", "mxfp4", "mxfp4_dualscale"), triton.NO_SCALES)
 
 KERNELS = (
-    few_rows.INT8,
     *triton.INT8,
     int8.INT_MM,
     triton.INT8_LEGACY,
@@ -22,7 +21,6 @@ KERNELS = (
     fp8.SCALED_MM,
     block_scaled_mm.BLOCK_SCALED_MM,
     *triton.FP8,
-    *few_rows.DECODED,
     fp8.SCALED_MM_BLOCKS,
     *triton.MX,
     *triton.DECODED,

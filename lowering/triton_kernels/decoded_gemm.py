@@ -51,12 +51,15 @@ def decoded_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sum the products of k from ``first`` to ``last`` in float32."""
+    """Sum the products of k from ``first`` to ``last`` in float32, of one row without a dot."""
     B_PACK: tl.constexpr = 2 if B_ELEMENT == "e2m1" else 1
     k = tl.arange(0, BLOCK_K)
     b_k = tl.arange(0, BLOCK_K // B_PACK)
     block = tl.arange(0, BLOCK_K // 32)
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BLOCK_M == 1:
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(first, last, BLOCK_K):
         left = last - k0
         a_here = a_at + k0 + k[None, :]
@@ -83,8 +86,13 @@ def decoded_sums(
                     exponent = tl.load(b_block_here, mask=(block < left // 32)[None, :], other=127)
                 cut = tl.reshape(value, (BLOCK_N, BLOCK_K // 32, 32))
                 value = tl.reshape(cut * decode_e8m0(exponent)[:, :, None], (BLOCK_N, BLOCK_K))
-            b = value.to(a_at.dtype.element_ty)
-        sums = tl.dot(a, tl.trans(b), sums)
+            b = value if BLOCK_M == 1 else value.to(a_at.dtype.element_ty)
+        if BLOCK_M == 1:
+            products += a.to(tl.float32) * b.to(tl.float32)
+        else:
+            sums = tl.dot(a, tl.trans(b), sums)
+    if BLOCK_M == 1:
+        sums = tl.sum(products, axis=1)[None, :]
     return sums
 
 

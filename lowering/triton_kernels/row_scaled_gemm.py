@@ -44,9 +44,10 @@ def row_scaled_gemm(
     """Multiply a ``[M, K]`` by b ``[N, K]``, scales ``[M]`` and ``[N]``, bias ``[N]`` or None.
 
     INTEGER: int8 codes, summed exactly in int32. e4m3 products are summed as the tensor cores do,
-    Hopper's with about 14 bits, like the fast accumulation of `torch._scaled_mm`. FNUZ: e4m3 codes,
-    multiplied as fnuz ones. PERSISTENT: each program computes several tiles, which the copy engine
-    of Hopper (TMA) loads: K is a multiple of 16, and what lies outside reads as zero.
+    Hopper's with about 14 bits, like the fast accumulation of `torch._scaled_mm`; where BLOCK_M is
+    1, without tensor cores, in float32. FNUZ: e4m3 codes, multiplied as fnuz ones. PERSISTENT: each
+    program computes several tiles, which the copy engine of Hopper (TMA) loads: K is a multiple of
+    16, and what lies outside reads as zero.
     """
     sums_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     if PERSISTENT:
@@ -67,12 +68,20 @@ def row_scaled_gemm(
     else:
         m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
         a_at, b_at = codes_at(a_ptr, b_ptr, m0, n0, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
+        if BLOCK_M == 1:
+            products = tl.zeros((BLOCK_K, BLOCK_N), sums_type)
+        else:
+            sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
         for k0 in range(0, K, BLOCK_K):
             a, b = load_codes(a_at, b_at, K - k0, FNUZ, EVEN_K, BLOCK_K)
-            sums = tl.dot(a, b, sums, out_dtype=sums_type)
+            if BLOCK_M == 1:
+                products += tl.trans(a.to(sums_type)) * b.to(sums_type)
+            else:
+                sums = tl.dot(a, b, sums, out_dtype=sums_type)
             a_at += BLOCK_K
             b_at += BLOCK_K
+        if BLOCK_M == 1:
+            sums = tl.sum(products, axis=0)[None, :]
         store_scaled(
             out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,
             FNUZ, BLOCK_M, BLOCK_N,

@@ -51,7 +51,7 @@ by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel
 @pytest.mark.gpu_smoke
 @by_kernel
 def test_a_kernel_multiplies_a_ragged_shape(kernel: gpu_kernels.Kernel) -> None:
-    shapes = [gpu_kernels.ragged_shape(kernel)]
+    shapes = [gpu_kernels.ragged_shape(kernel), gpu_kernels.ONE_ROW]
     assert gpu_kernels.check_kernel(kernel, "cuda", "inductor", shapes) > 0
 
 
