@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from omniq_compile.lowering import decoded, decoded_bfloat16, int8_gemms
+from omniq_compile.lowering import decoded, decoded_bfloat16, gpu_quantize, int8_gemms
 from omniq_compile.lowering.registry import Kernel
 
 ELEMENTS = {"fp8": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "mxfp4_dualscale": "e2m1"}
@@ -38,6 +38,7 @@ def float32(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
 
 def bfloat16(device: str, archs: Sequence[str], method: str, why: str) -> Kernel:
     """Make the row that decodes ``mxfp8`` or ``mxfp4`` to BF16, exactly, for a fast BF16 GEMM."""
+    on_gpu = device in ("cuda", "rocm")
     return Kernel(
         name=f"{device}_{method}_bfloat16",
         method=method,
@@ -45,7 +46,7 @@ def bfloat16(device: str, archs: Sequence[str], method: str, why: str) -> Kernel
         archs=tuple(archs),
         native=False,
         about=f"{why}: decoded exactly to BF16, BF16 GEMM",
-        quantize=decoded_bfloat16.quantize,
+        quantize=gpu_quantize.quantize_bfloat16 if on_gpu else decoded_bfloat16.quantize,
         gemm=decoded_bfloat16.gemm,
         refuse=decoded_bfloat16.refuse,
         decodes_whole=True,

@@ -277,7 +277,7 @@ def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixtur
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     # 4 x 6 patches in each of 1 + 8 / 4 latent frames.
     assert "2  72 x 192 x 512  fp8" in rows["blocks.*.ffn.net.0.proj"]
-    assert "cuda_fp8_scaled_mm" in rows["blocks.*.ffn.net.0.proj"]
+    assert "cuda_fp8_few_tiles_triton" in rows["blocks.*.ffn.net.0.proj"]
     assert "kept in float32" in rows["condition_embedder.time_embedder.linear_1"]
     assert "weights: 0.00 GiB -> 0.00 GiB" in out
     assert "activations, estimated:" in out

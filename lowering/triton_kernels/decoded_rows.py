@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from omniq_compile.lowering import decoded, decoded_bfloat16
+from omniq_compile.lowering import decoded, decoded_bfloat16, gpu_quantize
 from omniq_compile.lowering.formats import block_size, fp8, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
@@ -90,7 +90,7 @@ def mx_row(
         archs=tuple(archs),
         native=False,
         about=f"{why}: Triton decodes weights exactly to BF16 in registers, for few rows",
-        quantize=decoded_bfloat16.quantize,
+        quantize=gpu_quantize.quantize_bfloat16,
         gemm=gemm,
         refuse=refuse,
         decodes_whole=True,
