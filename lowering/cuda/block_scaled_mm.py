@@ -18,8 +18,9 @@ from omniq_compile.lowering.schemes import Scheme
 # Rows and columns of a weight's block, and columns of an activation's group.
 BLOCK = 128
 
-# cuBLASLt reads four scales of a row at a time: of a weight's along K, of an activation's along M
-# (cuBLAS documentation, "1D and 2D Block Scaling for FP8 Data Types").
+# A weight's row of scales is padded to four (aten/src/ATen/native/cuda/ScaledBlas.cpp, in newer
+# versions of `is_blockwise_128x128_scaling`), and with four of an activation's each column of them
+# starts at 16 bytes: multiples of four need neither.
 SCALES = 4
 
 # The first CUDA whose cuBLASLt has these scales.

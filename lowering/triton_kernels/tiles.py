@@ -148,7 +148,8 @@ def choose(kernel: str, arch: str, M: int, N: int, processors: int, tma: bool = 
     """
     known = [tile for tile in TILES[kernel, arch] if tma or not tile.persistent]
     # A tall matrix is not cut into tiles of 16 rows to have more of them.
-    fitting = [tile for tile in known if min(M, 64) <= tile.block_m < 2 * M] or known[-1:]
+    fitting = [tile for tile in known if min(M, 64) <= tile.block_m < 2 * M]
+    fitting = fitting or [tile for tile in known if tile.block_m == known[-1].block_m]
     for tile in fitting:
         if tile.count(M, N) >= processors:
             return tile
