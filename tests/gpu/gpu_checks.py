@@ -123,8 +123,14 @@ LAYERS = [(256, 384), (264, 136), (257, 131), (256, 131), (257, 384)]
 ROWS = (1, 2, 16, 17, 33, 130)
 
 
-def rows(method: str, K: int, N: int, dynamic: bool | None, place: Place) -> None:
-    """One layer at few and many tokens: some GEMMs take no fewer than 17."""
+# Numbers of rows, and sequences of them: some GEMMs take no fewer than 17.
+SEQUENCES = [*((M,) for M in ROWS), (2, 1), (2, 9), (3, 40)]
+
+
+def rows(
+    method: str, K: int, N: int, dynamic: bool | None, place: Place, shapes: Any = SEQUENCES
+) -> None:
+    """One layer at several numbers of tokens, compiled for each or for all of them."""
     layer = nn.Linear(K, N, dtype=torch.bfloat16).requires_grad_(False).to(place.device)
     fast = torch.compile(
         nn.Sequential(layer), backend="omniq", options=place.options(method), dynamic=dynamic
@@ -132,7 +138,7 @@ def rows(method: str, K: int, N: int, dynamic: bool | None, place: Place) -> Non
     exact = nn.Linear(K, N).to(place.device)
     exact.load_state_dict(layer.state_dict())
     with torch.no_grad():
-        for shape in [*((M,) for M in ROWS), (2, 1), (2, 9), (3, 40)]:
+        for shape in shapes:
             x = torch.randn(*shape, K, device=place.device, dtype=torch.bfloat16)
             assert_near(fast(x).float(), exact(x.float()), method)
 

@@ -93,6 +93,12 @@ def test_any_number_of_rows(method: str, K: int, N: int, dynamic: bool | None) -
     checks.rows(method, K, N, dynamic, PLACE)
 
 
+@pytest.mark.gpu_smoke
+def test_a_large_result_of_changing_rows() -> None:
+    """More tiles than SMs: on sm_90 they are loaded by TMA, in one program an SM."""
+    checks.rows("int8", 512, 3072, True, PLACE, [(1500,), (1777,), (2048,)])
+
+
 @of_all_models("ZImageTransformer2DModel", "mxfp4")
 def test_stored_weights(family: str, method: str, tmp_path: Path) -> None:
     checks.stored(family, method, PLACE, tmp_path)
