@@ -159,7 +159,8 @@ def test_calls_as_cuda_graphs_are_in_the_table_and_the_json():
     slow = Measurement(BASELINE, [1.0, 1.0], [0.1], graph_seconds=[0.012, 0.013, 0.014])
     fast = Measurement("omniq int8", [1.0, 1.0], [0.1], graph_seconds=[0.008, 0.0065, 0.004])
     waits = Measurement("torchao int8", [1.0, 1.0], [0.1], graph_error="it waits")
-    result = BenchResult(BenchConfig(), {}, [slow, fast, waits])
+    where = environment(BenchConfig())
+    result = BenchResult(BenchConfig(), where, [slow, fast, waits])
     assert result.graph_speedup("omniq int8") == 2.0
     assert result.graph_speedup("torchao int8") is None
     summary = json.loads(result.to_json())["summary"]
@@ -167,6 +168,8 @@ def test_calls_as_cuda_graphs_are_in_the_table_and_the_json():
     assert summary["omniq int8"]["graph_speedup"] == 2.0
     screen = Console(file=io.StringIO(), width=200)
     screen.print(bench._speed_table(result))
+    bench.print_table(result, screen)
+    assert "torchao int8 is no CUDA graph: it waits" in screen.file.getvalue()
     assert "as a graph" in screen.file.getvalue()
     assert "6.50 ms" in screen.file.getvalue()
 

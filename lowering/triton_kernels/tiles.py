@@ -4,7 +4,8 @@ A tile is bounded by shared memory (its stages of a and b), by registers (its su
 end, by the smallest tile that the architecture's instruction takes: ``wgmma`` and ``tcgen05.mma``
 want 64 rows for fp8, block-scaled ``tcgen05.mma`` 128, or Triton falls back to a wider type without
 a word. What each compiles to is tested. Those of sm_90 are the fastest of the times in
-``docs/benchmarks/2026-11-26-nvidia-h200-tiles.md``, no other has been timed, and Inductor's
+``docs/benchmarks/2026-11-26-nvidia-h200-tiles.md``, but for those of one row and of
+"decoded_scaled"; no other has been timed either, and Inductor's
 ``max_autotune`` times those of `candidates` where it runs.
 """
 

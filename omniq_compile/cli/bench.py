@@ -152,6 +152,8 @@ def print_table(result: BenchResult, console: Console) -> None:
             # Dynamo adds paragraphs of advice; the JSON has all of it.
             text = m.error.split("\n\n")[0]
             console.print(f"[red]{escape(m.name)} failed:[/red] {escape(text)}")
+        if m.graph_error:
+            console.print(f"note: {escape(m.name)} is no CUDA graph: {escape(m.graph_error)}")
 
 
 def _speed_table(result: BenchResult) -> Table:
