@@ -33,7 +33,7 @@ LARGE = [
     Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 4), Tile(256, 128, 128, 8, 3),
     Tile(128, 128, 128, 8, 4), Tile(128, 256, 64, 8, 4),
     *(
-        Tile(rows, columns, 128, 8, stages, persistent=True, group_m=group)
+        Tile(rows, columns, 128, 4, stages, persistent=True, group_m=group)
         for rows, columns in ((128, 256), (256, 128))
         for stages in (3, 4)
         for group in (8, 16)

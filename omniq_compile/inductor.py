@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def compile(
     # A compiled graph has launches of omniq's kernels in it, and its key in PyTorch's caches, of
     # which the user's tag is a part, has only the names of their operators.
     config: Any = torch.compiler.config
-    tag = f"{config.cache_key_tag} omniq {_own_kernels()}"
-    with config.patch(cache_key_tag=tag):
+    tag = f"{config.cache_key_tag} omniq {_own_code()}"
+    with config.patch(cache_key_tag=tag), _rows_in_registers():
         compiled: Callable[..., Any] = torch._inductor.compile(
             gm, list(inputs), options=dict(settings)
         )
@@ -43,10 +44,12 @@ def compile(
 
 
 @cache
-def _own_kernels() -> str:
-    """Return a digest of the files that make launches: device code, tiles and their choice."""
+def _own_code() -> str:
+    """Return a digest of what decides about a graph's code beside Inductor: the files that make
+    launches (device code, tiles and their choice), and this one.
+    """
     digest = hashlib.sha256()
-    for file in sorted(Path(launch.__file__).parent.glob("*.py")):
+    for file in (*sorted(Path(launch.__file__).parent.glob("*.py")), Path(__file__)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -65,3 +68,64 @@ def _store_operands_once() -> None:
     aten, known = torch.ops.aten, needs_realized_inputs
     known.update([aten._scaled_mm.default, aten._int_mm.default])
     known.add(triton_kernel_wrapper_mutation)  # type: ignore[arg-type]
+
+
+# 512 threads hold 32 elements each of a row of this length, and what is computed from them.
+_LONGEST_ROW = 16384
+
+
+@cache
+def _choices() -> Any:
+    """Return Inductor's choices, but for rows that a program holds: private, as are the two below,
+    and checked on torch 2.11 to 2.13.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            """Hold contiguous rows of up to `_LONGEST_ROW`, where Inductor stops at 1024.
+
+            Longer ones it reads in a loop for each reduction and once more for the results, and
+            computes what comes before them again: the mean and variance of a norm, the amax of
+            its result and its codes are four loops.
+            """
+            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+                return True
+            row = features.reduction_numel
+            return (
+                torch._inductor.config.triton.persistent_reductions
+                and not cooperative_reduction
+                and features.get_reduction_hint() is ReductionHint.INNER
+                and bool(row.is_number)
+                and int(row) <= _LONGEST_ROW
+            )
+
+        @staticmethod
+        def reduction_split_factor(
+            device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
+        ) -> int:
+            """Leave such a row to one program too where there are few of them: cut into parts,
+            it takes a launch more, and is computed twice.
+            """
+            if inner_reduction and reduction_numel_hint <= _LONGEST_ROW:
+                return 1
+            return InductorChoices.reduction_split_factor(
+                device, reduction_numel_hint, numel_hint, inner_reduction
+            )
+
+    return Choices()
+
+
+@contextlib.contextmanager
+def _rows_in_registers() -> Iterator[None]:
+    """Let Inductor's Triton keep a row in registers, unless someone else chooses for it."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    if type(V.choices) is not InductorChoices:
+        yield
+        return
+    with V.set_choices_handler(_choices()):
+        yield

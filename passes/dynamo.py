@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 # A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
 # for a name that is no identifier.
@@ -30,6 +31,13 @@ def value(node: fx.Node) -> Any:
 def is_tensor(node: Any) -> bool:
     """Say whether an argument is a node that holds a tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def known(size: Any) -> Any:
+    """Return a size as a number where it is one: a symbol may have turned out to be, such as the K
+    of an input with ``dynamic=True``, which the weight fixes.
+    """
+    return int(size) if is_concrete_int(size) else size
 
 
 def is_weight(node: fx.Node) -> bool:

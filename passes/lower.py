@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from omniq_compile.lowering import gpu_quantize
 from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.arrange import arrange_weights
@@ -18,8 +16,6 @@ from omniq_compile.passes.context import Context
 from omniq_compile.passes.metadata import fill_values
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
 from omniq_compile.passes.sites import Site
-
-GELU = (torch.nn.functional.gelu, torch.ops.aten.gelu.default)
 
 
 def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
@@ -49,7 +45,7 @@ class _Proxy(fx.Proxy):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        sizes = dynamo.value(self.node).shape
+        sizes = map(dynamo.known, dynamo.value(self.node).shape)
         return tuple(
             size if isinstance(size, int) else self.size(dim) for dim, size in enumerate(sizes)
         )
@@ -150,18 +146,12 @@ class _Inliner:
         assert kernel is not None
         x, format = operand.args[0], str(operand.args[1])
 
-        # On a GPU the tanh or erf of a gelu takes longer than writing its result and reading it.
-        read_twice = kernel.quantize is gpu_quantize.quantize and format in gpu_quantize.BY_ROW
-        stored = read_twice and isinstance(x, fx.Node) and x.target in GELU
-
         def function(x: Any) -> Any:
-            x = x.flatten(0, -2) if flat else x
-            return kernel.quantize(gpu_quantize.stored(x) if stored else x, format)
+            return kernel.quantize(x.flatten(0, -2) if flat else x, format)
 
         key = (operand, kernel.quantize, flat)
         if key not in self._quantized:
-            named = (kernel.name, format, stored)
-            self._quantized[key] = self._inline(operand, function, (x,), named)
+            self._quantized[key] = self._inline(operand, function, (x,), (kernel.name, format))
         return self._quantized[key]
 
     def _inline(self, at: fx.Node, function: Callable[..., Any], args: Any, key: Any) -> Any:

@@ -76,7 +76,8 @@ def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:
     a, b = _layout(product.a), _layout(product.b)
     dtype = dynamo.value(node).dtype
     M = math.prod(a.shape[:-1]) if b.dim() == 2 else a.shape[-2]
-    return Problem(M, a.shape[-1], b.shape[-2], a.dim(), b.dim(), dtype, b_is_weight)
+    K, N = (dynamo.known(size) for size in (a.shape[-1], b.shape[-2]))
+    return Problem(dynamo.known(M), K, N, a.dim(), b.dim(), dtype, b_is_weight)
 
 
 def _layout(operand: Operand) -> Any:

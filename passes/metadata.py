@@ -35,6 +35,16 @@ def fill_values(node: fx.Node) -> None:
         node.meta["example_value"] = call_fake(function, *args, **kwargs)
 
 
+def add_call(of: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+    """Add a call that is part of what a node does, with that node's place in the model."""
+    node = of.graph.call_function(function, arguments)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in of.meta:
+            node.meta[key] = of.meta[key]
+    fill_values(node)
+    return node
+
+
 def call_fake(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function on fake values, as those of nodes are."""
     owner = getattr(function, "__self__", None)

@@ -20,6 +20,7 @@ from omniq_compile.passes.policy import decide
 from omniq_compile.passes.real_rotary import real_rotary
 from omniq_compile.passes.rewrite import rewrite
 from omniq_compile.passes.share import share
+from omniq_compile.passes.sigmoid_gelu import sigmoid_gelu
 
 logger = logging.getLogger("omniq")
 
@@ -59,6 +60,7 @@ def build(config: QuantConfig) -> list[Pass]:
         Pass("rewrite", rewrite),
         Pass("share", share, ends="quantized", optional=True),
         Pass("real_rotary", real_rotary, optional=True),
+        Pass("sigmoid_gelu", sigmoid_gelu, optional=True),
         Pass("lower", lower, ends="lowered"),
     ]
 

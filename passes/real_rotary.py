@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.metadata import call_fake, fill_values
+from omniq_compile.passes.metadata import add_call, call_fake
 
 # Exported models are made of torch.ops.aten.
 _AS_COMPLEX = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
@@ -87,13 +87,8 @@ def _replace(product: fx.Node) -> None:
     added: list[fx.Node] = []
 
     def call(function: Callable[..., Any], *arguments: Any) -> fx.Node:
-        node = graph.call_function(function, arguments)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in product.meta:
-                node.meta[key] = product.meta[key]
-        fill_values(node)
-        added.append(node)
-        return node
+        added.append(add_call(product, function, *arguments))
+        return added[-1]
 
     def pairs(operand: Any) -> Any:
         is_view = _calls(operand, _AS_COMPLEX, 1)

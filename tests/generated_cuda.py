@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,18 @@ def make(
         (expected,) = quantized(*_take(known, quantized))
         known = quantized_inputs(graph, values, context, lowered=True)
     return Case(program, _take(known, lowered), expected, context)
+
+
+def launches(program: str) -> tuple[int, Counter[str]]:
+    """Count launches of generated kernels; and of omniq's and calls of operators, by name."""
+    body = program[program.index("def call(") :]
+    started = re.findall(r"(\w+)\.run\(", body)
+    own = [re.sub(r"_\d+$", "", name) for name in started if not name.startswith("triton_")]
+    operators = re.findall(
+        r"^ +(?:buf\d+ = )?((?:extern_kernels|torch\.ops)\.[\w.]+)\(", body, re.M
+    )
+    kept = [name for name in operators if "view.dtype" not in name and "attention" not in name]
+    return len(started) - len(own), Counter(own + kept)
 
 
 def _take(values: dict[str, Any], gm: fx.GraphModule) -> list[Any]:

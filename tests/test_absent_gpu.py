@@ -6,9 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,14 @@ import generated_triton
 import pytest
 import torch
 from conftest import error, traced
-from generated_cuda import BF16, VARIANTS, Block, Case, Layer, make
-from torch.nn import functional
+from generated_cuda import BF16, VARIANTS, Block, Case, Layer, launches, make
 from triton_numbers import interpreter_works
 
 from omniq_compile import QuantConfig
 from omniq_compile.inspector import absent_gpu, generated
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import Target
+from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 
@@ -44,18 +42,6 @@ def block_inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def block(variant: str, arch: str) -> Case:
     torch.manual_seed(0)
     return make(Block(), block_inputs(), variant, f"cuda:{arch}")
-
-
-def launches(program: str) -> tuple[int, Counter[str]]:
-    """Count launches of generated kernels; and of omniq's and calls of operators, by name."""
-    body = program[program.index("def call(") :]
-    started = re.findall(r"(\w+)\.run\(", body)
-    own = [re.sub(r"_\d+$", "", name) for name in started if not name.startswith("triton_")]
-    operators = re.findall(
-        r"^ +(?:buf\d+ = )?((?:extern_kernels|torch\.ops)\.[\w.]+)\(", body, re.M
-    )
-    kept = [name for name in operators if "view.dtype" not in name and "attention" not in name]
-    return len(started) - len(own), Counter(own + kept)
 
 
 # Of the block, by variant and architecture: how many kernels Inductor generates, and what
@@ -108,40 +94,6 @@ def test_inductor_launches_each_gemm_and_quantizes_once(variant: str, arch: str)
     assert len(set(read)) == len(read) - 2 * (len(read) == 7)
     for kernel in generated_triton.kernels(program):
         assert ".target sm_" in generated_triton.compile_kernel(kernel, arch)
-
-
-class Normed(torch.nn.Module):
-    """A layer behind a norm, whose rows are longer than a kernel holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(3072, elementwise_affine=False)
-        self.layer = torch.nn.Linear(3072, 256)
-
-    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(self.norm(x) * (1 + shift))
-        return out
-
-
-@pytest.mark.parametrize(
-    ("variant", "arch"),
-    [
-        ("int8", "sm_90"),
-        ("fp8", "sm_90"),
-        ("fp8 block-wise", "sm_90"),
-        ("mxfp8", "sm_100"),
-        ("mxfp4", "sm_100"),
-        ("mxfp4_dualscale", "sm_100"),
-    ],
-)
-def test_an_activation_behind_a_norm_is_stored_as_codes_alone(variant: str, arch: str) -> None:
-    inputs = torch.randn(1, ROWS, 3072).to(BF16), torch.randn(3072).to(BF16)
-    program = make(Normed(), inputs, variant, f"cuda:{arch}").program
-    made = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\), .*, torch\.(\w+)\)", program)
-    sizes = [(prod(map(int, re.findall(r"\d+", shape))), dtype) for shape, dtype in made]
-    whole = [(size / (ROWS * 3072), dtype) for size, dtype in sizes if size >= ROWS * 3072 / 2]
-    codes = {"int8": (1, "int8"), "mxfp4": (0.5, "uint8"), "mxfp4_dualscale": (0.5, "uint8")}
-    assert whole == [codes.get(variant, (1, "float8_e4m3fn"))]
 
 
 def on_codes(shape: tuple[int, ...], variant: str) -> torch.Tensor:
@@ -273,30 +225,22 @@ def test_tma_is_not_tried_where_it_cannot_load_a_row() -> None:
 def test_a_large_result_is_loaded_by_tma_in_one_program_an_sm(symbolic: bool) -> None:
     x, later = torch.randn(1500, 64).to(BF16), torch.randn(1800, 64).to(BF16)
     case = make(Layer(64, 3072), (x,), "int8", "cuda:sm_90", later if symbolic else None)
-    assert tiles(case) == [(128, 256, True)]
+    assert tiles(case) == [(256, 128, True)]
     (started,) = re.findall(r"row_scaled_gemm_0\.run\(.*", case.program)
-    # 12 x 12 tiles are more than there are SMs.
+    # 6 x 24 tiles are more than there are SMs.
     assert ("min(132, " if symbolic else " 132, 1, 1,") in started
     unaligned = make(Layer(72, 3072), (torch.randn(1500, 72).to(BF16),), "int8", "cuda:sm_90")
     assert tiles(unaligned) == [(128, 256, False)]
 
 
-def test_a_gelu_is_computed_once_and_stored() -> None:
-    class Down(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(12288, 64)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.layer(functional.gelu(x, approximate="tanh"))
-            return out
-
-    for variant in ("int8", "fp8", "fp8 block-wise", "mxfp8", "mxfp4"):
-        case = make(Down(), (torch.randn(1, 150, 12288).to(BF16),), variant, "cuda:sm_90")
-        assert case.program.count("libdevice.tanh(") == 1
-        made = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\), .*, torch\.(\w+)\)", case.program)
-        sizes = [(prod(map(int, re.findall(r"\d+", shape))), dtype) for shape, dtype in made]
-        assert (150 * 12288, "float32") not in sizes
+def test_a_large_float32_result_leaves_no_room_for_tma() -> None:
+    a, b = (torch.randint(-9, 9, (rows, 64), dtype=torch.int8) for rows in (1500, 3072))
+    device = launch.Device("sm_90", 132)
+    for dtype, block, persistent in ((BF16, (256, 128), True), (torch.float32, (128, 256), False)):
+        out = torch.empty(1500, 3072, dtype=dtype)
+        scales = torch.ones(1500), torch.ones(3072)
+        (tile,) = launch.row_scaled(a, scales[0], b, scales[1], None, out, False, device).tiles
+        assert ((tile.block_m, tile.block_n), tile.persistent) == (block, persistent)
 
 
 def test_cuda_graphs_capture_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:

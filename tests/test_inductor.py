@@ -28,7 +28,7 @@ def test_a_changed_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
     with fresh_cache(), torch.no_grad():
         assert compile_once() == (0, 1)
         assert compile_once() == (1, 0)
-        monkeypatch.setattr(inductor, "_own_kernels", lambda: "changed")
+        monkeypatch.setattr(inductor, "_own_code", lambda: "changed")
         assert compile_once() == (0, 1)
         assert compile_once() == (1, 0)
         with torch.compiler.config.patch(cache_key_tag="the user's"):
@@ -38,12 +38,15 @@ def test_a_changed_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_digest_is_of_every_file_that_makes_launches(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    before = inductor._own_kernels.__wrapped__()
+    before = inductor._own_code.__wrapped__()
     for name in ("launch.py", "tiles.py", "row_scaled_gemm.py"):
         (tmp_path / name).write_text(f"# {name}")
     monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
-    digests = [before, inductor._own_kernels.__wrapped__()]
+    digests = [before, inductor._own_code.__wrapped__()]
     for name in ("launch.py", "tiles.py", "row_scaled_gemm.py"):
         (tmp_path / name).write_text(f"# {name}, changed")
-        digests.append(inductor._own_kernels.__wrapped__())
-    assert len(set(digests)) == 5
+        digests.append(inductor._own_code.__wrapped__())
+    (tmp_path / "inductor.py").write_text("# other choices")
+    monkeypatch.setattr(inductor, "__file__", str(tmp_path / "inductor.py"))
+    digests.append(inductor._own_code.__wrapped__())
+    assert len(set(digests)) == 6

@@ -13,7 +13,7 @@ import torch
 from conftest import Holder, error, quantized_inputs, traced
 
 from omniq_compile import QuantConfig
-from omniq_compile.lowering.target import Target
+from omniq_compile.lowering.target import ARCHITECTURES, Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 
@@ -96,3 +96,40 @@ def test_a_lowered_graph_does_what_the_quantized_one_says(
     assert error(out, quantized) < (0.04 if "mxfp4" in config.method else 0.015)
     calls = [call.operator for recorder in recorders for call in recorder.calls]
     assert {name: calls.count(name) for name in calls} == expected
+
+
+@pytest.mark.parametrize("K", [257, 384])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "int8"},
+        {"method": "fp8"},
+        {"method": "fp8", "weight_block_size": [128, 128]},
+        {"method": "mxfp8"},
+        {"method": "mxfp4"},
+        {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+    ],
+    ids=str,
+)
+def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
+    options: dict[str, Any], K: int
+) -> None:
+    """With dynamic=True an input's K is a symbol, which its weight fixes."""
+    layer = torch.nn.Linear(K, 131, dtype=BF16).requires_grad_(False)
+    graphs = []
+
+    def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        call = torch.compile(torch.nn.Sequential(layer), backend=record, dynamic=True)
+        call(torch.randn(7, K, dtype=BF16))
+    config = QuantConfig.from_options({"min_features": 1} | options)
+    for device, architectures in ARCHITECTURES.items():
+        for architecture in architectures:
+            context = Context(config, Target(device, architecture))
+            pipeline.run(graphs[0], pipeline.build(config), context)
+            (site,) = context.sites
+            assert not isinstance(site.problem.M, int)
+            assert site.decision.kernel is not None

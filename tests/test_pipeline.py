@@ -80,10 +80,11 @@ def test_every_pass_is_recorded_with_what_it_changed(caplog: pytest.LogCaptureFi
     _, gm, _ = trace()
     with caplog.at_level(logging.DEBUG, logger="omniq"):
         _, context = run(gm)
-    names = ["match", "policy", "rewrite", "share", "real_rotary", "lower"]
+    names = ["match", "policy", "rewrite", "share", "real_rotary", "sigmoid_gelu", "lower"]
     assert [r.name for r in context.records] == names
     deltas = {r.name: r.delta for r in context.records}
     assert deltas["match"] == deltas["policy"] == deltas["real_rotary"] == {}
+    assert deltas["sigmoid_gelu"] == {}
     assert deltas["rewrite"] == {"linear": -3, "quantize.default": 3, "gemm.default": 3}
     assert deltas["share"] == {"quantize.default": -1}
     assert deltas["lower"]["gemm.default"] == -3
@@ -115,7 +116,7 @@ def test_without_share_the_numbers_are_the_same() -> None:
 @pytest.mark.parametrize("name", ["shares", "rewrite", "lower"])
 def test_only_an_optional_pass_can_be_skipped(name: str) -> None:
     _, gm, _ = trace()
-    known = "Valid: share, real_rotary"
+    known = "Valid: share, real_rotary, sigmoid_gelu"
     with pytest.raises(OptionError, match=f"unknown optional pass '{name}'.* {known}"):
         run(gm, skip=[name])
 
@@ -204,5 +205,5 @@ def test_a_graph_without_sites_passes_through() -> None:
     context = new_context()
     result = pipeline.run(gm, pipeline.build(context.config), context)
     assert (context.sites, context.bindings) == ([], [])
-    assert [r.delta for r in context.records] == [{}] * 6
+    assert [r.delta for r in context.records] == [{}] * 7
     assert torch.equal(result(*inputs)[0], inputs[0] * 2)

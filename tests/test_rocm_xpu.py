@@ -16,7 +16,7 @@ from format_oracle import make
 from torch._subclasses import FakeTensorMode
 
 import omniq_compile as omniq
-from omniq_compile.lowering import reference, registry
+from omniq_compile.lowering import gpu_quantize, reference, registry
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.padded_int_mm import padded_int_mm
@@ -72,7 +72,8 @@ def check_numbers(
     a = kernel.quantize(x, scheme.activation)
     out = kernel.gemm(a, kernel.arrange(weight), b, case, scheme)
     assert (out.shape, out.dtype) == ((*leading, N), dtype)
-    activation = get_format(scheme.activation).quantize(x)
+    # Which of two codes is taken midway between them is checked in test_gpu_quantize.py.
+    activation = gpu_quantize.quantize(x, scheme.activation)
     if kernel.method == "fp8" and b is not None:
         b = b.to(BF16)  # what the operator takes
     formats = (scheme.activation, scheme.weight)

@@ -126,7 +126,7 @@ def test_it_compiles_to_native_instructions_without_spills(
     assert bool(report["instructions"]) == (case.M > ONE_ROW)
     assert [i for i in report["instructions"] if not re.fullmatch(native(case), i)] == []
     assert report["spilled"] == 0
-    assert report["tma"] == report["tile"]["persistent"]
+    assert report["tma"] == report["warp_specialized"] == report["tile"]["persistent"]
     assert 0 < report["shared"] <= SHARED[case.arch]
     # Subnormal elements are float32 denormals while they are decoded.
     assert not report["flushes_denormals"]

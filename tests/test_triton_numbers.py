@@ -11,6 +11,7 @@ import pytest
 import torch
 from triton_numbers import BF16, CASES, Case, interpreter_works
 
+from omniq_compile.lowering import gpu_quantize
 from omniq_compile.lowering.formats import get_format
 
 pytest.importorskip("triton")
@@ -46,8 +47,9 @@ def expected(case: Case) -> torch.Tensor:
     x, weight, bias = case.operands()
     left = x.double()
     if "weight_only" not in case.kernel:
-        form = get_format(case.scheme.activation)
-        left = form.dequantize(form.quantize(x)).double()[..., : case.K]
+        # Which of two codes is taken midway between them is checked in test_gpu_quantize.py.
+        parts = gpu_quantize.quantize(x, case.scheme.activation)
+        left = get_format(case.scheme.activation).dequantize(parts).double()[..., : case.K]
     right = get_format(case.scheme.weight).dequantize(weight).double()[..., : case.K]
     out = left @ right.t()
     return out if bias is None else out + bias.double()

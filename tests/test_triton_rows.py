@@ -56,6 +56,8 @@ def layer(
         ("cuda:sm_90", FP8, layer("s0"), "cuda_fp8_scaled_mm", "not both known"),
         ("cuda:sm_90", FP8, layer(128, N=4224), "cuda_fp8_few_tiles_triton", ""),
         ("cuda:sm_90", FP8, layer(128, N=4240), "cuda_fp8_scaled_mm", "134 tiles of 64 x 64"),
+        ("cuda:sm_90", FP8, layer(1, N=18432), "cuda_fp8_few_tiles_triton", ""),
+        ("cuda:sm_90", FP8, layer(2, N=18432), "cuda_fp8_scaled_mm", "288 tiles of 64 x 64"),
         ("cuda:sm_90", FP8, layer(K=3000), "cuda_fp8_triton", "not a multiple of 16"),
         ("cuda:sm_90", FP8, layer(dtype=FP16), "cuda_fp8_triton", "result is float16"),
         ("cuda:sm_90", blocks(128, 128), layer(), "cuda_fp8_block_scaled_mm", "one per block"),
@@ -167,8 +169,8 @@ def test_a_tile_is_no_taller_than_its_rows_want(M: int, N: int) -> None:
 @pytest.mark.parametrize(
     ("M", "N", "block_m", "block_n", "block_k"),
     [
-        (4096, 3072, 128, 256, 128),
-        (1024, 12288, 128, 256, 128),
+        (4096, 3072, 256, 128, 128),
+        (1024, 12288, 256, 128, 128),
         (1024, 3072, 128, 64, 128),  # 256 columns would leave a third of the SMs without a tile
         (512, 5120, 128, 64, 128),
         (128, 12288, 128, 64, 128),
@@ -184,10 +186,10 @@ def test_the_tile_is_the_one_that_was_the_fastest_on_an_h200(
     """Times of each: docs/benchmarks/2026-11-26-nvidia-h200-tiles.md."""
     tile = tiles.choose("row_scaled", "sm_90", M, N, processors=132)
     assert (tile.block_m, tile.block_n, tile.block_k) == (block_m, block_n, block_k)
-    assert tile.persistent == (block_n == 256)
+    assert tile.persistent == (block_m == 256)
     unaligned = tiles.choose("row_scaled", "sm_90", M, N, processors=132, tma=False)
     assert not unaligned.persistent
-    assert unaligned.block_m == block_m
+    assert unaligned.block_m == min(block_m, 128)
 
 
 def test_one_row_has_a_tile_of_its_own_on_sm_90_alone() -> None:

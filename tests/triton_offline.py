@@ -191,6 +191,7 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
     return {
         "tile": dataclasses.asdict(tile),
         "tma": "cp.async.bulk.tensor" in code,
+        "warp_specialized": "setmaxnreg" in code,
         "instructions": sorted(set(MATRIX.findall(code))),
         "shared": compiled.metadata.shared,
         "spilled": _spilled(compiled),

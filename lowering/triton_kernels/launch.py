@@ -247,7 +247,9 @@ def _launch(
     M = out.numel() // N
     rows = hint(M)
     assert rows is not None
-    sizes = tiles, device.arch, rows, N, device.processors, K % TMA_ALIGNMENT == 0
+    # Of a float32 result a persistent tile and its operands are more than shared memory holds.
+    tma = K % TMA_ALIGNMENT == 0 and out.element_size() <= 2
+    sizes = tiles, device.arch, rows, N, device.processors, tma
     chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
     fitted = (dataclasses.replace(tile, block_k=gcd(tile.block_k, step)) for tile in chosen)
     arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}

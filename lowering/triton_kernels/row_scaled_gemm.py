@@ -54,13 +54,17 @@ def row_scaled_gemm(
         a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
         b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        # One group of warps loads, and two more multiply half of the rows each.
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
             m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             sums = tl.zeros((BLOCK_M, BLOCK_N), sums_type)
-            for k0 in range(0, K, BLOCK_K):
-                a = a_tiles.load([m0, k0])
-                b = b_tiles.load([n0, k0])
+            for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
+                a = a_tiles.load([m0, k * BLOCK_K])
+                b = b_tiles.load([n0, k * BLOCK_K])
                 sums = tl.dot(a, b.T, sums, out_dtype=sums_type)
+            # Where a group's rows begin is in m0 and in `tl.arange`, both (Triton 3.6 and 3.7: they
+            # take m0, an offset of a's tile, for its half's). Here it has to be in one of them.
+            m0 &= -BLOCK_M
             store_scaled(
                 out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,
                 FNUZ, BLOCK_M, BLOCK_N,

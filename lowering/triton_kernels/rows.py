@@ -103,14 +103,17 @@ SMALL_TILE = 64
 
 
 def fp8_few_tiles(device: str, archs: Sequence[str], how: str, most: int) -> Kernel:
-    """Make the row of `fp8` for results of up to ``most`` small tiles, ahead of larger kernels."""
+    """Make the row of `fp8` for results of up to ``most`` small tiles, ahead of larger kernels.
+
+    One row, of any number of columns, has a tile of its own, see `tiles`.
+    """
 
     def refuse(problem: Problem, scheme: Scheme) -> str | None:
         M, N = problem.M, problem.N
         if not (isinstance(M, int) and isinstance(N, int)):
             return f"M = {M} and N = {N} are not both known"
         tiles = count(M, N, SMALL_TILE, SMALL_TILE)
-        if tiles > most:
+        if M > 1 and tiles > most:
             return f"{tiles} tiles of {SMALL_TILE} x {SMALL_TILE}, and it is for up to {most}"
         return _refuse_fp8_rows(problem, scheme)
 
@@ -118,7 +121,7 @@ def fp8_few_tiles(device: str, archs: Sequence[str], how: str, most: int) -> Ker
         fp8(device, archs, how),
         name=f"{device}_fp8_few_tiles_triton",
         about=f"Triton ({how}), a scale per row of both: results of few tiles, so that each is "
-        "an SM's only one",
+        "an SM's only one, or of one row",
         refuse=refuse,
     )
 

@@ -20,7 +20,8 @@ class Tile:
 
     ``stages`` is how many steps of K are loaded ahead, one included that is being multiplied.
     ``persistent``: one program an SM computes several tiles, and TMA loads them, see
-    `row_scaled_gemm`. ``group_m``: rows of tiles that are computed side by side, see
+    `row_scaled_gemm`; ``warps`` are those of a group that multiplies, of which there are two beside
+    the one that loads. ``group_m``: rows of tiles that are computed side by side, see
     `tile.tile_origin`.
     """
 
@@ -58,7 +59,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _ADA + _RTX): (Tile(128, 128, 64, 8, 4), Tile(16, 64, 128, 4, 4)),
     ("row_scaled", _HOPPER): (
         Tile(1, 16, 512, 4, 1),
-        Tile(128, 256, 128, 8, 4, persistent=True, group_m=16),
+        Tile(256, 128, 128, 4, 4, persistent=True),
         Tile(128, 256, 128, 8, 3, group_m=16),
         Tile(128, 64, 128, 4, 4),
         Tile(64, 64, 128, 4, 4),
@@ -113,8 +114,7 @@ _TRIED: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _ADA + _RTX): (Tile(128, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
     ("row_scaled", _HOPPER): (
         Tile(64, 128, 128, 4, 5),
-        Tile(128, 256, 128, 8, 3, persistent=True, group_m=16),
-        Tile(256, 128, 128, 8, 3, persistent=True, group_m=16),
+        Tile(256, 128, 128, 4, 3, persistent=True),
         Tile(128, 128, 128, 4, 4, persistent=True),
     ),
     ("row_scaled", _BLACKWELL): (Tile(128, 256, 64, 8, 3), Tile(64, 128, 128, 4, 4)),
@@ -145,7 +145,8 @@ def choose(kernel: str, arch: str, M: int, N: int, processors: int, tma: bool = 
         kernel: a key of `TILES`, with ``arch``.
         M, N: of the result.
         processors: how many SMs or compute units the device has.
-        tma: whether TMA can load the operands; persistent tiles need it.
+        tma: whether TMA can load the operands, and the tile of a result fits beside them;
+            persistent tiles need both.
     """
     known = [tile for tile in TILES[kernel, arch] if tma or not tile.persistent]
     # A tall matrix is not cut into tiles of 16 rows to have more of them.

@@ -59,10 +59,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, method: str) -> None:
+def assert_near(
+    actual: torch.Tensor, expected: torch.Tensor, method: str, least: float = 0
+) -> None:
     assert actual.shape == expected.shape
     found = relative(actual, expected)
-    assert 0 < found < METHODS[method][1], f"error {found:.4f}"
+    assert least < found < METHODS[method][1], f"error {found:.4f}"
 
 
 def tiny(family: str, place: Place) -> tuple[nn.Module, dict[str, Any]]:
@@ -140,7 +142,8 @@ def rows(
     with torch.no_grad():
         for shape in shapes:
             x = torch.randn(*shape, K, device=place.device, dtype=torch.bfloat16)
-            assert_near(fast(x).float(), exact(x.float()), method)
+            # A layer that was left in BF16 has an error of 0.002.
+            assert_near(fast(x).float(), exact(x.float()), method, least=0.004)
 
 
 def stored(family: str, method: str, place: Place, folder: Path) -> None:
