@@ -88,7 +88,8 @@ def load_model(
     model.register_to_config(_name_or_path=str(place))
     if record is not None:
         make_savable(model, record)
-    loaded: nn.Module = model.eval()
+    # Buffers that no file has, such as rotary tables, were computed on the CPU.
+    loaded: nn.Module = model.to(device).eval()
     return loaded
 
 

@@ -296,6 +296,17 @@ def test_a_weight_with_nan_names_its_layer(folder: Path) -> None:
         omniq.load_model(folder, options=OPTIONS)
 
 
+def test_what_no_file_has_is_on_the_device_too(tmp_path: Path) -> None:
+    """Wan's rotary tables are buffers that are computed and not stored."""
+    random_model("WanTransformer3DModel", preset="tiny").save_pretrained(tmp_path / "plain")
+    options = {"method": "int8", "min_features": 1}
+    omniq.load_model(tmp_path / "plain", options=options).save_pretrained(tmp_path / "quantized")
+    for folder, given in (("plain", {"options": options}), ("quantized", {})):
+        loaded = omniq.load_model(tmp_path / folder, device="meta", **given)
+        assert len(list(loaded.buffers())) == 2
+        assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"meta"}
+
+
 def test_wrong_arguments(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is a QwenImageTransformer2DModel, not a FluxTransf"):
         omniq.load_model(FluxTransformer2DModel, saved, options=OPTIONS)
