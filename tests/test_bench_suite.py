@@ -213,6 +213,7 @@ def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
 
     monkeypatch.setitem(SUITES, "tiny", TINY)
     monkeypatch.setattr(bench_suite, "_run_case", stop)
+    tmp_path /= "a/new/folder"
     arguments = ["bench", "--suite", "tiny", "--report", str(tmp_path)]
     assert main([*arguments, "--case", "goo"]) == 0
     (alone,) = tmp_path.glob("*-goo.json")
@@ -232,7 +233,7 @@ def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
     ("name", "report", "said"),
     [
         ("h20", None, "Did you mean 'h200'?"),
-        ("smoke", "no/such/folder", "there is no such folder"),
+        ("smoke", f"{__file__}/folder", "cannot be made a folder (Not a directory)"),
         pytest.param(
             "h200", None, "sees no CUDA",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured"),

@@ -183,18 +183,24 @@ def run_command(
     """Run a suite for the command line; returns 1 where anything failed, else 0.
 
     Args:
-        report: a folder for ``<date>-<device>.md`` and ``.json``, written anew after each case, so
-            that a run that is stopped keeps what it has; None prints the tables only.
+        report: a folder, made where there is none, for ``<date>-<device>.md`` and ``.json``. Both
+            are written anew after each case, so that a run that is stopped keeps what it has; None
+            prints the tables only.
         only: the words in the names of the cases to run, which are added to the files' names.
         variants: the names of those to measure; all by default.
 
     Raises:
-        OmniqError: no such suite, case, variant, folder or device.
+        OmniqError: no such suite, case, variant or device, or no folder can be made.
     """
     from omniq_compile.cli.bench_markdown import markdown
 
-    if report is not None and not report.is_dir():
-        raise OmniqError(f"--report {report}: there is no such folder")
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OmniqError(
+                f"--report {report} cannot be made a folder ({error.strerror}). Name another one."
+            ) from error
     written: list[Path] = []
 
     def keep(result: SuiteResult) -> None:

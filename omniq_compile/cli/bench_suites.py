@@ -40,7 +40,7 @@ SUITES = {
     "h200": Suite(
         about="one Qwen-Image block (width 3072) and one Wan2.2-14B block (width 5120)",
         device="cuda",
-        rounds=30,
+        rounds=15,
         warmup=5,
         peak_size=8192,
         gemm_calls=20,
