@@ -39,20 +39,17 @@ def divide(real: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return real / torch.where(scale == 0, 1.0, scale)
 
 
-def quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row.
 
     Args:
         x: ``[..., K]``, any float dtype, K >= 1.
-        amax: ``[...]`` of x, any float dtype, where it is known.
 
     Returns:
         codes float8_e4m3fn ``[..., K]`` and scale float32 ``[...]``.
     """
     real = x.to(torch.float32)
-    scale = amax_scale(real, (-1,)) if amax is None else amax.to(torch.float32) / E4M3_MAX
+    scale = amax_scale(real, (-1,))
     return encode_e4m3(divide(real, scale.unsqueeze(-1))), scale
 
 

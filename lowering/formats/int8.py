@@ -15,21 +15,17 @@ from omniq_compile.lowering.formats.format import Format, Parts
 CODE_MAX = 127
 
 
-def quantize(
-    x: torch.Tensor, amax: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row.
 
     Args:
         x: ``[..., K]``, any float dtype, K >= 1.
-        amax: ``[...]`` of x, any float dtype, where it is known.
 
     Returns:
         codes int8 ``[..., K]`` and scale float32 ``[...]``.
     """
     real = x.to(torch.float32)
-    amax = real.abs().amax(dim=-1) if amax is None else amax.to(torch.float32)
-    scale = amax / CODE_MAX
+    scale = real.abs().amax(dim=-1) / CODE_MAX
     divisor = torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
     codes = torch.round(real / divisor).clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
     return codes, scale

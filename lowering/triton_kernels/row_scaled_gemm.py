@@ -46,8 +46,8 @@ def row_scaled_gemm(
     INTEGER: int8 codes, summed exactly in int32. e4m3 products are summed as the tensor cores do,
     Hopper's with about 14 bits, like the fast accumulation of `torch._scaled_mm`; where BLOCK_M is
     1, without tensor cores, in float32. FNUZ: e4m3 codes, multiplied as fnuz ones. PERSISTENT: each
-    program computes several tiles, which the copy engine of Hopper (TMA) loads: K is a multiple of
-    16, and what lies outside reads as zero.
+    program computes several tiles, which the copy engine of Hopper (TMA) loads for groups of warps
+    that multiply: K is a multiple of 16, and what lies outside reads as zero.
     """
     sums_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     if PERSISTENT:
@@ -62,8 +62,8 @@ def row_scaled_gemm(
                 a = a_tiles.load([m0, k * BLOCK_K])
                 b = b_tiles.load([n0, k * BLOCK_K])
                 sums = tl.dot(a, b.T, sums, out_dtype=sums_type)
-            # Where a group's rows begin is in m0 and in `tl.arange`, both (Triton 3.6 and 3.7: they
-            # take m0, an offset of a's tile, for its half's). Here it has to be in one of them.
+            # The second group gets its half's first row for m0, at which its a is loaded, and a
+            # `tl.arange` that begins there too (Triton 3.6 and 3.7). Only one may count.
             m0 &= -BLOCK_M
             store_scaled(
                 out_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, sums, m0, n0, M, N,

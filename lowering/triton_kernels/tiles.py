@@ -4,9 +4,9 @@ A tile is bounded by shared memory (its stages of a and b), by registers (its su
 end, by the smallest tile that the architecture's instruction takes: ``wgmma`` and ``tcgen05.mma``
 want 64 rows for fp8, block-scaled ``tcgen05.mma`` 128, or Triton falls back to a wider type without
 a word. What each compiles to is tested. Those of sm_90 are the fastest of the times in
-``docs/benchmarks/2026-11-26-nvidia-h200-tiles.md``, but for those of one row and of
-"decoded_scaled"; no other has been timed either, and Inductor's
-``max_autotune`` times those of `candidates` where it runs.
+``docs/benchmarks/2026-11-26-nvidia-h200-tiles.md`` and ``-block.md``, but for "decoded_scaled",
+which was not timed; no other architecture's were, and Inductor's ``max_autotune`` times those of
+`candidates` where it runs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _CDNA3, _CDNA4 = ("gfx942",), ("gfx950",)
 # (kernel, architectures) -> tiles, the largest first, but for those of one row.
 #
 # One row takes as long as reading the weight does, and tiles of 64 rows read it slowly: on an H200
-# 1 x 18432 x 3072 takes 35 us for int8 and 107 to 190 where MX codes are decoded, and its codes can
-# be read in 13. A tile of one row has a wide block of products and no tensor cores; not timed yet.
+# 1 x 18432 x 3072 took 35 to 51 us for int8 and 107 to 190 where MX codes are decoded. A tile of
+# one row has a wide block of products and no tensor cores, and takes 21; at best it could be 13.
 _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     # 8-bit codes.
     ("row_scaled", _AMPERE): (Tile(128, 128, 128, 8, 3), Tile(16, 64, 128, 4, 4)),
