@@ -36,7 +36,7 @@ types: $(READY)
 # Whole files go to each worker: some share a costly set-up. One thread each, as there are others.
 WORKERS ?= 2
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Without a network; tests/test_docs.py builds it too, and runs what it shows.
 docs: $(READY)
