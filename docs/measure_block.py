@@ -19,27 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
-from omniq_compile.cli.bench_machine import captured, to_device
+from omniq_compile.cli.bench_machine import captured, time_calls, to_device
 from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.bench_variants import named, suite_variants
 from omniq_compile.cli.random_models import make_inputs, random_model
 
 SUITE = SUITES["h200"]
 WARM, ROUNDS, CALLS, SHOWN = 10, 40, 5, 30
-
-
-def milliseconds(call: Any) -> list[float]:
-    """Return the time of a call in each of several rounds, by the GPU's clock."""
-    times = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS)
-    return times
 
 
 def kernels(call: Any) -> list[tuple[str, float, float]]:
@@ -80,7 +66,8 @@ def main() -> None:
         call = captured(lambda: function(**inputs))
         for _ in range(WARM):
             call()
-        times, rows = milliseconds(call), kernels(call)
+        times = [1e3 * time_calls(call, device, CALLS).seconds for _ in range(ROUNDS)]
+        rows = kernels(call)
     median, kernel_time = statistics.median(times), sum(row[1] for row in rows)
     print(f"{variant.name}, {case.name}: {median:.3f} ms, {min(times):.3f} at best", end="; ")
     print(f"first call {first:.1f} s; {kernel_time:.0f} us in kernels")
