@@ -11,16 +11,17 @@ compared too, spread over all rows and columns so that a low-rank update shows; 
 
 On the CPU the sample is compared in each call. On an accelerator the host would have to wait until
 the device has run everything before it, in each call, and could not run ahead any more. There
-`Comparison` compares all weights of a call on the device, leaves the answer in pinned memory and
-lets the host go on. What holds for a write through ``.data`` to a parameter on an accelerator:
+`DeviceComparison` compares all weights of a call on the device, leaves the answer in pinned memory
+and lets the host go on. What holds for a write through ``.data`` to a parameter on an accelerator:
 
 - A call that begins more than `PAUSE_SECONDS` after the last compiled call returned waits once, for
   the answers about all weights of the process, so that neither it nor any later call uses a weight
   that changed before. Loading and fusing adapters, or encoding a prompt, takes the host longer than
   that; a denoising loop takes less from call to call.
-- Any other call reads the answer that an earlier one asked for, if the device has given it by then,
-  and does not wait. A change made between two calls in quick succession is so noticed one call
-  later where the device keeps up, and at the latest by the first call after a pause.
+- Any other call asks if the last question was `RECHECK_SECONDS` ago, reads the answer once the
+  device has given it, and does not wait. A change made between two calls in quick succession is so
+  noticed within that time where the device keeps up, and at the latest by the first call after a
+  pause.
 - While the caller captures a CUDA graph nothing is compared: a replay would not look either.
 """
 
@@ -42,13 +43,15 @@ GOLDEN = (5**0.5 - 1) / 2
 # Longer than a scheduler's step on the host (1 to 3 ms), shorter than what fuses an adapter.
 PAUSE_SECONDS = 0.01
 
+# To ask in each call would take the host as long as some layers; a step of a large model is longer.
+RECHECK_SECONDS = 0.1
+
 _BIT_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _lock = threading.RLock()
-_comparisons: weakref.WeakSet[Comparison] = weakref.WeakSet()
+_comparisons: weakref.WeakSet[DeviceComparison] = weakref.WeakSet()
 _last_return = float("-inf")
 _pauses = 0
-NEVER = -1
 
 
 class Stamp:
@@ -57,11 +60,10 @@ class Stamp:
     It holds no memory of the parameter, which may move to another device or be freed.
     """
 
-    __slots__ = ("_parameter", "_view", "pointer", "values", "version")
+    __slots__ = ("_parameter", "_view", "memory", "values")
 
     def __init__(self, parameter: torch.Tensor) -> None:
-        self.version = _version(parameter)
-        self.pointer = parameter.data_ptr()
+        self.memory = memory_of(parameter)
         with torch.inference_mode(False), torch.no_grad():
             sample = _sample(parameter)
             self.values = sample.clone()
@@ -71,13 +73,13 @@ class Stamp:
     def sample(self) -> torch.Tensor | None:
         """Return the elements that are compared, as integers; None where they are no more."""
         parameter = self._parameter()
-        if parameter is None or parameter.data_ptr() != self.pointer:
+        if parameter is None or parameter.data_ptr() != self.memory[0]:
             return None
-        return torch.as_strided(parameter.detach(), *self._view).view(self.values.dtype)
+        return torch.as_strided(parameter, *self._view).view(self.values.dtype)
 
     def has_same_memory(self, parameter: torch.Tensor) -> bool:
         """Compare the storage and the version counter alone."""
-        return self.pointer == parameter.data_ptr() and self.version == _version(parameter)
+        return self.memory == memory_of(parameter)
 
     def has_same_values(self) -> bool:
         """Compare the sample, which on an accelerator waits for the device."""
@@ -85,9 +87,11 @@ class Stamp:
         return sample is not None and torch.equal(sample, self.values)
 
 
-def _version(parameter: torch.Tensor) -> int | None:
+def memory_of(parameter: torch.Tensor) -> tuple[int, int | None]:
+    """Return the address of a parameter's memory, and the count of what was written to it."""
     # Tensors made under inference_mode have no counter; the sample has to do for them.
-    return None if parameter.is_inference() else parameter._version
+    version = None if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
@@ -119,12 +123,8 @@ def is_asynchronous(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-class Comparison:
-    """The samples of some parameters on one accelerator against what they were, without waiting.
-
-    One gather, one comparison and one copy of a byte to the host for each dtype, queued behind the
-    work that is on the current stream of the device.
-    """
+class _Samples:
+    """The samples of some parameters on one device, as one tensor for each width of elements."""
 
     def __init__(self, stamps: Iterable[Stamp]) -> None:
         by_type: dict[torch.dtype, list[Stamp]] = {}
@@ -133,13 +133,51 @@ class Comparison:
         self._stamps = list(by_type.values())
         # A tensor made under inference_mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._values = [_join([s.values for s in same]) for same in self._stamps]
-            self._device = self._values[0].device
+            self.values = [_join([s.values for s in same]) for same in self._stamps]
+
+    def read(self) -> list[torch.Tensor | None]:
+        """Return what `values` are by now; None where a parameter has moved."""
+        with torch.no_grad():
+            samples = [[stamp.sample() for stamp in same] for same in self._stamps]
+            return [None if any(s is None for s in same) else _join(same) for same in samples]
+
+
+def _join(samples: Sequence[Any]) -> torch.Tensor:
+    return torch.cat([sample if sample.dim() == 1 else sample.flatten() for sample in samples])
+
+
+class HostComparison:
+    """The samples of some parameters on the CPU against what they were, here and now."""
+
+    def __init__(self, stamps: Iterable[Stamp]) -> None:
+        self._samples = _Samples(stamps)
+
+    def has_changed(self) -> bool:
+        """Say whether the values differ."""
+        return any(
+            now is None or not torch.equal(now, values)
+            for now, values in zip(self._samples.read(), self._samples.values, strict=True)
+        )
+
+
+class DeviceComparison:
+    """The samples of some parameters on one accelerator against what they were, without waiting.
+
+    One gather, one comparison and one copy of a byte to the host for each width of elements, queued
+    behind the work that is on the current stream of the device.
+    """
+
+    def __init__(self, stamps: Iterable[Stamp]) -> None:
+        self._samples = _Samples(stamps)
+        values = self._samples.values
+        self._device = values[0].device
+        with torch.inference_mode(False):
             self._answers = torch.zeros(
-                len(self._values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
+                len(values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
             )
         self._event = new_event(self._device)
-        self._pause = NEVER
+        # What was just read or compared needs no question.
+        self._pause, self._asked, self._is_asked = _pauses, time.perf_counter(), False
         with _lock:
             _comparisons.add(self)
 
@@ -149,16 +187,19 @@ class Comparison:
         The first call after a pause asks every comparison of the process that was not asked since,
         and waits for their answers.
         """
-        if is_capturing(self._device):
+        is_time = time.perf_counter() - self._asked >= RECHECK_SECONDS
+        if not (is_time or self._is_asked or self._pause < _pauses) or is_capturing(self._device):
             return False
         with _lock:
             waits = self._pause < _pauses
             if waits:
                 _ask_all(self._device)
-        if not waits and not self._event.query():
+        if self._is_asked and not waits and not self._event.query():
             return False
-        changed = bool(self._answers.any())
-        self.ask()
+        changed = self._is_asked and bool(self._answers.any())
+        self._is_asked = False
+        if is_time:
+            self.ask()
         return changed
 
     def ask(self) -> None:
@@ -167,18 +208,13 @@ class Comparison:
         Where a parameter has moved there is nothing to compare: `Stamp.has_same_memory` tells.
         """
         with torch.no_grad():
-            for n, (same, values) in enumerate(zip(self._stamps, self._values, strict=True)):
-                samples = [stamp.sample() for stamp in same]
-                here = [sample for sample in samples if sample is not None]
-                if len(here) == len(samples):
-                    different = (_join(here) != values).any()
-                    self._answers[n].copy_(different, non_blocking=True)
+            for n, (now, values) in enumerate(
+                zip(self._samples.read(), self._samples.values, strict=True)
+            ):
+                if now is not None:
+                    self._answers[n].copy_((now != values).any(), non_blocking=True)
         self._event.record(current_stream(self._device))
-        self._pause = _pauses
-
-
-def _join(samples: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([sample.flatten() for sample in samples])
+        self._pause, self._asked, self._is_asked = _pauses, time.perf_counter(), True
 
 
 def _ask_all(device: torch.device) -> None:
@@ -207,13 +243,15 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def comparisons_of(stamps: Sequence[Stamp]) -> list[Comparison]:
-    """Return one comparison for each accelerator that holds some of the stamped parameters."""
+def comparisons_of(stamps: Sequence[Stamp]) -> list[HostComparison | DeviceComparison]:
+    """Return one comparison for each device that holds some of the stamped parameters."""
     devices: dict[torch.device, list[Stamp]] = {}
     for stamp in stamps:
-        if is_asynchronous(stamp.values):
-            devices.setdefault(stamp.values.device, []).append(stamp)
-    return [Comparison(same) for same in devices.values()]
+        devices.setdefault(stamp.values.device, []).append(stamp)
+    return [
+        DeviceComparison(same) if is_asynchronous(same[0].values) else HostComparison(same)
+        for same in devices.values()
+    ]
 
 
 def entered() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
-from omniq_compile.weight_changes import Comparison, Stamp, comparisons_of
+from omniq_compile.weight_changes import Stamp, comparisons_of, memory_of
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -49,16 +50,10 @@ class QuantizedWeight:
         else:
             self.parts = _quantize(binding, parameters)
 
-    def is_current(self, sources: Sequence[torch.Tensor], wait: bool) -> bool:
-        """Say whether the parameters still are what was quantized.
-
-        With ``wait`` the values of all are compared here and now, else those on the CPU.
-        """
+    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Say whether the parameters still are what was quantized; on an accelerator this waits."""
         return all(
-            stamp.has_same_memory(source)
-            and (
-                not (wait or not weight_changes.is_asynchronous(source)) or stamp.has_same_values()
-            )
+            stamp.has_same_memory(source) and stamp.has_same_values()
             for stamp, source in zip(self.stamps, sources, strict=True)
         )
 
@@ -73,21 +68,54 @@ def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [s for p in parameters for s in (p.parts if isinstance(p, QuantizedTensor) else (p,))]
 
 
+class _Row:
+    """A binding, and where a call's arguments have its parameters."""
+
+    __slots__ = ("binding", "key", "leaves", "own_parts", "stored")
+
+    def __init__(self, binding: Binding, placeholders: Sequence[str]) -> None:
+        self.binding = binding
+        self.key = (binding.format, binding.expression.key, binding.arrange)
+        self.leaves = [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves]
+        self.stored = binding.stored
+        # Whatever the parts of a parameter are by now: there is nothing to follow.
+        self.own_parts = binding.stored and binding.arrange is as_stored
+
+    def parameters(self, arguments: Sequence[Any]) -> list[Any]:
+        return [arguments[x] if isinstance(x, int) else x for x in self.leaves]
+
+
+class _Bound:
+    """The weights made from one set of parameters, and whether these still are the same."""
+
+    __slots__ = ("_comparisons", "_memory", "_references", "weights")
+
+    def __init__(
+        self,
+        weights: Sequence[QuantizedWeight],
+        sources: Sequence[torch.Tensor],
+        forget: Callable[[Any], None],
+    ) -> None:
+        self.weights = weights
+        self._memory = list(map(memory_of, sources))
+        self._comparisons = comparisons_of([stamp for w in weights for stamp in w.stamps])
+        self._references = [weakref.ref(source, forget) for source in sources]
+
+    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Say whether nothing is known to have changed, as `weight_changes` notices it."""
+        if self._memory != list(map(memory_of, sources)):
+            return False
+        # All are asked, also after one has said yes.
+        return not any([comparison.has_changed() for comparison in self._comparisons])
+
+
 class BoundWeights:
     """The quantized weights of one compiled graph, by the parameters they come from."""
 
     def __init__(self, bindings: Sequence[Binding], placeholders: Sequence[str]) -> None:
         """Take the bindings, and the names of the traced graph's inputs in order."""
-        self._rows = [
-            (
-                binding,
-                (binding.format, binding.expression.key, binding.arrange),
-                [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves],
-            )
-            for binding in bindings
-        ]
-        self._held: dict[Any, tuple[QuantizedWeight, list[weakref.ref[torch.Tensor]]]] = {}
-        self._comparisons: dict[tuple[int, ...], list[Comparison]] = {}
+        self._rows = [_Row(binding, placeholders) for binding in bindings]
+        self._bound: dict[tuple[int, ...], _Bound] = {}
 
     def look_up(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """Return the parts of every binding for the parameters among a call's arguments.
@@ -98,83 +126,71 @@ class BoundWeights:
         start = time.perf_counter()
         quantizing = _statistics["quantize_seconds"]
         weight_changes.entered()
-        parts, bound = self._collect(arguments, wait=False)
-        if self._values_changed(bound):
-            parts, _ = self._collect(arguments, wait=True)
+        weights = iter(self._weights(arguments))
+        parts: list[Any] = []
+        for row in self._rows:
+            if row.own_parts:
+                parts += row.parameters(arguments)[0].parts
+            elif row.stored:
+                own = row.parameters(arguments)[0].parts
+                laid_out = next(weights).parts
+                parts += [o if new is None else new for o, new in zip(own, laid_out, strict=True)]
+            else:
+                parts += next(weights).parts
         _statistics["lookups"] += len(self._rows)
         spent = time.perf_counter() - start
         _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
         return parts
 
-    def _collect(
-        self, arguments: Sequence[Any], wait: bool
-    ) -> tuple[list[torch.Tensor], list[QuantizedWeight]]:
-        """Return the parts of every binding, and those weights that are kept here."""
-        parts: list[torch.Tensor] = []
-        bound: list[QuantizedWeight] = []
-        for binding, key, leaves in self._rows:
-            parameters = [arguments[x] if isinstance(x, int) else x for x in leaves]
-            stored: Any = parameters[0] if binding.stored else None
-            if stored is not None and binding.arrange is as_stored:
-                parts += stored.parts
-                continue
-            weight = self._get(binding, key, parameters, wait)
-            bound.append(weight)
-            for position, part in enumerate(weight.parts):
-                parts.append(stored.parts[position] if part is None else part)
-        return parts, bound
+    def _weights(self, arguments: Sequence[Any]) -> Sequence[QuantizedWeight]:
+        """Return a weight for each row that has more than its parameter's own parts."""
+        rows = [row for row in self._rows if not row.own_parts]
+        parameters = [row.parameters(arguments) for row in rows]
+        sources = [source for each in parameters for source in _sources(each)]
+        numbers = tuple(map(id, sources))
+        bound = self._bound.get(numbers)
+        if bound is not None and bound.is_current(sources):
+            return bound.weights
+        # Of what changed, each weight is freed when the next is there, and not all at the end.
+        old = deque(bound.weights if bound is not None else ())
+        self._bound.pop(numbers, None)
+        del bound
+        weights = []
+        for row, each in zip(rows, parameters, strict=True):
+            weights.append(_shared_weight(row, each))
+            if old:
+                old.popleft()
+        self._bound[numbers] = _Bound(weights, sources, self._forget(numbers))
+        return weights
 
-    def _values_changed(self, bound: list[QuantizedWeight]) -> bool:
-        key = tuple(map(id, bound))
-        comparisons = self._comparisons.get(key)
-        if comparisons is None:
-            comparisons = comparisons_of([stamp for weight in bound for stamp in weight.stamps])
-            self._comparisons[key] = comparisons
-        # All are asked, also after one has said yes.
-        return any([comparison.has_changed() for comparison in comparisons])
-
-    def _get(
-        self, binding: Binding, key: Any, parameters: list[torch.Tensor], wait: bool
-    ) -> QuantizedWeight:
-        sources = _sources(parameters)
-        identity = (key, *map(id, sources))
-        held = self._held.get(identity)
-        if held is not None and held[0].is_current(sources, wait):
-            return held[0]
-        with _lock:
-            weight = _shared.get(identity)
-            if weight is None or not weight.is_current(sources, wait=True):
-                weight = QuantizedWeight(binding, parameters)
-                _shared[identity] = weight
-            self._hold(identity, weight, sources)
-        return weight
-
-    def _hold(
-        self, identity: Any, weight: QuantizedWeight, sources: Sequence[torch.Tensor]
-    ) -> None:
-        """Keep a weight until one of its sources dies: its ``id`` may then mean another."""
-        held, comparisons = self._held, self._comparisons
-        if identity in held:
-            _drop(comparisons, id(held[identity][0]))
-        number = id(weight)
+    def _forget(self, numbers: tuple[int, ...]) -> Callable[[Any], None]:
+        """Return what drops the weights of some sources when one dies: its id is free then."""
+        reference = weakref.ref(self)
 
         def forget(_: Any) -> None:
-            held.pop(identity, None)
-            _drop(comparisons, number)
-            _shared.pop(identity, None)
+            this = reference()
+            if this is not None:
+                this._bound.pop(numbers, None)
 
-        held[identity] = (weight, [weakref.ref(s, forget) for s in sources])
+        return forget
 
     @property
     def nbytes(self) -> int:
         """Bytes of all quantized weights held."""
-        return sum(weight.nbytes for weight, _ in list(self._held.values()))
+        held = {id(w): w for bound in list(self._bound.values()) for w in bound.weights}
+        return sum(weight.nbytes for weight in held.values())
 
 
-def _drop(comparisons: dict[tuple[int, ...], list[Comparison]], weight: int) -> None:
-    """Forget the comparisons of a weight by its id, which may mean another one from now on."""
-    for key in [key for key in list(comparisons) if weight in key]:
-        comparisons.pop(key, None)
+def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight:
+    """Return the weight that any graph has made of some parameters, or make it."""
+    sources = _sources(parameters)
+    identity = (row.key, *map(id, sources))
+    with _lock:
+        weight = _shared.get(identity)
+        if weight is None or not weight.is_current(sources):
+            weight = QuantizedWeight(row.binding, parameters)
+            _shared[identity] = weight
+        return weight
 
 
 def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:

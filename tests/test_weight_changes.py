@@ -71,6 +71,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(weight_changes, "new_event", made_up.event)
     monkeypatch.setattr(weight_changes, "current_stream", lambda device: None)
     monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", float("inf"))
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 0)
     return made_up
 
 
@@ -132,6 +133,29 @@ def test_a_write_through_data_is_noticed_once_the_device_has_told(device: Device
     quantized = statistics()["quantized"]
     fast(x)
     assert statistics()["quantized"] == quantized
+
+
+def test_a_question_is_asked_once_in_a_while(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    device.finish()
+    fast(x)  # reads the answer, and asks the last question for long
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 3600)
+    write_low_rank_through_data(block)
+    asked = device.last
+    for _ in range(3):
+        fast(x)
+        device.finish()
+    assert device.last == asked
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 0)
+    fast(x)
+    assert device.last == asked + 1
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 3600)
+    fast(x)  # the device is still at it
+    device.finish()
+    assert_near(residual(fast, x), residual(block, x))
 
 
 def test_after_a_pause_one_wait_serves_every_block(device: Device, pause: Any) -> None:
