@@ -136,7 +136,12 @@ def is_expression(node: Any) -> bool:
 
 def changed_in_graph(node: fx.Node) -> bool:
     """Say whether the graph writes to memory that the expression reads."""
-    stack = _topological(node)
+    return any_written(_topological(node))
+
+
+def any_written(nodes: Iterable[fx.Node]) -> bool:
+    """Say whether the graph writes to memory of any of these nodes, or of what is made of it."""
+    stack = list(nodes)
     seen = set(stack)
     while stack:
         current = stack.pop()

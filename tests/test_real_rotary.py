@@ -308,8 +308,9 @@ def test_inductor_generates_code_for_all_of_it(target: str) -> None:
     assert before.count("torch.ops.aten.mul.Tensor(") == 2
     assert "torch.ops.aten.mul" not in after
     assert "torch.ops.aten.view_as_complex" not in after
-    views = re.findall(r"= torch.ops.aten.view_as_real.default\(", after)
-    assert len(views) == 2
+    # The host calls one operator of complex numbers for each table.
+    complex_calls = re.findall(r"= torch\.ops\.aten\.(\w+)\.", after)
+    assert complex_calls == ["view_as_real", "view_as_real"]
     # The norm's kernel writes into the concatenation: nothing is stored in float32.
     if on.device == "cuda" and torch.__version__ >= "2.13":
         assert (after.count(".run("), before.count(".run(")) == (2, 3)
