@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from outcomes import Outcomes
 from torch import fx, nn
 
 from omniq_compile import QuantConfig, Site, explain
@@ -31,6 +33,17 @@ OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 def _fresh() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "write each test's outcome to FILE as soon as it is known"
+    parser.addoption("--outcomes", type=Path, metavar="FILE", help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--outcomes")
+    if file is not None and not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
+        config.pluginmanager.register(Outcomes(file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
