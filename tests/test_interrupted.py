@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import omniq_compile as omniq
 from omniq_compile import QuantizedTensor
+from omniq_compile.cli import main
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
 INT8 = '{"transformer": {"method": "int8", "min_features": 64}}'
 COMMAND = "from omniq_compile.cli import main; raise SystemExit(main({arguments!r}))"
-# What a file may grow to, which makes writing fail as a full disk does: after some of it went out.
-LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
 
 
-def quantize(out: Path, before: str = "") -> subprocess.Popen[str]:
-    arguments = ["quantize", str(DIGITS), "--quantization", INT8, "--out", str(out)]
-    code = before + COMMAND.format(arguments=arguments)
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+def arguments(out: Path) -> list[str]:
+    return ["quantize", str(DIGITS), "--quantization", INT8, "--out", str(out)]
 
 
 def check_a_new_run_works(out: Path) -> None:
-    process = quantize(out)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    assert main(arguments(out)) == 0
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     model = omniq.load_model(out / "transformer")
     assert any(isinstance(p, QuantizedTensor) for p in model.parameters())
@@ -38,7 +35,8 @@ def check_a_new_run_works(out: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_kill_half_way_leaves_no_checkpoint_and_a_new_run_works(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = quantize(out)
+    code = COMMAND.format(arguments=arguments(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / ".out.partial").exists():
         assert process.poll() is None, "it ended before it could be killed"
@@ -52,13 +50,26 @@ def test_a_kill_half_way_leaves_no_checkpoint_and_a_new_run_works(tmp_path: Path
     check_a_new_run_works(out)
 
 
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Make writing fail as a full disk does, after some of it went out; in this whole process."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits on this system")
-def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
+def test_a_write_that_the_system_refuses_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    process = quantize(out, LIMITED)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 2, said
-    assert "cannot write" in said
-    assert "Traceback" not in said
+    with files_of_at_most(1 << 20):
+        assert main(arguments(out)) == 2
+    assert "cannot write" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     check_a_new_run_works(out)
