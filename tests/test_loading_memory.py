@@ -37,13 +37,13 @@ print(json.dumps([peak, sum(n for n, _ in sizes), max(b for _, b in sizes)]))
 
 
 def write_large(folder: Path) -> int:
-    """Write 2.2 GB of random BF16 weights in three files; returns the bytes."""
+    """Write 0.9 GB of random BF16 weights in three files; returns the bytes."""
     from accelerate import init_empty_weights
 
     about = random_model("QwenImageTransformer2DModel", "tiny").config
     with init_empty_weights():
         model = QwenImageTransformer2DModel.from_config(
-            dict(about) | {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 3,
+            dict(about) | {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 3,
                            "axes_dims_rope": (16, 56, 56)}
         )  # fmt: skip
     model.save_config(folder)
@@ -67,7 +67,7 @@ def write_large(folder: Path) -> int:
 def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path: Path, method: str) -> None:
     small = tmp_path / "small"
     random_model("QwenImageTransformer2DModel", "tiny").save_pretrained(small)
-    assert write_large(tmp_path) > 2e9
+    assert write_large(tmp_path) > 9e8
     ran = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(small), method],
         capture_output=True, text=True, check=False, timeout=600,
@@ -75,5 +75,5 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path: Path, metho
     assert ran.returncode == 0, ran.stderr
     peak, quantized, largest = json.loads(ran.stdout.splitlines()[-1])
     print(f"{method}: peak {peak / 1e6:.0f} MB, quantized model {quantized / 1e6:.0f} MB")
-    assert quantized > 1e9
+    assert quantized > 4e8
     assert peak <= 1.10 * quantized + largest
