@@ -55,6 +55,18 @@ class Block(nn.Module):
         return x + self.down(functional.gelu(self.up(x), approximate="tanh"))
 
 
+class Mlp(nn.Module):
+    """What follows attention: two layers, where seven take Inductor too long."""
+
+    def __init__(self, width: int = 256, hidden: int = 384) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        normed = functional.layer_norm(x, x.shape[-1:]) * (1 + time.unsqueeze(1))
+        return x + self.down(functional.gelu(self.up(normed), approximate="tanh"))
+
+
 class Layer(nn.Module):
     """One layer of sizes that differ, whose input nothing computes."""
 
