@@ -21,9 +21,9 @@ def test_two_threads_of_one_compiled_model_get_their_own_answers() -> None:
     """Cold: both find the model not compiled and its weights not quantized."""
     calls = [inputs(seed=seed) for seed in range(4)]
     with torch.no_grad():
-        alone = [compiled(tiny_flux())(**call)[0] for call in calls]
+        alone = [compiled(tiny_flux(num_layers=1))(**call)[0] for call in calls]
     torch._dynamo.reset()
-    fast, barrier = compiled(tiny_flux()), Barrier(2)
+    fast, barrier = compiled(tiny_flux(num_layers=1)), Barrier(2)
 
     def work(mine: list[Any]) -> list[torch.Tensor]:
         barrier.wait()
@@ -50,12 +50,12 @@ def test_two_methods_of_one_model_do_not_mix() -> None:
 
     with torch.no_grad():
         for method in ("int8", "mxfp8"):
-            before, model = start(), tiny_flux()
+            before, model = start(), tiny_flux(num_layers=1)
             alone[method] = compiled(model, method=method)(**given)[0]
             held[method] = resident_bytes() - before
             del model
         assert not torch.equal(alone["int8"], alone["mxfp8"])
-        before, model = start(), tiny_flux()
+        before, model = start(), tiny_flux(num_layers=1)
         fast = {method: compiled(model, method=method) for method in alone}
         for _ in range(2):
             for method, call in fast.items():
