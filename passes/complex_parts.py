@@ -151,7 +151,8 @@ def _is_move(node: fx.Node) -> bool:
         and all(map(_is_complex64, tree_leaves([dynamo.value(n) for n in (node, *numbers)])))
         and (not others or node.target is operator.getitem)
         and len(devices) == 1
-        and all(is_plain(n) for n in numbers if is_view_of_pairs(n))
+        # What is not moved itself is viewed as real numbers, which several at once cannot be.
+        and all(is_plain(n) or _is_move(n) for n in numbers)
     )
 
 

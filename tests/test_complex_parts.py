@@ -26,6 +26,8 @@ MOVED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "the last rows": lambda t: t[-7:, ...],
     "picked rows": lambda t: t[torch.tensor([0, 18, 3, 3, 5, 1, 2])],
     "by split": lambda t: torch.cat([c[2:9] for c in t.split([1, 2, 3], dim=-1)], dim=-1),
+    "by split with sizes": lambda t: torch.cat(t[2:9].split_with_sizes([2, 4], 1)[::-1], dim=-1),
+    "one of what is no move": lambda t: t.tensor_split([2, 9])[1][..., :],
     "by chunk": lambda t: torch.cat(list(t.narrow(0, 4, 7).chunk(2, 1))[::-1], -1),
     "by unbind": lambda t: torch.stack(t[:7].unbind(1)[::-1], dim=-1),
     "of both ends": lambda t: torch.cat([t[-3:], t[:4]]),
@@ -53,7 +55,8 @@ def test_frequencies_are_cut_and_joined_as_real_numbers(name: str) -> None:
     after = lowered(gm)
     assert complex_products(gm) == 2
     # What is not moved alone stays as it is, and its result is read.
-    assert complex_values(after) == (name in ("of a table made here", "to its own dtype"))
+    stay = ("of a table made here", "to its own dtype", "one of what is no move")
+    assert complex_values(after) == (name in stay)
     assert count(after, torch.view_as_real) == 1
     for out, given in zip(after(*values), (x, y), strict=True):
         check(out, given, MOVED[name](table)[:, None])
