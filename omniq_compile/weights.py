@@ -97,8 +97,9 @@ class _Bound:
         forget: Callable[[Any], None],
     ) -> None:
         self.weights = weights
-        self._memory = list(map(memory_of, sources))
-        self._comparisons = comparisons_of([stamp for w in weights for stamp in w.stamps])
+        stamps = [stamp for weight in weights for stamp in weight.stamps]
+        self._memory = [stamp.memory for stamp in stamps]
+        self._comparisons = comparisons_of(stamps)
         self._references = [weakref.ref(source, forget) for source in sources]
 
     def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
