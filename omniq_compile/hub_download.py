@@ -37,6 +37,17 @@ def check_hub_arguments(given: Iterable[str]) -> None:
             raise OptionError(unknown("argument of load_model", name, HUB_ARGUMENTS))
 
 
+def hub_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of HUB_ARGUMENTS that are among a load's arguments."""
+    return {name: given[name] for name in HUB_ARGUMENTS if name in given}
+
+
+def may_be_hub_id(where: str) -> bool:
+    """Tell what may be a hub id from a path; a folder or file of that name goes first."""
+    is_path = where.startswith((".", "/", "~"))
+    return where.count("/") == 1 and not is_path and not Path(where).exists()
+
+
 def index_folder(where: str, hub: Mapping[str, Any]) -> Path:
     """Return a folder with a pipeline's model_index.json, of which nothing else need be there.
 
@@ -48,6 +59,20 @@ def index_folder(where: str, hub: Mapping[str, Any]) -> Path:
         CheckpointError: there is no such folder, and no such pipeline can be downloaded.
     """
     return _existing(where) or _Repository(where, hub).fetch(["model_index.json"])
+
+
+def described_folder(where: str, hub: Mapping[str, Any]) -> Path:
+    """Return a folder with the configurations of a pipeline or a model, and no weights.
+
+    Args:
+        where: a folder or a hub id.
+        hub: HUB_ARGUMENTS that were given.
+
+    Raises:
+        CheckpointError: there is no such folder, and nothing of that name can be downloaded.
+    """
+    files = ["model_index.json", "config.json", "*/config.json"]
+    return _existing(where) or _Repository(where, hub).fetch(files)
 
 
 def whole_folder(
@@ -123,13 +148,18 @@ def _existing(where: str) -> Path | None:
     """
     if Path(where).is_dir():
         return Path(where)
-    if Path(where).exists() or where.count("/") != 1 or where.startswith((".", "/", "~")):
+    if not may_be_hub_id(where):
         raise CheckpointError(f"{where} is not a folder.")
     return None
 
 
 def _prefix(folder: str) -> str:
     return f"{folder}/" if folder else ""
+
+
+def _without_token(text: str, token: object) -> str:
+    """Return what a library said of a request, which may be its headers, without the token."""
+    return text.replace(token, "<token>") if isinstance(token, str) and token else text
 
 
 class _Repository:
@@ -163,9 +193,12 @@ class _Repository:
                 )
             )
         except Exception as error:
+            told = _without_token(str(error), self._hub.get("token"))
+            # A traceback would show the original's words too.
+            cause = error if told == str(error) else None
             raise CheckpointError(
-                f"there is no folder {self._id!r}, and {self._id!r} cannot be downloaded: {error}"
-            ) from error
+                f"there is no folder {self._id!r}, and {self._id!r} cannot be downloaded: {told}"
+            ) from cause
         if place != (self._place or place):
             raise CheckpointError(
                 f"{self._id} was changed on the hub while it was downloaded. Load it again, or "

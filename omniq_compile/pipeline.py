@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from omniq_compile.checkpoint_folder import pipeline_components, read_config, read_json
 from omniq_compile.components import PipelineQuantConfig, build_quant_config, is_transformer
 from omniq_compile.foreign import OWN
-from omniq_compile.hub_download import HUB_ARGUMENTS, index_folder, whole_folder
+from omniq_compile.hub_download import hub_arguments, index_folder, whole_folder
 from omniq_compile.load_arguments import (
     DTYPE_KEYWORD,
     check_device,
@@ -69,7 +69,7 @@ def from_pretrained(
     config = build_quant_config(quantization)
     dtype = check_dtype(dtype, torch_dtype)
     device = check_device(device)
-    hub = {name: pipeline_arguments[name] for name in HUB_ARGUMENTS if name in pipeline_arguments}
+    hub = hub_arguments(pipeline_arguments)
     described = index_folder(str(folder), hub)
     _check_own_code(described, pipeline_arguments)
     pipeline = (

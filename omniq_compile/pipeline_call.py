@@ -13,23 +13,28 @@ from torch import nn
 
 from omniq_compile.backend import omniq
 from omniq_compile.given_images import takes_several
-from omniq_compile.hub_download import index_folder
+from omniq_compile.hub_download import hub_arguments, index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class
 from omniq_compile.regional import compile, module_blocks
 
 
-def check_call_of_folder(folder: str, given: Mapping[str, Any]) -> None:
+def check_call_of_folder(folder: str, given: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
     """Check arguments before the weights of a pipeline are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
+
+    Args:
+        folder: of the pipeline, or a hub id.
+        given: the arguments of its call.
+        loading: those of ``from_pretrained``, some of which are for downloading.
 
     Raises:
         OptionError: see `check_call`.
         CheckpointError: there is no such pipeline.
     """
-    cls = pipeline_class(index_folder(folder, {}))
+    cls = pipeline_class(index_folder(folder, hub_arguments(loading)))
     if cls is not DiffusionPipeline:
         check_call(cls, given)
 

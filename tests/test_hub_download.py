@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from tiny_pipelines import save_text_to_image
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError
 from omniq_compile.cli import main
+from omniq_compile.cli.random_models import random_model
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.quality.tune_state import fingerprint
 
 pytest.importorskip("transformers")
 OPTIONS = {"method": "int8", "min_features": 32}
@@ -237,3 +240,116 @@ def test_a_command_checks_arguments_before_weights_are_downloaded(
     assert main([*command, "--argument", "promt=1"]) == 2
     assert "Did you mean 'prompt'" in capsys.readouterr().err
     assert hub.downloaded() == {"model_index.json"}
+
+
+TOKEN = "hf_SecretOfSomebody"
+SMALL = ["--seeds", "0", "--steps", "2", "--prompt", "a red fox", "--argument", "height=32",
+         "width=32", "--compiler", "eager"]  # fmt: skip
+COMMANDS = {
+    "generate": ["--quantization", json.dumps({"transformer": OPTIONS}), "--eager",
+                 *SMALL[2:-2], "--out", "x.png"],
+    "quantize": ["--quantization", json.dumps({"transformer": OPTIONS}), "--out", "made"],
+    "compare": ["--quantization", json.dumps({"transformer": OPTIONS}), *SMALL, "--out", "made"],
+    "tune": ["--method", "int8", "--min-features", "32", "--target-psnr", "1", *SMALL,
+             "--measurements", "1", "--calls", "1", "--out", "made"],
+}  # fmt: skip
+
+
+def everything_written(folder: Path) -> str:
+    return "".join(f.read_bytes().decode("latin-1") for f in folder.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_revision_and_token_reach_every_download(
+    hub: Hub, command: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if command in ("compare", "tune"):
+        pytest.importorskip("skimage")
+    told = ["--revision", "refs/pr/3", "--token", TOKEN]
+    assert main([command, HUB_ID, *COMMANDS[command], *told]) in (0, 1)
+    assert len(hub.calls) > 1
+    assert all(call == {"revision": "refs/pr/3", "token": TOKEN} for call in hub.calls)
+    printed = capfd.readouterr()
+    written = everything_written(tmp_path)
+    assert TOKEN not in printed.out + printed.err + written
+    if command in ("compare", "tune"):
+        assert '"revision": "refs/pr/3"' in written
+
+
+def test_tune_does_not_go_on_from_another_commit(hub: Hub) -> None:
+    before = fingerprint(HUB_ID, {"token": TOKEN})
+    assert fingerprint(HUB_ID, {}) == before
+    assert hub.downloaded() == {"model_index.json"}
+    hub.cache = hub.cache.rename(hub.cache.with_name("another commit"))
+    assert fingerprint(HUB_ID, {}) != before
+
+
+@pytest.mark.parametrize("command", ["plan", "dump"])
+def test_a_model_on_the_hub_is_shown_without_its_weights(
+    hub: Hub, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = random_model("FluxTransformer2DModel", "tiny")
+    shutil.rmtree(hub.files / "transformer")
+    transformer.save_pretrained(hub.files / "transformer")
+    index = json.loads((hub.files / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    (hub.files / "model_index.json").write_text(json.dumps(index))
+    options = ["--method", "int8", "--min-features", "1", "--token", TOKEN, "--revision", "v1"]
+    if command == "plan":
+        options += ["--height", "64", "--width", "64", "--text-tokens", "8"]
+    assert main([command, HUB_ID, *options]) == 0
+    printed = capsys.readouterr()
+    assert "transformer_blocks" in printed.out
+    assert TOKEN not in printed.out + printed.err
+    assert hub.calls == [{"revision": "v1", "token": TOKEN}]
+    assert {Path(name).name for name in hub.downloaded()} == {"config.json", "model_index.json"}
+
+
+@pytest.mark.parametrize("command", ["plan", "dump"])
+def test_a_path_that_is_misspelt_is_still_hinted_at(
+    hub: Hub, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none_found(repo_id: str, **given: Any) -> str:
+        raise FileNotFoundError(f"no repository {repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", none_found)
+    Path("models/flux").mkdir(parents=True)
+    assert main([command, "models/fluxx", "--method", "int8"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be downloaded: no repository models/fluxx" in error
+    assert "Did you mean 'models/flux'?" in error
+
+
+@pytest.mark.parametrize("load", [omniq.from_pretrained, omniq.load_model])
+def test_what_a_library_says_of_a_token_is_told_without_it(
+    hub: Hub, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(repo_id: str, *, token: str, **given: Any) -> str:
+        raise ValueError(f"Illegal header value b'Bearer {token}'")  # as httpx has it
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    how = {"quantization": OPTIONS} if load is omniq.from_pretrained else {"options": OPTIONS}
+    with pytest.raises(CheckpointError, match="Illegal header value b'Bearer <token>'") as info:
+        load(HUB_ID, **how, token=TOKEN)
+    assert TOKEN not in "".join(traceback.format_exception(info.value))
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "plan", "dump"])
+def test_tokens_and_revisions_that_are_none(
+    hub: Hub, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = COMMANDS.get(command, ["--method", "int8"])
+    for given, words in (
+        (["--token", ""], "--token: is empty"),
+        (["--tokn", TOKEN], "unrecognized arguments: --tokn hf_..."),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, HUB_ID, *options, *given])
+        error = capsys.readouterr().err
+        assert words in error
+        assert TOKEN not in error
+    assert main([command, str(hub.files), *options, "--revision", "main"]) == 2
+    assert f"of a hub id, such as Qwen/Qwen-Image, and {hub.files} is none" in (
+        capsys.readouterr().err
+    )
+    assert hub.calls == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from omniq_compile import __version__
 from omniq_compile.lowering.errors import OmniqError
@@ -22,9 +24,15 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # It repeats what it does not know: after a misspelt --token that is a token.
+        super().error(re.sub(r"\bhf_\w+", "hf_...", message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="omniq", description="A torch.compile backend that quantizes diffusion transformers."
     )
     parser.add_argument("--version", action="version", version=f"omniq {__version__}")

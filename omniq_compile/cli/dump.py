@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
 from omniq_compile.cli.model_argument import find_model
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
@@ -26,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a diffusers folder, a transformer's config.json, a class with a size "
+        help="a diffusers folder, a hub id, a transformer's config.json, a class with a size "
         "(QwenImageTransformer2DModel:tiny), or module:function that returns a model and its "
         "inputs",
     )
+    add_hub_arguments(parser)
     add_option_arguments(parser)
     parser.add_argument("--target", help="lower for this target, present or not (cpu:avx512_vnni)")
     parser.add_argument(
@@ -52,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Trace the model, and show it."""
     stages = _stages(arguments)
     check_writable("--out", arguments.out)
-    loaded = find_model(arguments.model)
+    hub = downloading_arguments(arguments, arguments.model)
+    loaded = find_model(arguments.model, hub=hub)
     inspection = inspect(
         loaded.name,
         loaded.model,

@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     device = usable_device(arguments.device)
     given = {**given_arguments(arguments), **image_argument(read_images(arguments.image))}
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
-    check_call_of_folder(arguments.folder, given)
-    pipe = load_worded(arguments.folder, config, device=device, **pipeline_arguments(arguments))
+    loading = pipeline_arguments(arguments)
+    check_call_of_folder(arguments.folder, given, loading)
+    pipe = load_worded(arguments.folder, config, device=device, **loading)
     check_call(type(pipe), given)
     check_ending(arguments.out, returns_video(type(pipe)))
     pipe.to(device)

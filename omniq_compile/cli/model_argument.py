@@ -6,7 +6,9 @@ tensor has a shape and a dtype, and no values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,10 +20,20 @@ from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OptionError
 
 
-def find_model(text: str, *, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+def find_model(
+    text: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    hub: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """Find the model that MODEL names; of a pipeline with several transformers the first.
 
     Inputs are those of the preset, for a configuration of "tiny".
+
+    Args:
+        text: MODEL.
+        dtype: of weights and inputs.
+        hub: arguments of a download, see `hub_download`.
 
     Raises:
         OmniqError: nothing of that name, listing what there is and the nearest name; or not a
@@ -29,7 +41,7 @@ def find_model(text: str, *, dtype: torch.dtype = torch.bfloat16) -> LoadedModel
     """
     if _is_function(text):
         return call_function(text)
-    config = _first_config(text)
+    config = _first_config(text, hub or {})
     size = PRESETS[config.preset]
     # Tensors without values, which Dynamo traces like others.
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -40,9 +52,9 @@ def find_model(text: str, *, dtype: torch.dtype = torch.bfloat16) -> LoadedModel
     return LoadedModel(config.name, model, inputs)
 
 
-def _first_config(text: str) -> ModelConfig:
+def _first_config(text: str, hub: Mapping[str, Any]) -> ModelConfig:
     try:
-        return find_configs(text)[0]
+        return find_configs(text, hub)[0]
     except OptionError as error:
         raise OptionError(
             f"{error} Or write a function that returns a model and its inputs, and name it as "

@@ -5,6 +5,7 @@ MODEL is one of
     a diffusers folder       ./Wan2.2, whose model_index.json may name several transformers
     a transformer's folder   ./Wan2.2/transformer_2
     a configuration          ./Wan2.2/transformer/config.json
+    a hub id                 Qwen/Qwen-Image, of which only the configurations are downloaded
     Class[:preset]           QwenImageTransformer2DModel:tiny
 """
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.filling import set_dtypes
+from omniq_compile.hub_download import described_folder, may_be_hub_id
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint, unknown
 
 # How alike a setting's name is to a known one to be a misspelling of it.
@@ -40,13 +42,17 @@ class ModelConfig:
     preset: str = "tiny"
 
 
-def find_configs(text: str) -> list[ModelConfig]:
+def find_configs(text: str, hub: Mapping[str, Any]) -> list[ModelConfig]:
     """Find what MODEL names; see the head of this file.
+
+    Args:
+        text: MODEL.
+        hub: HUB_ARGUMENTS that were given.
 
     Raises:
         OmniqError: there is nothing of that name, or no transformer in it that omniq knows,
             listing what there is and the nearest name.
-        CheckpointError: a configuration cannot be read.
+        CheckpointError: a configuration cannot be read or downloaded.
     """
     path = Path(text)
     if path.is_dir():
@@ -55,8 +61,13 @@ def find_configs(text: str) -> list[ModelConfig]:
         return [_of_file(path)]
     class_name, _, preset = text.partition(":")
     if "/" in text or path.suffix == ".json":
-        beside = [str(entry) for entry in path.parent.glob("*")]
-        raise OmniqError(f"no folder or configuration {text}.{hint(text, beside)}")
+        meant = hint(text, [str(entry) for entry in path.parent.glob("*")])
+        if path.suffix == ".json" or not may_be_hub_id(text):
+            raise OmniqError(f"no folder or configuration {text}.{meant}")
+        try:
+            return _of_folder(described_folder(text, hub))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{meant}") from error.__cause__
     return [_of_preset(text, class_name, preset or "tiny")]
 
 

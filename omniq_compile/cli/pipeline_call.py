@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from omniq_compile.cli.loading_arguments import add_variant_argument, loading_arguments
+from omniq_compile.cli.loading_arguments import (
+    add_hub_arguments,
+    add_variant_argument,
+    loading_arguments,
+)
 from omniq_compile.components import build_quant_config
 from omniq_compile.given_images import image_argument, read_images
 from omniq_compile.load_arguments import tried
@@ -47,6 +51,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other argument of the pipeline's call: height=512, digits=[0,1,2]",
     )
     add_variant_argument(parser)
+    add_hub_arguments(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the folder brings along"
     )
@@ -61,7 +66,11 @@ def _steps(text: str) -> int:
 
 
 def pipeline_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line says to ``from_pretrained``, but for the device."""
+    """Return what the command line says to ``from_pretrained``, but for the device.
+
+    Raises:
+        OptionError: a revision of what is no hub id.
+    """
     trusted = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     return {**loading_arguments(arguments), **trusted}
 
@@ -127,14 +136,16 @@ def quality_setting(
         more["compiler"] = arguments.compiler
     given = given_arguments(arguments)
     images = read_images(arguments.image)
-    check_call_of_folder(arguments.folder, {**given, **image_argument(images), "generator": None})
+    loading = pipeline_arguments(arguments)
+    call = {**given, **image_argument(images), "generator": None}
+    check_call_of_folder(arguments.folder, call, loading)
     return Setting(
         folder=arguments.folder,
         config=config.with_options(more, ignored_layers),
         arguments=given,
         seeds=parse_seeds(arguments.seeds),
         device=usable_device(arguments.device),
-        loading=pipeline_arguments(arguments),
+        loading=loading,
         images=images,
     )
 

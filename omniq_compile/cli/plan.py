@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from omniq_compile.cli.families import FAMILIES, InputSize
+from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
 from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="+",
-        help="a diffusers folder, a config.json, or Class[:preset]; several are planned together",
+        help="a diffusers folder, a hub id, a config.json, or Class[:preset]; several are planned "
+        "together",
     )
+    add_hub_arguments(parser)
     add_option_arguments(parser)
     parser.add_argument("--target", help="plan for this target, present or not (cuda:sm_90)")
     parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720)")
@@ -53,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable("--out", arguments.out)
     config = QuantConfig.from_options(options_of(arguments))
     target = Target.parse(arguments.target) if arguments.target else config.target or detect("cpu")
+    hub = downloading_arguments(arguments, *arguments.model)
     plans = {}
-    for model in (found for text in arguments.model for found in find_configs(text)):
+    for model in (found for text in arguments.model for found in find_configs(text, hub)):
         size = _size(model, arguments)
         plans[model.name] = (size, _plan(model, size, config, target))
     if arguments.format == "json":

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from omniq_compile.cli.loading_arguments import (
     add_dtype_argument,
+    add_hub_arguments,
     add_variant_argument,
     loading_arguments,
 )
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a diffusers pipeline or model, or a hub id")
     add_quantization_argument(parser)
     add_variant_argument(parser)
+    add_hub_arguments(parser)
     add_dtype_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="the folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
-    from omniq_compile.hub_download import whole_folder
+    from omniq_compile.hub_download import hub_arguments, whole_folder
     from omniq_compile.loading import load_model
     from omniq_compile.pipeline import check_components, component_class, components_with
     from omniq_compile.saving import save_model, write_aside
@@ -44,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     loading = loading_arguments(arguments)
     variant = loading.pop("variant", None)
-    source = whole_folder(arguments.folder, {}, variant=variant)
+    hub = hub_arguments(loading)
+    loading = {name: value for name, value in loading.items() if name not in hub}
+    source = whole_folder(arguments.folder, hub, variant=variant)
     _check_apart(source, arguments.out)
     quantization = read_quantization(arguments.quantization)
     console = Console(stderr=True)

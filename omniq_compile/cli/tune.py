@@ -72,6 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     import omniq_compile
+    from omniq_compile.hub_download import hub_arguments
     from omniq_compile.quality.compare_result import as_given, write_json
     from omniq_compile.quality.metrics import need
     from omniq_compile.quality.output_folder import make_folder
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
         # What another version measured is not what this one computes.
         "omniq": omniq_compile.__version__,
         "torch": torch.__version__,
-        "folder": fingerprint(setting.folder),
+        "folder": fingerprint(setting.folder, hub_arguments(setting.loading)),
         "quantization": as_given(setting.config),
         "variant": setting.loading.get("variant"),
         "arguments": dict(setting.arguments),
@@ -135,6 +136,7 @@ def _content(setting: Any, goal: Any, found: Any) -> dict[str, Any]:
         "quantization": given,
         "seeds": list(setting.seeds),
         "variant": setting.loading.get("variant"),
+        "revision": setting.loading.get("revision"),
         "arguments": dict(setting.arguments),
         "images": [str(image.file) for image in setting.images],
         "verified_psnr": dict(zip(map(str, setting.seeds), found.seed_psnr, strict=True)),

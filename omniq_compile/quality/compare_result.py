@@ -31,6 +31,7 @@ def as_json(
         "folder": setting.folder,
         "quantization": as_given(setting.config),
         "variant": setting.loading.get("variant"),
+        "revision": setting.loading.get("revision"),
         "arguments": dict(setting.arguments),
         "images": [str(image.file) for image in setting.images],
         "seeds": list(setting.seeds),

@@ -49,7 +49,7 @@ class Setting:
     arguments: Mapping[str, Any]
     seeds: Sequence[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    loading: Mapping[str, Any] = field(default_factory=dict)
+    loading: Mapping[str, Any] = field(default_factory=dict, repr=False)  # with a token
     images: Sequence[GivenImage] = ()
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from omniq_compile.hub_download import index_folder
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.compare_result import write_json
 
@@ -71,9 +72,22 @@ def name_of_set(kept: Collection[str]) -> str:
     return hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:24]
 
 
-def fingerprint(folder: str) -> list[list[Any]]:
-    """Return what a pipeline is known by: its files, with their sizes and times."""
+def fingerprint(folder: str, hub: Mapping[str, Any]) -> list[list[Any]]:
+    """Return what a pipeline is known by: its files, with their sizes and times.
+
+    Of a hub id it is the folder that its files are downloaded into, which is named by the commit:
+    the branch may have moved on since an earlier run.
+
+    Args:
+        folder: of the pipeline, or a hub id.
+        hub: HUB_ARGUMENTS that were given.
+
+    Raises:
+        CheckpointError: there is no such pipeline.
+    """
     root = Path(folder)
+    if not root.is_dir():
+        return [[folder, index_folder(folder, hub).name]]
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc")
     stats = [(p.relative_to(root).as_posix(), p.stat()) for p in files]
     return [[folder], *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
