@@ -50,6 +50,18 @@ def test_a_kill_half_way_leaves_no_checkpoint_and_a_new_run_works(tmp_path: Path
     check_a_new_run_works(out)
 
 
+def test_an_interrupt_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt  # as Ctrl-C does, while it copies what is not quantized
+
+    monkeypatch.setattr("shutil.copytree", interrupted)
+    assert main(arguments(tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "omniq quantize: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """Make writing fail as a full disk does, after some of it went out; in this whole process."""

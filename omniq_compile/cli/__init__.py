@@ -49,3 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OmniqError as error:
         print(f"omniq {parsed.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"omniq {parsed.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell reports SIGINT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except OmniqError:
+        raise
+    except KeyboardInterrupt:
+        if (arguments.out / "state.json").exists():
+            print("what was measured is kept: the same command goes on from there", file=sys.stderr)
         raise
     except Exception:
         traceback.print_exc()
