@@ -124,6 +124,15 @@ def test_numbers_out_of_range(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["height=0", "width=-64", "num_images_per_prompt=0"])
+def test_a_size_under_1_is_refused_before_weights_are_read(
+    text: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("omniq_compile.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    more = ["generate", "t2i", "--out", "x.png", "--prompt", "fox", "--argument", text]
+    assert f"--argument {text}: {text.split('=')[0]} is at least 1" in failed(capsys, *more)
+
+
 def truncate(folder: Path) -> None:
     (file,) = (folder / "transformer").glob("*.safetensors")
     os.truncate(file, 1000)

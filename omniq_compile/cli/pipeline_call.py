@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # What pictures come as: the others that diffusers has are latents.
 OUTPUT_TYPES = ("pil", "np", "pt")
 
+# Arguments of diffusers' calls that count something.
+SIZES = ("height", "width", "num_frames", "num_inference_steps", "num_images_per_prompt")
+
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what shapes a call of the pipeline, but for its seed."""
@@ -79,7 +82,8 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of a pipeline's call that the command line gives, without images.
 
     Raises:
-        OptionError: an ``--argument`` that is not NAME=JSON, or of which nothing could be saved.
+        OptionError: an ``--argument`` that is not NAME=JSON, a size under 1, or what nothing could
+            be saved of.
     """
     given: dict[str, Any] = {}
     if arguments.prompt is not None:
@@ -92,8 +96,17 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
             given[name] = json.loads(value)
         except ValueError as error:
             raise OptionError(f"--argument {text!r} is not NAME=JSON: {error}.") from error
+    _check_sizes(given)
     _check_returns_pictures(given)
     return given
+
+
+def _check_sizes(given: Mapping[str, Any]) -> None:
+    """Refuse before loading what diffusers takes for no size at all, or fails at after it."""
+    for name in SIZES:
+        value = given.get(name)
+        if isinstance(value, (int, float)) and value < 1:
+            raise OptionError(f"--argument {name}={json.dumps(value)}: {name} is at least 1.")
 
 
 def _check_returns_pictures(given: Mapping[str, Any]) -> None:
