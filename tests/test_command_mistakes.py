@@ -233,6 +233,14 @@ def test_tensors_are_saved_as_pictures(tmp_path: Path) -> None:
     assert Image.open(file).size == (16, 8)
 
 
+def test_what_torchao_lacks_is_no_news(copied: Path) -> None:
+    pytest.importorskip("torchao")
+    # As this command imports it; the warnings come with the first import in a process.
+    command = [sys.executable, "-m", "omniq_compile", "generate", "nowhere", "--out", "x.png"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.stderr == "omniq generate: error: nowhere is not a folder.\n"
+
+
 def test_the_version_and_the_module(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

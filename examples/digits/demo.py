@@ -1,15 +1,17 @@
 """Draw every digit in BF16 and again through omniq, and measure what quantizing changed."""
 
+from __future__ import annotations
+
 import argparse
 import copy
+import logging
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from judge import mean_psnr, psnr_per_picture, read_digits
 from rich.console import Console
@@ -20,6 +22,9 @@ from torch import nn
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FOLDER = Path(__file__).parent / "pipeline"
 NUM_STEPS = 20
@@ -45,6 +50,15 @@ def load_pipeline() -> DiffusionPipeline:
         raise SystemExit(
             f"no pipeline in {FOLDER}: train it with `python examples/digits/train.py`"
         )
+    # Diffusers imports torchao where it is installed, which warns of parts that nothing here uses.
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+        "diffusers.quantizers.torchao.torchao_quantizer",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from diffusers import DiffusionPipeline
+
     diffusers_logging.disable_progress_bar()
     # Newer diffusers say `dtype`; the old name works in every version the project supports.
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)

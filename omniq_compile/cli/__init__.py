@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,12 @@ COMMANDS = {
 }
 
 
+# Diffusers imports torchao where it is installed, which then warns of parts that only `bench` uses.
+TALK_OF_TORCHAO = (
+    "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
+)  # fmt: skip
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # It repeats what it does not know: after a misspelt --token that is a token.
@@ -38,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"omniq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] != ["bench"]:
+        for name in TALK_OF_TORCHAO:
+            logging.getLogger(name).setLevel(logging.ERROR)
     for name, text in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text)
         # Only the command that is called is imported, so that the others cost nothing.
