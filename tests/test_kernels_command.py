@@ -13,6 +13,7 @@ from omniq_compile.lowering.target import ARCHITECTURES, detect
 def test_every_cell_has_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert ["target", *METHODS] in [line.split() for line in lines]  # in 80 characters, whole
     for device, archs in ARCHITECTURES.items():
         for arch in archs:
             (line,) = [line for line in lines if line.split()[:1] == [f"{device}:{arch}"]]

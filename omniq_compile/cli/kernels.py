@@ -49,7 +49,7 @@ def _cells(rows: list[KernelRow]) -> Table:
     )
     table.add_column("target", no_wrap=True)
     for method in METHODS:
-        table.add_column(method)
+        table.add_column(method, min_width=len(method))
     first = {(row.target, row.method): row for row in rows if row.preferred}
     for target in dict.fromkeys(row.target for row in rows):
         here = any(row.here for row in rows if row.target == target)
