@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omniq_compile.checkpoint_folder import component_folder, pipeline_components
-from omniq_compile.lowering.errors import CheckpointError, OptionError, unknown
+from omniq_compile.lowering.errors import CheckpointError, OptionError, hint, unknown
 from omniq_compile.safetensors_files import STEMS
 
 # What ``huggingface_hub.snapshot_download`` takes of a user; from version 1 on it ignores proxies.
@@ -196,8 +196,10 @@ class _Repository:
             told = _without_token(str(error), self._hub.get("token"))
             # A traceback would show the original's words too.
             cause = error if told == str(error) else None
+            meant = hint(self._id, [str(entry) for entry in Path(self._id).parent.glob("*")])
             raise CheckpointError(
-                f"there is no folder {self._id!r}, and {self._id!r} cannot be downloaded: {told}"
+                f"there is no folder {self._id!r}, and {self._id!r} cannot be downloaded: "
+                f"{told}{meant}"
             ) from cause
         if place != (self._place or place):
             raise CheckpointError(

@@ -305,7 +305,7 @@ def test_a_model_on_the_hub_is_shown_without_its_weights(
     assert {Path(name).name for name in hub.downloaded()} == {"config.json", "model_index.json"}
 
 
-@pytest.mark.parametrize("command", ["plan", "dump"])
+@pytest.mark.parametrize("command", [*COMMANDS, "plan", "dump"])
 def test_a_path_that_is_misspelt_is_still_hinted_at(
     hub: Hub, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +314,7 @@ def test_a_path_that_is_misspelt_is_still_hinted_at(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", none_found)
     Path("models/flux").mkdir(parents=True)
-    assert main([command, "models/fluxx", "--method", "int8"]) == 2
+    assert main([command, "models/fluxx", *COMMANDS.get(command, ["--method", "int8"])]) == 2
     error = capsys.readouterr().err
     assert "cannot be downloaded: no repository models/fluxx" in error
     assert "Did you mean 'models/flux'?" in error

@@ -61,13 +61,10 @@ def find_configs(text: str, hub: Mapping[str, Any]) -> list[ModelConfig]:
         return [_of_file(path)]
     class_name, _, preset = text.partition(":")
     if "/" in text or path.suffix == ".json":
-        meant = hint(text, [str(entry) for entry in path.parent.glob("*")])
-        if path.suffix == ".json" or not may_be_hub_id(text):
-            raise OmniqError(f"no folder or configuration {text}.{meant}")
-        try:
+        if may_be_hub_id(text) and path.suffix != ".json":
             return _of_folder(described_folder(text, hub))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{meant}") from error.__cause__
+        beside = [str(entry) for entry in path.parent.glob("*")]
+        raise OmniqError(f"no folder or configuration {text}.{hint(text, beside)}")
     return [_of_preset(text, class_name, preset or "tiny")]
 
 
