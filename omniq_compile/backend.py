@@ -14,7 +14,7 @@ from omniq_compile import inductor, structured_trace, weight_changes
 from omniq_compile.denoise import current_step
 from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
-from omniq_compile.lowering.errors import GradientError, OptionError
+from omniq_compile.lowering.errors import GradientError, OptionError, WeightError
 from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
@@ -50,6 +50,7 @@ def omniq(
         OptionError: unknown options or mode, a mode that the compiler does not read, a device
             without kernels, or a layer pattern that needs the name of a block compiled on its own.
         GradientError: gradients are enabled and an input requires them.
+        WeightError: an input is on the meta device.
     """
     config = QuantConfig.from_options(options).with_mode(mode)
     return compile_graph(gm, example_inputs, config, check_patterns=True)
@@ -72,9 +73,10 @@ def compile_graph(
             show, and to warn of those that name nothing in it.
 
     Raises:
-        OptionError, GradientError: as `omniq` does.
+        OptionError, GradientError, WeightError: as `omniq` does.
     """
     _refuse_gradients(example_inputs)
+    _refuse_meta(example_inputs)
     usual = _compile_for_steps(gm, example_inputs, config, check_patterns)
     if not config.w4a8_fallback_steps:
         return usual
@@ -151,6 +153,14 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
             "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
             "gradients off with model.requires_grad_(False)."
+        )
+
+
+def _refuse_meta(inputs: Sequence[Any]) -> None:
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
+        raise WeightError(
+            "this model, or an input of it, is on the meta device, where tensors have no values to "
+            "quantize. Load its weights first; `omniq_compile.explain` and `omniq plan` need none."
         )
 
 

@@ -51,6 +51,12 @@ def test_a_frozen_model_runs_with_gradients_on() -> None:
     assert error(result, product(model, x)) < 5e-7
 
 
+def test_a_model_without_values_says_what_needs_none() -> None:
+    model = nn.Linear(38, 19, device="meta").requires_grad_(False)
+    with pytest.raises(BackendCompilerFailed, match=r"is on the meta device, .*Load its weights"):
+        compiled(model)(torch.randn(7, 38, device="meta"))
+
+
 def test_one_compiled_model_runs_after_its_refusal() -> None:
     model, x = nn.Linear(38, 19), torch.randn(7, 38)
     run = compiled(model)
