@@ -279,7 +279,9 @@ def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixtur
     assert "2  72 x 192 x 512  fp8" in rows["blocks.*.ffn.net.0.proj"]
     assert "cuda_fp8_few_tiles_triton" in rows["blocks.*.ffn.net.0.proj"]
     assert "kept in float32" in rows["condition_embedder.time_embedder.linear_1"]
-    assert "weights: 0.00 GiB -> 0.00 GiB" in out
+    model = random_model("WanTransformer3DModel", "tiny")
+    nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert f"weights: {nbytes / 2**20:.1f} MiB -> " in out
     assert "activations, estimated:" in out
 
 
@@ -324,6 +326,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["empty"], ["empty has no config.json"]),
         (["FluxTransformer2DModel", "--frames", "9"], ["--frames is for video"]),
         (["FluxTransformer2DModel", "--width", "1000"], ["--width 1000 is not a multiple of 16"]),
+        (["FluxTransformer2DModel", "--height", "0"], ["--height 0 is not a multiple of 16"]),
+        (["QwenImageTransformer2DModel:tiny", "--height", "1600000", "--width", "1600000"],
+         ["cannot run without values", "100000"]),
+        (["WanTransformer3DModel", "--frames", "0"], ["--frames 0 is not one more than"]),
         (["WanTransformer3DModel", "--frames", "8"], ["--frames 8 is not one more than"]),
         (["FluxTransformer2DModel", "--text-tokens", "0"], ["--text-tokens 0"]),
         (["FluxTransformer2DModel", "--target", "gpu"], ["unknown target device 'gpu'"]),

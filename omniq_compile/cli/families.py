@@ -20,17 +20,20 @@ from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 class InputSize:
     """The size of the inputs to draw.
 
-    `grid` is the image's (rows, columns) in tokens, `frames` how many of them a video has.
+    `grid` is the image's (rows, columns) in tokens, `frames` how many of them a video has. Without
+    a generator the tensors have no values, and take no memory at any size.
     """
 
     batch: int
     grid: tuple[int, int]
     text_tokens: int
     dtype: torch.dtype
-    generator: torch.Generator
+    generator: torch.Generator | None
     frames: int = 1
 
     def normal(self, *shape: int) -> torch.Tensor:
+        if self.generator is None:
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         # Drawn in float32 so that a seed gives the same values in every dtype.
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 

@@ -91,15 +91,15 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     video = "3D" in model.class_name
     if arguments.frames is not None and not video:
         raise OptionError(f"--frames is for video, and {model.class_name} draws images")
-    size = Size(
-        height=arguments.height or (720 if video else 1024),
-        width=arguments.width or (1280 if video else 1024),
-        frames=arguments.frames or (81 if video else 1),
-        text_tokens=arguments.text_tokens,
-    )
+    default = (720, 1280, 81) if video else (1024, 1024, 1)
+    given = (arguments.height, arguments.width, arguments.frames)
+    height, width, frames = (d if g is None else g for g, d in zip(given, default, strict=True))
+    size = Size(height, width, frames, arguments.text_tokens)
     for name, pixels in (("--height", size.height), ("--width", size.width)):
         if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
-            raise OptionError(f"{name} {pixels} is not a multiple of {PIXELS_PER_TOKEN}")
+            raise OptionError(
+                f"{name} {pixels} is not a multiple of {PIXELS_PER_TOKEN} pixels, and at least one"
+            )
     if size.frames < 1 or (size.frames - 1) % FRAMES_PER_LATENT:
         raise OptionError(
             f"--frames {size.frames} is not one more than a multiple of {FRAMES_PER_LATENT}"
@@ -114,8 +114,7 @@ def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -
         built = build_model(model)
     grid = (size.height // PIXELS_PER_TOKEN, size.width // PIXELS_PER_TOKEN)
     latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
-    generator = torch.Generator().manual_seed(0)
-    drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, generator, latent_frames)
+    drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, None, latent_frames)
     inputs = to_meta(FAMILIES[model.class_name].inputs(built, drawn))
     return plan_model(built, inputs, config, target)[0]
 
@@ -132,7 +131,8 @@ def _render(plans: dict[str, tuple[Size, Plan]], title: str) -> str:
         before = sum(plan.weight_bytes_before for plan in together)
         after = sum(plan.weight_bytes_after for plan in together)
         console.print(
-            f"together: weights {_gib(before)} -> {_gib(after)}, where all are in memory at once"
+            f"together: weights {_bytes(before)} -> {_bytes(after)}, where all are in memory at "
+            "once"
         )
     file = console.file
     assert isinstance(file, io.StringIO)
@@ -174,19 +174,19 @@ def _totals(plan: Plan) -> str:
         f"one call: {plan.flops / 1e12:.1f} TFLOP: {100 * low / plan.flops:.1f}% quantized, "
         f"{100 * plan.attention_flops / plan.flops:.1f}% attention; classifier-free guidance "
         "takes two calls a step",
-        f"weights: {_gib(plan.weight_bytes_before)} -> {_gib(plan.weight_bytes_after)} "
-        f"({_gib(after)} quantized, {_gib(plan.weight_bytes_after - after)} kept)",
-        f"activations, estimated: {_gib(plan.activation_bytes)} (tensors alive at once in an eager "
-        "call in BF16, without attention's scores; compiled code needs less, and workspaces come "
-        "on top)",
+        f"weights: {_bytes(plan.weight_bytes_before)} -> {_bytes(plan.weight_bytes_after)} "
+        f"({_bytes(after)} quantized, {_bytes(plan.weight_bytes_after - after)} kept)",
+        f"activations, estimated: {_bytes(plan.activation_bytes)} (tensors alive at once in an "
+        "eager call in BF16, without attention's scores; compiled code needs less, and workspaces "
+        "come on top)",
     ]
     if plan.decoded_bytes:
         lines.append(
-            f"decoded weights, estimated: {_gib(plan.decoded_bytes)} (the largest that a kernel "
+            f"decoded weights, estimated: {_bytes(plan.decoded_bytes)} (the largest that a kernel "
             "decodes as a whole in a call, in float32)"
         )
     return "\n".join(lines) + "\n"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
