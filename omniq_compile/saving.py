@@ -67,7 +67,10 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
     if folder.exists() and not overwrite and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} exists already. Remove it, or choose another folder.")
+        raise CheckpointError(
+            f"{folder} exists already. Choose another folder, or replace it with overwrite=True, "
+            "--overwrite on the command line."
+        )
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

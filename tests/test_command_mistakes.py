@@ -198,6 +198,20 @@ def test_a_component_that_lacks_files(
         check_components(copied, build_quant_config(quantization))
 
 
+@pytest.mark.parametrize("folder", ["t2i", "t2i/transformer"])
+def test_quantize_tries_where_it_writes_before_the_work(
+    folder: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "omniq_compile.loading.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
+    Path("made").mkdir()
+    Path("made/something").touch()
+    error = failed(capsys, "quantize", folder, "--quantization", json.dumps(SMALL), "--out", "made")
+    assert error.startswith("made exists already")
+    assert "--overwrite" in error
+
+
 def test_a_scheduler_is_no_incomplete_model(copied: Path) -> None:
     with pytest.raises(OptionError, match="unknown component 'scheduler'"):
         check_components(copied, build_quant_config({"scheduler": "int8"}))

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.hub_download import hub_arguments, whole_folder
     from omniq_compile.loading import load_model
     from omniq_compile.pipeline import check_components, component_class, components_with
-    from omniq_compile.saving import save_model, write_aside
+    from omniq_compile.saving import write_aside
     from omniq_compile.text_encoders import load_quantized
 
     loading = loading_arguments(arguments)
@@ -79,16 +79,20 @@ def run(arguments: argparse.Namespace) -> int:
                     model.save_pretrained(folder / name)
                     _copy_rest(source / name, folder / name)
 
-        write_aside(arguments.out, write, overwrite=arguments.overwrite)
     else:
         options = build_quant_config(quantization).everywhere
         if options is None:
             raise OptionError(
                 f"{source} is one model, not a pipeline: give a method, such as int8."
             )
-        model = load_model(source, options=options, variant=variant, **loading)
-        _report(console, str(source), model, options, asked=True)
-        save_model(model, arguments.out, overwrite=arguments.overwrite)
+
+        def write(folder: Path) -> None:
+            model: Any = load_model(source, options=options, variant=variant, **loading)
+            _report(console, str(source), model, options, asked=True)
+            model.save_pretrained(folder)
+
+    # Tries --out first, before the work.
+    write_aside(arguments.out, write, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}")
     return 0
 
