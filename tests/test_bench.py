@@ -217,6 +217,7 @@ def test_arguments_become_a_config():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--method", "int9"], "unknown method 'int9'. Did you mean 'int8'?"),
         (["--dtype", "bfloat"], "Did you mean 'bfloat16'?"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--rounds", "0"], "rounds 0"),

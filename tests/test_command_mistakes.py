@@ -124,6 +124,15 @@ def test_numbers_out_of_range(
     assert words in capsys.readouterr().err
 
 
+def test_a_threshold_that_nothing_passes(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.setattr("omniq_compile.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    more = ["--quantization", "int8", "--out", "c", "--prompt", "fox", "--min-psnr", "nan"]
+    assert "the threshold for psnr is not a number" in failed(capsys, "compare", "t2i", *more)
+
+
 @pytest.mark.parametrize("text", ["height=0", "width=-64", "num_images_per_prompt=0"])
 def test_a_size_under_1_is_refused_before_weights_are_read(
     text: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.passes.config import QuantConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINE = "Inductor"
@@ -25,7 +26,7 @@ class BenchConfig:
     GPU, which would wait for the host before a single one.
 
     Raises:
-        OptionError: an unknown dtype, too few rounds, or a device that is not there.
+        OptionError: an unknown method or dtype, too few rounds, or a device that is not there.
     """
 
     model: str = "QwenImageTransformer2DModel"
@@ -46,6 +47,7 @@ class BenchConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        QuantConfig.from_options({"method": self.method})  # before the others are measured
         if self.dtype not in DTYPES:
             raise OptionError(unknown("dtype", self.dtype, DTYPES))
         for name, least in (("rounds", 1), ("warmup", 0), ("settle", 0)):

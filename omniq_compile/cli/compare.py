@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import traceback
 from pathlib import Path
@@ -113,6 +114,9 @@ def _gate(arguments: argparse.Namespace) -> Gate:
         "cosine": arguments.min_cosine,
         "relative_l2": arguments.max_relative_l2,
     }
+    for name, value in changed.items():
+        if value is not None and math.isnan(value):
+            raise OptionError(f"the threshold for {name} is not a number, which nothing passes.")
     return dataclasses.replace(
         GATES[arguments.gate], **{k: v for k, v in changed.items() if v is not None}
     )
