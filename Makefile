@@ -53,8 +53,8 @@ bench: $(READY)
 # spend most of their time compiling: WORKERS=8 suits a machine with 16 cores. Without
 # PYTHONSAFEPATH the sources here, without `passes` and `lowering`, would hide an installed package.
 gpu: $(READY)
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest tests/gpu -n $(WORKERS) \
-		--outcomes docs/benchmarks/gpu-checks.txt; checked=$$?; \
+	PYTHONSAFEPATH=1 OUTCOMES=docs/benchmarks/gpu-checks.txt \
+		$(BIN)/python -m pytest tests/gpu -n $(WORKERS); checked=$$?; \
 	$(BIN)/omniq bench --suite h200 --report docs/benchmarks && exit $$checked
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,12 @@ def _fresh() -> None:
     torch.manual_seed(0)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "write each test's outcome to FILE as soon as it is known"
-    parser.addoption("--outcomes", type=Path, metavar="FILE", help=words)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    file = config.getoption("--outcomes")
-    if file is not None and not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
-        config.pluginmanager.register(Outcomes(file))
+    # No option: where pytest is given no folder, workers of pytest-xdist do not know one of this
+    # file's.
+    file = os.environ.get("OUTCOMES")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(Path(file)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
