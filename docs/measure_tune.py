@@ -107,7 +107,7 @@ def measure(
     config = build_quant_config(options)
     setting = Setting(str(folder), config, arguments, seeds, loading={"trust_remote_code": True})
     work.mkdir(parents=True, exist_ok=True)
-    about = {"folder": fingerprint(str(folder)), "arguments": arguments, "options": options}
+    about = {"folder": fingerprint(str(folder), {}), "arguments": arguments, "options": options}
     state = TuneState(work / "state.json", about)
     layers = layers_of(folder, options)
 
