@@ -99,6 +99,8 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
     pattern = first_match(config.ignored_layers, site.layer)
     if pattern is not None:
         return f"ignored by {pattern!r}"
+    if mixed := _mixed_dtypes(site):
+        return mixed
     if site.stored is not None:
         return None  # what to quantize was decided when it was
     if config.keep_all:
@@ -117,6 +119,15 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         return "the graph changes its weight in place"
     assert site.problem is not None
     return too_small(site.problem.K, site.problem.N, config.min_features)
+
+
+def _mixed_dtypes(site: Site) -> str | None:
+    """Return why torch refuses the product as it stands, or None: autocast's are not in float32."""
+    dtypes = [dynamo.value(operand.node).dtype for operand in (site.product.a, site.product.b)]
+    if site.dtype is not torch.float32 or dtypes[0] == dtypes[1]:
+        return None
+    names = " by ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{names}, which torch does not multiply"
 
 
 def leading_reason(config: QuantConfig) -> str:

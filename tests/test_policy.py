@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Holder, dequantized, error, run
+from conftest import Holder, compiled, dequantized, error, run
 from torch import nn
 
-from omniq_compile import explain
+from omniq_compile import explain, quantize_
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.sites import Kind
 
@@ -189,6 +189,21 @@ def test_other_dtypes_are_kept_bitwise(dtype: torch.dtype, reason: str) -> None:
     result, (site,) = run(model, x)
     assert (site.decision.method, site.decision.reason) == (None, reason)
     assert torch.equal(result, x @ w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_torch_refuses_to_multiply_is_refused(dtype: torch.dtype, stored: bool) -> None:
+    layer, x = nn.Linear(64, 96).to(dtype).requires_grad_(False), torch.randn(7, 64)
+    if stored:
+        quantize_(layer, {"method": "int8", "min_features": 1})
+    words = "expected.*dtype|must have the same dtype|have different dtype"
+    with pytest.raises(RuntimeError, match=words):
+        layer(x)
+    with pytest.raises(RuntimeError, match=words):
+        compiled(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(compiled(layer)(x), layer(x)) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
