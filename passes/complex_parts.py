@@ -74,15 +74,30 @@ class ComplexParts:
         What only moves complex numbers moves their parts instead, where it stands; where the graph
         writes to any of them, the parts are those of what the numbers are here.
         """
-        order = _moved(numbers)
+        order = self._moved(numbers)
         if any_written(order):
             return self._select(numbers)
         for node in order:
-            if node not in self._of:
-                is_move = _is_move(node)
-                with node.graph.inserting_before(node if is_move else _behind(node)):
-                    self._of[node] = self._move(node) if is_move else self._select(node)
+            is_move = _is_move(node)
+            with node.graph.inserting_before(node if is_move else _behind(node)):
+                self._of[node] = self._move(node) if is_move else self._select(node)
         return self._of[numbers]
+
+    def _moved(self, numbers: fx.Node) -> list[fx.Node]:
+        """Return what numbers are moved from, and they themselves, each behind what it is made of.
+
+        What has its parts already is left out: nothing made of it is written to.
+        """
+        order: dict[fx.Node, None] = {}
+        stack = [numbers] if numbers not in self._of else []
+        while stack:
+            inputs = stack[-1].all_input_nodes if _is_move(stack[-1]) else []
+            missing = [n for n in inputs if _holds_complex(n) and not (n in order or n in self._of)]
+            if missing:
+                stack += missing
+            else:
+                order[stack.pop()] = None
+        return list(order)
 
     def _move(self, node: fx.Node) -> Parts:
         def moved(part: int) -> fx.Node:
@@ -119,20 +134,6 @@ def _behind(node: fx.Node) -> fx.Node:
     while following.op == "placeholder":
         following = following.next
     return following
-
-
-def _moved(numbers: fx.Node) -> list[fx.Node]:
-    """Return what numbers are moved from, and they themselves, each behind what it is made of."""
-    order: dict[fx.Node, None] = {}
-    stack = [numbers]
-    while stack:
-        inputs = stack[-1].all_input_nodes if _is_move(stack[-1]) else []
-        missing = [n for n in inputs if n not in order and _holds_complex(n)]
-        if missing:
-            stack += missing
-        else:
-            order[stack.pop()] = None
-    return list(order)
 
 
 def _is_move(node: fx.Node) -> bool:
