@@ -187,8 +187,8 @@ class DeviceComparison:
         The first call after a pause asks every comparison of the process that was not asked since,
         and waits for their answers.
         """
-        is_time = time.perf_counter() - self._asked >= RECHECK_SECONDS
-        if not (is_time or self._is_asked or self._pause < _pauses) or is_capturing(self._device):
+        has_work = self._is_asked or self._pause < _pauses or self._is_due()
+        if not has_work or is_capturing(self._device):
             return False
         with _lock:
             waits = self._pause < _pauses
@@ -198,9 +198,12 @@ class DeviceComparison:
             return False
         changed = self._is_asked and bool(self._answers.any())
         self._is_asked = False
-        if is_time:
+        if self._is_due():
             self.ask()
         return changed
+
+    def _is_due(self) -> bool:
+        return time.perf_counter() - self._asked >= RECHECK_SECONDS
 
     def ask(self) -> None:
         """Queue the comparison on the current stream of the device.

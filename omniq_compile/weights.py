@@ -116,6 +116,7 @@ class BoundWeights:
     def __init__(self, bindings: Sequence[Binding], placeholders: Sequence[str]) -> None:
         """Take the bindings, and the names of the traced graph's inputs in order."""
         self._rows = [_Row(binding, placeholders) for binding in bindings]
+        self._followed = [row for row in self._rows if not row.own_parts]
         self._bound: dict[tuple[int, ...], _Bound] = {}
 
     def look_up(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
@@ -145,8 +146,7 @@ class BoundWeights:
 
     def _weights(self, arguments: Sequence[Any]) -> Sequence[QuantizedWeight]:
         """Return a weight for each row that has more than its parameter's own parts."""
-        rows = [row for row in self._rows if not row.own_parts]
-        parameters = [row.parameters(arguments) for row in rows]
+        parameters = [row.parameters(arguments) for row in self._followed]
         sources = [source for each in parameters for source in _sources(each)]
         numbers = tuple(map(id, sources))
         bound = self._bound.get(numbers)
@@ -157,7 +157,7 @@ class BoundWeights:
         self._bound.pop(numbers, None)
         del bound
         weights = []
-        for row, each in zip(rows, parameters, strict=True):
+        for row, each in zip(self._followed, parameters, strict=True):
             weights.append(_shared_weight(row, each))
             if old:
                 old.popleft()
