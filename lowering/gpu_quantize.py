@@ -115,11 +115,13 @@ def quantize_bfloat16(x: torch.Tensor, format: str) -> Parts:
     """
     if format not in _MX:
         return decoded_bfloat16.quantize(x, format)
-    values = _fake_quantize_blocks(mx.blocks(x), _MX[format])
+    values = _fake_quantize_blocks(mx.blocks(x), x.dtype, _MX[format])
     return (stored(values.to(torch.bfloat16)).flatten(-2),)
 
 
-def _fake_quantize_blocks(block: torch.Tensor, rounding: _Rounding) -> torch.Tensor:
+def _fake_quantize_blocks(
+    block: torch.Tensor, dtype: torch.dtype, rounding: _Rounding
+) -> torch.Tensor:
     """Do what `mx.fake_quantize` does to float32 ``[..., n, 32]``, in half of the instructions.
 
     It compares magnitudes as integers, see `_by_row`, and leaves the sign until the end. A NaN
@@ -127,6 +129,7 @@ def _fake_quantize_blocks(block: torch.Tensor, rounding: _Rounding) -> torch.Ten
     """
     magnitude = block.abs()
     amax = _bits(magnitude).amax(dim=-1, keepdim=True).view(torch.float32)
+    amax = mx.round_amax(amax, dtype)
     byte = mx.block_scale(amax, rounding.element, rounding.scale_alg)
     saturated = _bits(mx.scale_down(magnitude, byte)).clamp_max(rounding.maximum)
     binade = (saturated & 0x7F800000).clamp_min(rounding.normal).view(torch.float32)

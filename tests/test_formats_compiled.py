@@ -11,6 +11,7 @@ from format_oracle import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from omniq_compile.lowering import gpu_quantize
 from omniq_compile.lowering.formats import fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
 
 FORMATS = [
@@ -63,6 +64,29 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(dequantize_all, fullgraph=True)(parts)
     for actual, expected in zip(compiled, dequantize_all(parts), strict=True):
         assert same_bits(actual, expected)
+
+
+def test_a_rounding_that_is_fused_away_moves_no_block_scale() -> None:
+    """The cosines of a time embedding: just below 1, which is what they are in BF16."""
+
+    def embed(angle: torch.Tensor) -> torch.Tensor:
+        return angle.cos().to(torch.bfloat16)
+
+    def quantized(angle: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = embed(angle)
+        found = [f.quantize(x) for f in (mxfp8.FORMAT, mxfp4.FORMAT, mxfp4_dualscale.FORMAT)]
+        values = [gpu_quantize.quantize_bfloat16(x, name)[0] for name in ("mxfp8", "mxfp4")]
+        return *(scale for _, scale, *_ in found), mxfp8.fake_quantize(x), *values
+
+    angle = torch.rand(64, 512, generator=torch.Generator().manual_seed(2)) * 0.05 + 0.002
+    assert (angle.cos() < 1).all()
+    x = embed(angle).double()
+    *scales, eight, gpu_eight, gpu_four = torch.compile(quantized, fullgraph=True)(angle)
+    for scale, expected in zip(scales, quantized(angle), strict=False):
+        assert torch.equal(scale, expected)
+    # Half of the scale would saturate at 0.875 and 0.75; 1 is a code of both formats.
+    for values in (eight, gpu_eight, gpu_four):
+        assert ((values.double() - x) / x).abs().amax() < 0.01
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)

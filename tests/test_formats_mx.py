@@ -85,6 +85,22 @@ def test_the_shared_exponent_is_exact_around_powers_of_two() -> None:
         assert torch.equal(mx.block_scale(amax, element), expected.int())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_amax_is_rounded_as_a_conversion_rounds(dtype: torch.dtype) -> None:
+    exponents = torch.randint(-14, 15, (5000,), generator=torch.Generator().manual_seed(1))
+    values = torch.ldexp(1 + torch.rand(5000), exponents)
+    # Midway between neighbours, beside powers of two, and what no number is.
+    midway = (values.view(torch.int32) & -0x2000 | 0x1000).view(torch.float32)
+    powers = torch.ldexp(torch.ones(5000), exponents)
+    below = powers.nextafter(torch.tensor(0.0))
+    odd = torch.tensor([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0], dtype=torch.int32)
+    amax = torch.cat([values, midway, powers, below, odd.view(torch.float32)])
+    rounded, expected = mx.round_amax(amax, dtype), amax.to(dtype).float()
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    assert torch.equal(rounded.nan_to_num(-1), expected.nan_to_num(-1))
+    assert torch.equal(mx.round_amax(expected, dtype).nan_to_num(-1), expected.nan_to_num(-1))
+
+
 def test_uos_doubles_the_scale_just_above_7_25() -> None:
     exponents = torch.arange(-120, 120)
     limit = 7.25 * torch.exp2(exponents.double()).float()

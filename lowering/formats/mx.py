@@ -28,6 +28,12 @@ BLOCK = 32
 OCP = 0
 UOS = 2
 
+# By how many mantissa bits these are shorter than float32.
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+# The bits of float32's infinity, above which are NaN's.
+_INF = 0x7F800000
+
 # The mantissa bits of 7.25 = 1.8125 * 2**2.
 _UOS_MANTISSA = 0x680000
 
@@ -61,9 +67,33 @@ def blocks(x: torch.Tensor) -> torch.Tensor:
     return block.to(torch.float32)
 
 
-def block_amax(block: torch.Tensor) -> torch.Tensor:
-    """Return the amax of each block: ``[..., n, 32]`` -> ``[..., n, 1]``."""
-    return block.abs().amax(dim=-1, keepdim=True)
+def block_amax(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the amax of each block: float32 ``[..., n, 32]`` -> ``[..., n, 1]``.
+
+    Args:
+        block: see `blocks`.
+        dtype: of the values before; see `round_amax`.
+    """
+    return round_amax(block.abs().amax(dim=-1, keepdim=True), dtype)
+
+
+def round_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round amax, float32 and not negative, to the dtype that the values had.
+
+    Values of that dtype have such an amax. Those that Inductor computes may not: it leaves out the
+    rounding to BF16 between operations that it fuses, and a block's scale jumps at powers of two.
+    The cosine of a small angle is 1 in BF16; 0.9999 would get half of the scale, and saturate at
+    0.875 (mxfp8) or 0.75 (mxfp4). Integers round here, as a conversion there and back would be
+    left out too.
+    """
+    if dtype not in _DROPPED_BITS:
+        return amax
+    dropped = _DROPPED_BITS[dtype]
+    bits = amax.view(torch.int32)
+    to_even = ((1 << dropped - 1) - 1) + ((bits >> dropped) & 1)
+    rounded = ((bits + to_even) & -(1 << dropped)).view(torch.float32)
+    # The sum overflows for some NaN.
+    return torch.where(bits < _INF, rounded, amax)
 
 
 def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
@@ -132,7 +162,8 @@ def fake_quantize(x: torch.Tensor, element: Element, scale_alg: int = OCP) -> to
         value exactly, save float32 denormals.
     """
     block = blocks(x)
-    return fake_quantize_blocks(block, block_amax(block), element, scale_alg).flatten(-2)
+    amax = block_amax(block, x.dtype)
+    return fake_quantize_blocks(block, amax, element, scale_alg).flatten(-2)
 
 
 def fake_quantize_blocks(

@@ -48,24 +48,29 @@ def quantize(x: torch.Tensor, scale_alg: int = mx.OCP) -> tuple[torch.Tensor, to
         codes uint8 ``[..., K' / 2]``, even k in the low nibble, and e8m0 scale uint8
         ``[..., K' / 32]``, where K' is K padded to whole blocks.
     """
-    return quantize_blocks(mx.blocks(x), scale_alg)
+    block = mx.blocks(x)
+    amax = torch.maximum(*(mx.block_amax(half, x.dtype) for half in _halves(block)))
+    return quantize_blocks(block, amax, scale_alg)
 
 
 def quantize_blocks(
-    block: torch.Tensor, scale_alg: int, amax: torch.Tensor | None = None
+    block: torch.Tensor, amax: torch.Tensor, scale_alg: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `quantize` does to blocks, float32 ``[..., n, 32]``.
-
-    ``amax`` is theirs, ``[..., n, 1]``, where it is known.
-    """
-    # By pairs from the start: Inductor then packs codes in the loop that makes them, and would
-    # store a byte for each otherwise.
-    even, odd = block.unflatten(-1, (mx.BLOCK // 2, 2)).unbind(-1)
-    if amax is None:
-        amax = torch.maximum(mx.block_amax(even), mx.block_amax(odd))
+    """Do what `quantize` does to blocks, float32 ``[..., n, 32]``, and their amax."""
+    even, odd = _halves(block)
     byte = mx.block_scale(amax, mx.E2M1, scale_alg)
     codes = pack_e2m1(*(encode_e2m1(mx.scale_down(x, byte)) for x in (even, odd)))
     return codes.flatten(-2), byte.squeeze(-1).to(torch.uint8)
+
+
+def _halves(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the elements of even and of odd k.
+
+    Taken apart from the start, codes are packed by Inductor in the loop that makes them; it would
+    store a byte for each otherwise.
+    """
+    even, odd = block.unflatten(-1, (mx.BLOCK // 2, 2)).unbind(-1)
+    return even, odd
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         ``[..., ceil(K / 32), 1]``, and coarse, float32 ``[..., ceil(K / 512)]``.
     """
     block = mx.blocks(x)
-    amax = block.abs().amax(dim=-1)
+    amax = mx.block_amax(block, x.dtype).squeeze(-1)
     split = pad_last(amax, BLOCKS_A_RUN).unflatten(-1, (runs(x.shape[-1]), BLOCKS_A_RUN))
     coarse = split.amax(dim=-1) / E2M1_MAX
     divisor = repeat(torch.where(coarse == 0, 1.0, coarse), -1, BLOCKS_A_RUN, block.shape[-2])
@@ -78,7 +78,7 @@ def quantize(
         ``[..., ceil(K / 512)]``, where K' is K padded to whole blocks.
     """
     block, amax, coarse = divide_coarse(x)
-    return *mxfp4.quantize_blocks(block, scale_alg, amax), coarse
+    return *mxfp4.quantize_blocks(block, amax, scale_alg), coarse
 
 
 def allocate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
