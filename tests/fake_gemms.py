@@ -27,7 +27,7 @@ def without_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def install_torch(monkeypatch: pytest.MonkeyPatch, where: str) -> Recorder:
     """Let ``torch._scaled_mm`` and ``torch._int_mm`` be those of an architecture."""
     recorder = Recorder("torch", where)
-    for name, compute in (("_scaled_mm", _scaled_mm), ("_int_mm", _int_mm)):
+    for name, compute in (("_scaled_mm", scaled_mm), ("_int_mm", _int_mm)):
         monkeypatch.setattr(torch, name, _operator(recorder, name, compute))
     return recorder
 
@@ -66,7 +66,7 @@ def _values(codes: Tensor) -> np.ndarray:
     return decode_e2m1(codes) if is_e2m1 else decode_e4m3(codes)
 
 
-def _scaled_mm(
+def scaled_mm(
     self: Tensor,
     mat2: Tensor,
     scale_a: Tensor,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import quantized_inputs, traced
 from torch import fx, nn
 from torch.nn import functional
+from triton_numbers import interpreter_works
 
 from omniq_compile import QuantConfig
 from omniq_compile.inductor import settings_of
@@ -20,6 +26,11 @@ from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 
 BF16 = torch.bfloat16
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or not interpreter_works(),
+    reason="this machine has a GPU, or a Triton that cannot interpret: none, or 3.6 with numpy 2.4",
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8"},
@@ -81,12 +92,19 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model for one target: Inductor's program, its inputs, and what it should return."""
+    """A graph for one target: Inductor's program, its inputs, and what it should return."""
 
     program: str
     inputs: list[Any]
-    expected: torch.Tensor
+    outputs: tuple[Any, ...]
     context: Context
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """The only output."""
+        (expected,) = self.outputs
+        assert isinstance(expected, torch.Tensor)
+        return expected
 
 
 def make(
@@ -96,7 +114,7 @@ def make(
     target: str,
     later: torch.Tensor | None = None,
 ) -> Case:
-    """Generate the program of a model in BF16; what is expected is the reference of omniq's ops.
+    """Generate the program of a model in BF16, which is one graph; see `generate`.
 
     Args:
         later: in place of the first input, whose number of rows the program is not to know.
@@ -108,18 +126,35 @@ def make(
     if later is not None:
         values = [later if value is inputs[0] else value for value in values]
         values = [v if isinstance(v, torch.Tensor) else later.shape[0] for v in values]
+    return generate(graph, values, variant, target)
+
+
+def generate(graph: fx.GraphModule, values: list[Any], variant: str, target: str) -> Case:
+    """Generate a graph's program; what is expected is the reference of omniq's operators."""
     config = QuantConfig.from_options({"min_features": 1} | VARIANTS[variant])
     context = Context(config, Target.parse(target), stages={})
-    lowered = pipeline.run(graph, pipeline.build(config), context)
     assert absent_gpu.why_not(context.target) is None
+    lowered = pipeline.run(graph, pipeline.build(config), context)
     program = generated.program(lowered, settings_of(config), context.target)
     assert context.stages is not None
     quantized = context.stages["quantized"]
     with torch.no_grad():
         known = quantized_inputs(graph, values, context, lowered=False)
-        (expected,) = quantized(*_take(known, quantized))
+        outputs = quantized(*_take(known, quantized))
         known = quantized_inputs(graph, values, context, lowered=True)
-    return Case(program, _take(known, lowered), expected, context)
+    return Case(program, _take(known, lowered), outputs, context)
+
+
+def interpret(cases: dict[str, Case], folder: Path) -> dict[str, list[Any]]:
+    """Run programs in Triton's interpreter, a process of its own; returns their outputs."""
+    torch.save({name: (c.program, c.inputs) for name, c in cases.items()}, folder / "cases.pt")
+    script = Path(__file__).with_name("interpreted_program.py")
+    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[Any]] = torch.load(folder / "results.pt")
+    return found
 
 
 def launches(program: str) -> tuple[int, Counter[str]]:

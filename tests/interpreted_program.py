@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
 import sys
 from typing import Any
 from unittest.mock import patch
 
+import fake_gemms
 import generated_triton
 import numpy as np
 import torch
 from generated_triton import Kernel, blocks
 
 # Small enough that loops and grids have more than one step.
-BLOCKS = {"YBLOCK": 8, "R0_BLOCK": 64}
+BLOCKS = {"YBLOCK": 8, "ZBLOCK": 2, "R0_BLOCK": 64}
 
 HEADER = """
 import triton
@@ -78,10 +80,12 @@ class _Launcher:
 
     def run(self, *arguments: Any, stream: int) -> None:
         kernel = self.kernel
+        arguments = tuple(map(_bytes, arguments))
         # A parameter that is None or 1 is a constant too, and has a place among the arguments.
         if kernel.is_own:
             meta = kernel.meta["inductor_meta"]
-            names = [n for n in self.parameters if n not in meta["declared_constexpr_names"]]
+            declared = inspect.get_annotations(self.function.fn)
+            names = [name for name in self.parameters if name not in declared]
             constants = kernel.constants | kernel.configs[-1]
             more = meta.get("extra_launcher_args", [])
             arguments, last = arguments[: len(names)], arguments[len(names) :]
@@ -102,10 +106,16 @@ class _Launcher:
             given = dict(zip(names, arguments, strict=True))
             grid = tuple(
                 -(-given[f"{axis}numel"] // constants[f"{axis.upper()}BLOCK"])
-                for axis in ("x", "y")
+                for axis in ("x", "y", "z")
                 if f"{axis}numel" in given
             )
         self.function[grid](**dict(zip(names, arguments, strict=True)) | constants)
+
+
+def _bytes(argument: Any) -> Any:
+    """Return e8m0 scales as bytes, which the generated kernels take them for."""
+    is_e8m0 = isinstance(argument, torch.Tensor) and argument.dtype is torch.float8_e8m0fnu
+    return argument.view(torch.uint8) if is_e8m0 else argument
 
 
 class _Compile:
@@ -125,6 +135,32 @@ def _empty(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+class _ExternKernels:
+    """PyTorch's operators by name; the CPU has no ``_scaled_mm`` with a scale per block."""
+
+    def __getattr__(self, name: str) -> Any:
+        from torch._inductor.select_algorithm import extern_kernels
+
+        return getattr(extern_kernels, name)
+
+    def _scaled_mm(
+        self, a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any = None, *,
+        out_dtype: torch.dtype, use_fast_accum: bool, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        if a_scale.dtype is torch.float8_e8m0fnu:
+            (M, K), N = a.shape, b.shape[1]
+            a_scale, b_scale = _in_rows(a_scale, M, K), _in_rows(b_scale, N, K)
+        out.copy_(fake_gemms.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype))
+
+
+def _in_rows(scale: torch.Tensor, rows: int, K: int) -> torch.Tensor:
+    """Undo cuBLAS's "1D Block Scaling Factors Layout" of e8m0 scales: ``[rows, K / 32]``."""
+    columns = K // 32
+    tiles = scale.view(torch.uint8).view(-(-rows // 128), -(-columns // 4), 32, 4, 4)
+    plain = tiles.permute(0, 3, 2, 1, 4).reshape(-1, 4 * tiles.shape[1])
+    return plain[:rows, :columns].contiguous().view(scale.dtype)
+
+
 def _attention(query: Any, key: Any, value: Any) -> tuple[torch.Tensor]:
     return (torch.nn.functional.scaled_dot_product_attention(query, key, value),)
 
@@ -132,14 +168,16 @@ def _attention(query: Any, key: Any, value: Any) -> tuple[torch.Tensor]:
 def run(program: str, inputs: list[Any]) -> list[Any]:
     """Call a program on tensors of the CPU; returns its outputs."""
     flash = "torch.ops.aten._scaled_dot_product_flash_attention.default("
+    device = "device(type='cuda', index=0)"
     lines = [
-        line.replace(flash, "attention(")
+        line.replace(flash, "attention(").replace(device, "device(type='cpu')")
         for line in program.splitlines()
         if "_cuda_getCurrentRawStream" not in line and not line.startswith("async_compile = ")
     ]
     scope: dict[str, Any] = {"async_compile": _Compile(), "attention": _attention}
     exec(compile("\n".join(lines), "program", "exec"), scope)
     scope |= {"empty_strided_cuda": _empty, "copy_if_misaligned": lambda tensor: tensor}
+    scope |= {"extern_kernels": _ExternKernels()}
     scope |= {"get_raw_stream": lambda index: 0, "assert_alignment": lambda *checked: None}
     with (
         patch("torch.cuda._DeviceGuard", lambda index: contextlib.nullcontext()),

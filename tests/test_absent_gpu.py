@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import generated_triton
 import pytest
 import torch
 from conftest import error, traced
-from generated_cuda import BF16, VARIANTS, Block, Case, Layer, Mlp, launches, make
-from triton_numbers import interpreter_works
+from generated_cuda import (
+    BF16,
+    VARIANTS,
+    Block,
+    Case,
+    Layer,
+    Mlp,
+    interpret,
+    interpreted,
+    launches,
+    make,
+)
 
 from omniq_compile import QuantConfig
 from omniq_compile.inspector import absent_gpu, generated
@@ -114,7 +120,9 @@ BLOCKS = [
     ("fp8", "sm_90"),
     ("fp8 block-wise", "sm_90"),
     ("fp8", "sm_80"),
+    ("fp8", "sm_120"),
     ("mxfp8", "sm_90"),
+    ("mxfp8", "sm_100"),
     ("mxfp4 W4A8", "sm_100"),
     ("mxfp4_dualscale", "sm_90"),
 ]
@@ -156,20 +164,7 @@ def cases() -> dict[str, Case]:
 def results(
     cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("interpreted")
-    torch.save({name: (c.program, c.inputs) for name, c in cases.items()}, folder / "cases.pt")
-    script = Path(__file__).with_name("interpreted_program.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[torch.Tensor]] = torch.load(folder / "results.pt")
-    return found
-
-
-interpreted = pytest.mark.skipif(
-    not interpreter_works(), reason="Triton 3.6 cannot interpret beside numpy 2.4"
-)
+    return interpret(cases, tmp_path_factory.mktemp("interpreted"))
 
 
 @interpreted

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from conftest import compiled, count, error, traced
+from generated_cuda import interpret, interpreted, make
 from torch import fx, nn
 
 from omniq_compile import QuantConfig
@@ -315,6 +317,20 @@ def test_inductor_generates_code_for_all_of_it(target: str) -> None:
     if on.device == "cuda" and torch.__version__ >= "2.13":
         assert (after.count(".run("), before.count(".run(")) == (2, 3)
         assert ("torch.float32)" in after, "torch.float32)" in before) == (False, True)
+
+
+@interpreted
+def test_a_program_for_a_gpu_rotates_as_eager_does(tmp_path: Path) -> None:
+    block = Block()
+    inputs = block.inputs()
+    case = make(block, inputs, "int8", "cuda:sm_90")
+    assert "view_as_complex" not in case.program
+    (out,) = interpret({"block": case}, tmp_path)["block"]
+    expected = block(*inputs)
+    assert (out.shape, out.dtype) == (expected.shape, torch.bfloat16)
+    # Eager rounds the norm to BF16 once more.
+    assert error(out, expected) < 4e-3
+    assert error(out.roll(1, -1), expected) > 0.1
 
 
 def test_frequencies_are_inputs_of_a_block_or_computed_in_the_graph() -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -123,7 +124,9 @@ CASES = (
 
 
 def interpreter_works() -> bool:
-    """Say no where Triton 3.6 makes scalars of arrays in a way that numpy 2.4 ended."""
+    """Say no without Triton, and for 3.6 beside numpy 2.4, which ended how it makes scalars."""
+    if find_spec("triton") is None:
+        return False
     import numpy
     import triton
 
