@@ -66,12 +66,18 @@ class _StandIn(nn.Module):
     def __init__(self, name: str, call: BlockCall) -> None:
         super().__init__()
         leaves, self._structure = tree_flatten(call.output)
+        self._is_tensor = isinstance(call.output, torch.Tensor)
+        self._is_tuple = type(call.output) is tuple and all(map(torch.is_tensor, call.output))
         self._name = name
         self._sizes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        return tree_unflatten(stand_in(self._name, self._sizes, *tensors), self._structure)
+        # Without the functions of pytrees, which take Dynamo longer than all else in a model.
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        outputs = stand_in(self._name, self._sizes, *tensors)
+        if self._is_tuple:
+            return outputs
+        return outputs[0] if self._is_tensor else tree_unflatten(outputs, self._structure)
 
 
 def _foldable(run: MetaRun, blocks: Mapping[str, nn.Module]) -> dict[str, BlockCall]:

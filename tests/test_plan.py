@@ -30,14 +30,18 @@ from omniq_compile.planning import Plan, plan_model
 
 CONFIGS = Path(__file__).parent / "configs"
 TARGET = "cpu:generic"
+# Lowered to one operator for each: the decisions are what is compared, and lowering takes longer.
+FEW_OPERATORS = "npu:ascend950"
 FAMILY_NAMES = sorted(FAMILIES)
 
 
-def planned(model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[Plan, list[Any]]:
+def planned(
+    model: nn.Module, inputs: dict[str, Any], target: str = TARGET, **options: Any
+) -> tuple[Plan, list[Any]]:
     """Plan for a model that has values, by a copy that has none."""
     empty = copy.deepcopy(model).to("meta")
     config = QuantConfig.from_options({"min_features": 1, **options})
-    plan, sites = plan_model(empty, to_meta(inputs), config, Target.parse(TARGET))
+    plan, sites = plan_model(empty, to_meta(inputs), config, Target.parse(target))
     return plan, [report._site(0, site) for site in sites]
 
 
@@ -57,8 +61,8 @@ def test_a_plan_has_the_sites_of_a_whole_trace(name: str) -> None:
         "ignored_layers": ["re:.*(blocks|layers)\\.2\\..*(to_k|k_proj).*", "norm_out"],
         "min_features": 1,
     }
-    expected = omniq.explain(model, inputs, options, target=TARGET)
-    plan, sites = planned(model, inputs, **options)
+    expected = omniq.explain(model, inputs, options, target=FEW_OPERATORS)
+    plan, sites = planned(model, inputs, FEW_OPERATORS, **options)
     assert sites == [dataclasses.replace(site, graph=0) for site in expected.sites]
     reasons = {site.decision.reason for site in sites}
     assert any("leading blocks" in reason for reason in reasons) == bool(leading)
@@ -88,7 +92,8 @@ def stored(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
-def test_each_kind_of_block_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List the classes of the modules that are traced from here on."""
     traced: list[str] = []
     original = folded_trace.run_traced
 
@@ -97,6 +102,11 @@ def test_each_kind_of_block_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> N
         original(module, *rest)
 
     monkeypatch.setattr(folded_trace, "run_traced", spy)
+    return traced
+
+
+def test_each_kind_of_block_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = spied(monkeypatch)
     model, inputs = family("ZImageTransformer2DModel")
     planned(model, inputs, method="int8")
     # Refiners of noise (with modulation) and of text (without), and layers over both.
@@ -151,6 +161,42 @@ def test_blocks_that_differ_are_not_taken_for_one_another(
     assert planned(model, {"x": x}, **options)[1] == expected.sites
 
 
+class Nested(nn.Module):
+    """Hands its blocks tensors in containers, and gets some back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(NestedBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pair = (self.angles(x), x)
+        for block in self.blocks:
+            x, (_, x) = block({"x": x}, pair)
+        return x
+
+
+class NestedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: dict[str, torch.Tensor], pair: tuple[torch.Tensor, ...]) -> Any:
+        out = self.layer(x["x"] * pair[0])
+        return out, (pair[1], out + x["x"])
+
+
+def test_blocks_that_take_and_return_containers_are_traced_once_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Nested().requires_grad_(False), torch.randn(3, 7, 64)
+    expected = omniq.explain(model, {"x": x}, {"method": "int8", "min_features": 1}, target=TARGET)
+    traced = spied(monkeypatch)
+    assert planned(model, {"x": x}, method="int8")[1] == expected.sites
+    assert [site.layer for site in expected.sites] == ["angles", "blocks.0.layer", "blocks.1.layer"]
+    assert sorted(traced) == ["Nested", "NestedBlock"]
+
+
 class Fused(nn.Module):
     """Reads one parameter of q, k and v in slices, the last one twice."""
 
@@ -186,6 +232,19 @@ def test_the_peak_of_activations_is_what_is_alive_at_once() -> None:
     x = torch.randn(1, 256)
     run = run_on_meta(Chain(), {"x": x.to("meta")}, {})
     assert run.peak_bytes == 6 * x.nbytes
+
+
+def test_memory_of_an_operator_that_ran_before_is_counted_again() -> None:
+    class Repeats(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, two, three = x.tanh(), x.tanh(), x.t().tanh()  # 3 units alive
+            assert (two.stride(), three.stride()) == (x.stride(), x.t().stride())
+            assert x.double().tanh().dtype is torch.float64  # 4 more, beside the input
+            return one.add_(two) + three.t()
+
+    x = torch.randn(4, 256)
+    run = run_on_meta(Repeats(), {"x": x.to("meta")}, {})
+    assert run.peak_bytes == 8 * x.nbytes
 
 
 def test_a_model_that_needs_values_is_an_error() -> None:
