@@ -100,7 +100,7 @@ class _Launcher:
                 sizes = meta["fixed_grid"]
             grid: Any = tuple(eval(size, {"min": min}, symbols) for size in sizes)
         else:
-            sizes = BLOCKS | {"XBLOCK": 1024 if kernel.kind == "pointwise" else 128}
+            sizes = BLOCKS | {"XBLOCK": 4096 if kernel.kind == "pointwise" else 128}
             constants = kernel.constants | blocks(kernel, sizes.__getitem__)
             names = [name for name in self.parameters if not name.endswith("BLOCK")]
             given = dict(zip(names, arguments, strict=True))

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -136,6 +137,8 @@ def interpreter_works() -> bool:
 
 def patch_interpreter() -> None:
     """Fill in what the interpreter lacks, see above."""
+    import inspect
+
     import ml_dtypes
     import numpy as np
     import triton.language as tl
@@ -203,6 +206,19 @@ def patch_interpreter() -> None:
             return fp_to_fp(self, source, to, rounding)
         return handle(source.data.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), tl.float8e4nv)
 
+    @cache
+    def builtins(package: Any) -> list[str]:
+        members = inspect.getmembers(package)
+        return [name for name, member in members if tl.core.is_builtin(member)]
+
+    def patch_builtin(package: Any, *more: Any) -> None:
+        # Each call of a device function looks through the whole language, a third of all time.
+        for name in builtins(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *more)
+
+    interpreter._patch_builtin = patch_builtin
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
