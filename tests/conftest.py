@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -28,6 +29,14 @@ logging.getLogger("torch.__trace").propagate = True
 
 # The graph alone, and every size: what these tests are about.
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Keep what was imported out of garbage collections: looking through it takes each of those
+    that `compare` and `tune` ask for half a second, and Dynamo's graphs lead to many more.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
