@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from omniq_compile import inductor, structured_trace, weight_changes
+from omniq_compile.all_kept import warn_all_kept
 from omniq_compile.denoise import current_step
 from omniq_compile.enclosing import refuse_full_names
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
@@ -19,6 +20,7 @@ from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
+from omniq_compile.passes.sites import Site
 from omniq_compile.summary import summary_line
 from omniq_compile.unmatched import warn_unmatched
 from omniq_compile.weights import BoundWeights
@@ -29,6 +31,7 @@ logger = logging.getLogger("omniq")
 logger.parent = logging.getLogger("omniq_compile")
 
 Compiled = Callable[..., Any]
+Decided = Callable[[QuantConfig, Sequence[Site]], None]
 
 
 def omniq(
@@ -53,7 +56,7 @@ def omniq(
         WeightError: an input is on the meta device.
     """
     config = QuantConfig.from_options(options).with_mode(mode)
-    return compile_graph(gm, example_inputs, config, check_patterns=True)
+    return compile_graph(gm, example_inputs, config, decided=_check_options)
 
 
 def compile_graph(
@@ -61,7 +64,7 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: QuantConfig,
     *,
-    check_patterns: bool,
+    decided: Decided,
 ) -> Compiled:
     """Compile one graph of Dynamo's by a checked configuration; see `omniq`.
 
@@ -69,18 +72,18 @@ def compile_graph(
         gm: the traced graph, which is left as it is.
         example_inputs: its inputs, parameters included.
         config: what to do.
-        check_patterns: whether to refuse layer patterns that need a name which the graph does not
-            show, and to warn of those that name nothing in it.
+        decided: gets the configuration and the graph's sites, once they are decided and before they
+            are compiled; what it raises refuses them.
 
     Raises:
         OptionError, GradientError, WeightError: as `omniq` does.
     """
     _refuse_gradients(example_inputs)
     _refuse_meta(example_inputs)
-    usual = _compile_for_steps(gm, example_inputs, config, check_patterns)
+    usual = _compile_for_steps(gm, example_inputs, config, decided)
     if not config.w4a8_fallback_steps:
         return usual
-    fallback = _compile_for_steps(gm, example_inputs, config.with_mxfp8_activations(), False)
+    fallback = _compile_for_steps(gm, example_inputs, config.with_mxfp8_activations(), _no_check)
 
     def run(*arguments: Any) -> Any:
         in_fallback = current_step() in config.w4a8_fallback_steps
@@ -90,22 +93,31 @@ def compile_graph(
 
 
 def _compile_for_steps(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, check_patterns: bool
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, decided: Decided
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
     context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
-    if check_patterns:
-        refuse_full_names(config, context.sites)
+    decided(config, context.sites)
     _log(context, seconds)
-    layers = [site.layer for site in context.sites]
-    if check_patterns and layers:
-        warn_unmatched(config, layers, f"none of this graph's {len(layers)} layers")
     if traced:
         structured_trace.publish(context, summary_line(context, seconds))
     return bind(gm, rewritten, context, example_inputs)
+
+
+def _check_options(config: QuantConfig, sites: Sequence[Site]) -> None:
+    """Refuse or warn of options that cannot be, or may not be, what the user means."""
+    refuse_full_names(config, sites)
+    if sites:
+        layers = [site.layer for site in sites]
+        warn_unmatched(config, layers, f"none of this graph's {len(layers)} layers")
+    warn_all_kept(config, sites)
+
+
+def _no_check(config: QuantConfig, sites: Sequence[Site]) -> None:
+    """Check nothing: the same layers were checked for the other steps."""
 
 
 def bind(

@@ -32,12 +32,12 @@ def refuse_full_names(config: QuantConfig, sites: Sequence[Site]) -> None:
     """
     quantized = [site for site in sites if site.decision.method is not None]
     given = any(config.layer_patterns.values())
-    calls = list(_modules_being_called()) if given and quantized else []
+    calls = list(modules_being_called()) if given and quantized else []
     if not calls or calls[0] is calls[-1]:
         return
     compiled, model = calls[0], calls[-1]
     for name, module in model.named_modules():
-        if type(_original(module)) is not type(compiled) or not name:
+        if type(original(module)) is not type(compiled) or not name:
             continue
         for site in quantized:
             full = site.layer_in(name)
@@ -53,17 +53,20 @@ def refuse_full_names(config: QuantConfig, sites: Sequence[Site]) -> None:
                     )
 
 
-def _modules_being_called() -> Iterator[nn.Module]:
-    """Yield the modules whose methods are on the stack, the innermost first."""
+def modules_being_called() -> Iterator[nn.Module]:
+    """Yield the modules whose methods are on the stack, the innermost first.
+
+    Those that ``torch.compile`` wrapped are as they were before.
+    """
     frame = sys._getframe()
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
-            yield _original(module)
+            yield original(module)
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _original(module: nn.Module) -> nn.Module:
+def original(module: nn.Module) -> nn.Module:
     """Return what ``torch.compile`` wrapped, if it did."""
     original = module._modules.get("_orig_mod")
     return module if original is None else original

@@ -16,10 +16,10 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import Target, detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
-from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import (
     DTYPES,
     FLOAT32_REASON,
+    ignored_reason,
     leading_reason,
     too_small,
 )
@@ -74,7 +74,7 @@ def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
     for name, module in linears.items():
         reasons[name] = (
             shared.get(id(module.weight))
-            or _ignored(name, config)
+            or ignored_reason(config, layer_name([], name))
             or (leading_reason(config) if name.startswith(leading) else None)
             or _keep(module.weight, config, low_precision)
         )
@@ -108,11 +108,6 @@ def _shared_with_others(model: nn.Module) -> dict[int, str]:
         if not isinstance(module, nn.Linear)
         for parameter in module.parameters(recurse=False)
     }
-
-
-def _ignored(name: str, config: QuantConfig) -> str | None:
-    pattern = first_match(config.ignored_layers, layer_name([], name))
-    return None if pattern is None else f"ignored by {pattern!r}"
 
 
 def _keep(weight: torch.Tensor, config: QuantConfig, low_precision: bool) -> str | None:

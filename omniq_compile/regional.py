@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
@@ -63,7 +64,7 @@ def compile(
             "torch.compile(model, backend='omniq', options=...)."
         )
     warn_unmatched_in(model, config)
-    _Regions(blocks, config, compile_arguments)
+    _Regions(type(model).__name__, blocks, config, compile_arguments)
     refuse_whole(model)
     return model
 
@@ -94,10 +95,14 @@ class _Regions:
 
     def __init__(
         self,
+        model: str,
         blocks: dict[str, nn.Module],
         config: QuantConfig,
         compile_arguments: dict[str, Any],
     ) -> None:
+        self._model = model
+        self._count = len(blocks)
+        self._kept = KeptLayers()
         self._config = config
         self._arguments = compile_arguments
         self._order: dict[str, int] = {}
@@ -114,13 +119,16 @@ class _Regions:
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
-            self._backends[config] = partial(compile_graph, config=config, check_patterns=False)
+            self._backends[config] = partial(compile_graph, config=config, decided=self._kept.add)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
             self._own_function(type(block)), backend=self._backends[config], **self._arguments
         )
         block._compiled_call_impl = partial(compiled, block)  # type: ignore[assignment]
-        return compiled(block, *args, **kwargs)
+        result = compiled(block, *args, **kwargs)
+        if len(self._order) == self._count:
+            self._kept.warn(self._model)
+        return result
 
     def _own_function(self, kind: type) -> FunctionType:
         """Return what calls a block of one class, the same function for each of them.

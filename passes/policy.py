@@ -96,9 +96,8 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         return site.product.unsupported
     if site.kind is Kind.CONSTANT:
         return "both operands are parameters"
-    pattern = first_match(config.ignored_layers, site.layer)
-    if pattern is not None:
-        return f"ignored by {pattern!r}"
+    if ignored := ignored_reason(config, site.layer):
+        return ignored
     if mixed := _mixed_dtypes(site):
         return mixed
     if site.stored is not None:
@@ -130,6 +129,27 @@ def _mixed_dtypes(site: Site) -> str | None:
     return f"{names}, which torch does not multiply"
 
 
+def option_that_keeps(site: Site, config: QuantConfig) -> str | None:
+    """Name the option by which a decided site is kept, or None where it is not by an option."""
+    reason = site.decision.reason
+    if site.decision.scheme is not None or site.kind is not Kind.WEIGHT:
+        return None
+    if reason == ignored_reason(config, site.layer):
+        return "ignored_layers"
+    if reason == leading_reason(config) or reason == config.keep_all:
+        return "num_bf16_fallback_layers"
+    problem = site.problem
+    if problem is not None and reason == _narrow(problem.K, problem.N, config.min_features):
+        return "min_features"
+    return None
+
+
+def ignored_reason(config: QuantConfig, layer: str) -> str | None:
+    """Word which pattern keeps a layer, or return None."""
+    pattern = first_match(config.ignored_layers, layer)
+    return None if pattern is None else f"ignored by {pattern!r}"
+
+
 def leading_reason(config: QuantConfig) -> str:
     """Word why a block is kept."""
     return f"in one of the {config.num_bf16_fallback_layers} leading blocks, which stay BF16"
@@ -141,13 +161,16 @@ def too_small(K: Any, N: Any, min_features: int) -> str | None:
         # Fourier features of a timestep are such a product: angles of many turns, which have to
         # be exact, and there is no arithmetic to save.
         return "K = 1: an outer product, which sums nothing"
+    # A symbolic size occurs only between activations; it is not compared, because that would tie
+    # the compiled graph to the answer.
     for name, size in (("K", K), ("N", N)):
-        if not isinstance(size, int):
-            # A symbolic size occurs only between activations; it is not compared, because that
-            # would tie the compiled graph to the answer.
-            continue
-        if size < 1:
+        if isinstance(size, int) and size < 1:
             return f"{name} = {size}: empty"
-        if size < min_features:
+    return _narrow(K, N, min_features)
+
+
+def _narrow(K: Any, N: Any, min_features: int) -> str | None:
+    for name, size in (("K", K), ("N", N)):
+        if isinstance(size, int) and size < min_features:
             return f"{name} = {size} is under min_features = {min_features}"
     return None

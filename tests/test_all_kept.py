@@ -1,0 +1,207 @@
+"""A compile in which nothing is quantized says so, once, and only where that is sure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Holder
+from torch import nn
+
+import omniq_compile
+from omniq_compile import quantize_
+
+OPTIONS = {"method": "int8", "compiler": "eager"}
+X = torch.randn(7, 64)
+Layers = Callable[..., nn.Module]
+
+
+class Chain(nn.Module):
+    """Runs its parts one after the other, with a graph break before those that are named."""
+
+    def __init__(self, *blocks: nn.Module, breaks: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.breaks = breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            if number in self.breaks:
+                torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, hidden)
+        self.down = nn.Linear(hidden, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+class WideBlock(Block):
+    """Its own class, with one layer that is wide enough."""
+
+    def __init__(self) -> None:
+        super().__init__(256)
+        self.middle = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.middle(self.up(x)))
+
+
+class ByMatrix(nn.Module):
+    """Multiplies by a parameter of its own, which no `nn.Linear` holds."""
+
+    def __init__(self, shape: tuple[int, ...], equation: str) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(shape))
+        self.equation = equation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.nn.functional.pad(x, (0, 256 - x.shape[-1]))
+        return torch.einsum(self.equation, wide, self.matrix).flatten(1)[:, :64]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return what was warned of since the last question."""
+
+    def ask() -> list[str]:
+        found = [r.getMessage() for r in caplog.records if r.name == "omniq" and r.levelno >= 30]
+        caplog.clear()
+        return found
+
+    return ask
+
+
+def whole(model: nn.Module, x: torch.Tensor = X, **options: Any) -> Any:
+    model.requires_grad_(False)
+    return torch.compile(model, backend="omniq", options=OPTIONS | options)(x)
+
+
+def test_what_keeps_every_layer_is_said_once_with_what_to_change(told: Any) -> None:
+    model = Chain(Block(256), Block(100)).requires_grad_(False)
+    fast = torch.compile(model, backend="omniq", options=OPTIONS | {"ignored_layers": ["up"]})
+    fast(X)
+    (text,) = told()
+    assert text.startswith("nothing in Chain is quantized: its layers are kept (2 x named by ")
+    assert "1 x N = 64 is under min_features = 256" in text
+    assert "1 x K = 100 is under min_features = 256" in text
+    assert "a smaller 'min_features' or fewer patterns in 'ignored_layers'" in text
+    fast(torch.randn(9, 64))  # compiled anew, for any number of rows
+    assert told() == []
+    whole(model, min_features=65)
+    (text,) = told()
+    assert "4 x N = 64" not in text
+    assert "'ignored_layers'" not in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        (lambda: Chain(Block(100), WideBlock()), {}),
+        (lambda: Chain(Block(100)), {"min_features": 64}),
+        (lambda: Chain(nn.LayerNorm(64)), {}),
+        # Fourier features of a timestep: angles, which are no layer.
+        (lambda: Holder(lambda x, w: x[:, :1] @ w, w=torch.randn(1, 64)), {}),
+        # Not by an option: float64 is never quantized.
+        (lambda: Holder(lambda x, w: x.double() @ w, w=torch.randn(64, 9).double()), {}),
+    ],
+)
+def test_nothing_is_said_without_need(layers: Layers, options: Any, told: Any) -> None:
+    whole(layers(), **options)
+    assert told() == []
+
+
+def test_of_several_graphs_one_may_have_small_layers_only(told: Any) -> None:
+    for later in (
+        WideBlock(),
+        ByMatrix((256, 256), "mk,nk->mn"),
+        ByMatrix((4, 64, 256), "mk,hnk->mhn"),
+        ByMatrix((256, 4, 64), "mk,khn->mhn"),
+    ):
+        for breaks in ((1,), (1, 2)):
+            torch._dynamo.reset()
+            whole(Chain(Block(100), later, Block(100), breaks=breaks))
+            assert told() == [], later
+    stored = Chain(Block(100), Block(256), breaks=(1,))
+    quantize_(stored.blocks[1], OPTIONS | {"min_features": 1})
+    whole(stored)
+    assert told() == []
+
+
+def test_several_graphs_without_a_large_layer_say_so_once(told: Any) -> None:
+    embedding, conv = nn.Embedding(300, 300), nn.Conv2d(3, 256, 16)
+    model = Chain(Block(100), ByMatrix((4, 16, 256), "mk,hnk->mhn"), Block(90), breaks=(1, 2))
+    model.unused = nn.ModuleList([embedding, conv])
+    whole(model)
+    assert len(told()) == 1
+    ignored = Chain(Block(100), WideBlock(), breaks=(1,))
+    whole(ignored, ignored_layers=["middle"])
+    assert len([text for text in told() if text.startswith("nothing in Chain")]) == 1
+
+
+def test_blocks_that_are_compiled_one_by_one_are_judged_together(told: Any) -> None:
+    def call(model: Chain, *compiled: int) -> list[str]:
+        torch._dynamo.reset()
+        model.requires_grad_(False)
+        for number in compiled:
+            model.blocks[number].compile(backend="omniq", options=OPTIONS)
+        model(X)
+        found: list[str] = told()
+        return found
+
+    assert call(Chain(Block(100), Block(100), WideBlock()), 0, 1, 2) == []
+    assert len(call(Chain(Block(100), Block(100), WideBlock()), 0, 1)) == 1
+    assert len(call(Chain(Block(100), Block(90)), 0, 1)) == 1
+
+    torch._dynamo.reset()
+    model = Chain(Block(100), WideBlock()).requires_grad_(False)
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="omniq", options=OPTIONS)
+    model(X)
+    assert told() == []
+
+
+def test_blocks_of_one_call_of_omniqs_compile_are_judged_together(told: Any) -> None:
+    def call(*blocks: nn.Module, breaks: tuple[int, ...] = (), **options: Any) -> list[str]:
+        torch._dynamo.reset()
+        model = Chain(*blocks, breaks=breaks).requires_grad_(False)
+        model.head = nn.Linear(300, 300)  # not in a block: it is not compiled
+        omniq_compile.compile(model, OPTIONS | options)
+        model(X)
+        model(X)
+        found: list[str] = told()
+        return found
+
+    small = [Block(100), Block(100)]
+    assert call(*small, WideBlock(), WideBlock()) == []
+    (text,) = call(*small)
+    assert text.startswith("nothing in Chain is quantized: its layers are kept (1 x K = 64 ")
+    (text,) = call(WideBlock(), WideBlock(), ignored_layers=["re:.*middle"])
+    assert "named by 'ignored_layers'" in text
+    inner = [Chain(Block(100), WideBlock(), breaks=(1,)) for _ in range(2)]
+    assert call(*inner) == []
+    assert call(*(nn.Sequential(nn.LayerNorm(64)) for _ in range(2))) == []
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_leading_blocks_that_are_all_there_are(blockwise: bool, told: Any) -> None:
+    options = {"method": "mxfp4_dualscale", "compiler": "eager"}
+    for num_blocks, expected in ((5, 1), (6, 0)):
+        torch._dynamo.reset()
+        model = Chain(*(WideBlock() for _ in range(num_blocks))).requires_grad_(False)
+        if blockwise:
+            omniq_compile.compile(model, options)
+            model(X)
+        else:
+            torch.compile(model, backend="omniq", options=options)(X)
+        found = told()
+        assert len(found) == expected
+        assert all("a smaller 'num_bf16_fallback_layers'" in text for text in found)
