@@ -2,7 +2,8 @@
 
 Checked on torch 2.11 to 2.13: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
 ``grapharg`` in ``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in
-``gm.meta``, and ``gm._param_name_to_source``.
+``gm.meta``, ``gm._param_name_to_source``, and autocast as ``torch.amp._enter_autocast`` with the
+arguments of ``torch.autocast`` and ``torch.amp._exit_autocast`` of its node.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 # A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
@@ -55,6 +57,32 @@ def is_weight(node: fx.Node) -> bool:
     if isinstance(value(node), torch.nn.Parameter):
         return True
     return "_buffers" in _source_name(node)
+
+
+def under_autocast(graph: fx.Graph) -> set[fx.Node]:
+    """Return the tensors that are computed with autocast on for their device.
+
+    The graph begins with what is on now: Dynamo calls a backend in the state of the traced call,
+    and traces anew in another.
+    """
+    on: dict[str, bool] = {}
+    before: dict[fx.Node, dict[str, bool]] = {}
+    found = set()
+    for node in graph.nodes:
+        if node.target is _enter_autocast:
+            device, _, enabled = node.args[:3]
+            before[node] = on
+            on = on | {device: enabled}
+        elif node.target is _exit_autocast:
+            on = before[node.args[0]]
+        elif is_tensor(node):
+            device = value(node).device.type
+            if device not in on:
+                available = torch.amp.is_autocast_available(device)
+                on = on | {device: available and torch.is_autocast_enabled(device)}
+            if on[device]:
+                found.add(node)
+    return found
 
 
 def weight_name(node: fx.Node) -> str:

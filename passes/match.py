@@ -26,6 +26,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     that is kept remains the very node it was, so that its numbers do not change.
     """
     sites = []
+    casting = dynamo.under_autocast(gm.graph)
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
             continue
@@ -37,13 +38,13 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             if node.kwargs.get("out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
-            site = _site(node, name, product)
+            site = _site(node, name, product, node in casting)
             node.meta["omniq_site"] = site
             sites.append(site)
     return sites
 
 
-def _site(node: fx.Node, spelling: str, product: Product) -> Site:
+def _site(node: fx.Node, spelling: str, product: Product, autocast: bool) -> Site:
     a_is_weight = expression.is_expression(product.a.node)
     b_is_weight = expression.is_expression(product.b.node)
     kind = Kind.ACTIVATION
@@ -64,6 +65,7 @@ def _site(node: fx.Node, spelling: str, product: Product) -> Site:
         weight_name=" + ".join(names),
         around=dynamo.modules_around(node),
         stored=_stored(weight),
+        autocast=autocast,
     )
 
 

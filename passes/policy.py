@@ -121,9 +121,9 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
 
 
 def _mixed_dtypes(site: Site) -> str | None:
-    """Return why torch refuses the product as it stands, or None: autocast's are not in float32."""
+    """Return why torch refuses the product as it stands, or None; autocast casts to no float32."""
     dtypes = [dynamo.value(operand.node).dtype for operand in (site.product.a, site.product.b)]
-    if site.dtype is not torch.float32 or dtypes[0] == dtypes[1]:
+    if dtypes[0] == dtypes[1] or (site.autocast and site.dtype is not torch.float32):
         return None
     names = " by ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{names}, which torch does not multiply"

@@ -71,7 +71,7 @@ class Site:
 
     ``around`` are the (dotted name, class) of each module it was traced in, outermost first, the
     root left out. ``stored`` is the weight, without values, where it is a parameter that is
-    quantized already.
+    quantized already. ``autocast`` says that it was on, which casts both operands.
     """
 
     node: fx.Node
@@ -84,6 +84,7 @@ class Site:
     weight_name: str
     around: tuple[tuple[str, str], ...] = ()
     stored: QuantizedTensor | None = None
+    autocast: bool = False
     decision: Decision = field(default_factory=lambda: Decision(None, "not decided"))
 
     @property

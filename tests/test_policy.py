@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Holder, compiled, dequantized, error, run
+from conftest import Holder, compiled, dequantized, error, run, sites
 from torch import nn
 
 from omniq_compile import explain, quantize_
@@ -191,19 +191,74 @@ def test_other_dtypes_are_kept_bitwise(dtype: torch.dtype, reason: str) -> None:
     assert torch.equal(result, x @ w)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+MIXED = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16),
+]
+REFUSED = "expected.*dtype|must have the same dtype|have different dtype"
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), MIXED)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_what_torch_refuses_to_multiply_is_refused(dtype: torch.dtype, stored: bool) -> None:
-    layer, x = nn.Linear(64, 96).to(dtype).requires_grad_(False), torch.randn(7, 64)
+def test_what_torch_refuses_to_multiply_is_refused(
+    x_dtype: torch.dtype, dtype: torch.dtype, bias: bool, stored: bool
+) -> None:
+    layer = nn.Linear(64, 96, bias=bias).to(dtype).requires_grad_(False)
+    x = torch.randn(7, 64).to(x_dtype)
     if stored:
         quantize_(layer, {"method": "int8", "min_features": 1})
-    words = "expected.*dtype|must have the same dtype|have different dtype"
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=REFUSED):
         layer(x)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=REFUSED):
         compiled(layer)(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(compiled(layer)(x), layer(x)) < 0.02
+        assert 0 < error(compiled(layer)(x), layer(x)) < 0.02
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), MIXED)
+def test_autocast_is_known_where_it_begins_and_ends_in_the_graph(
+    x_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    w, x = torch.randn(64, 96).to(dtype), torch.randn(7, 64).to(x_dtype)
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                same = x.to(w.dtype) @ w
+            return x @ w, same
+
+    with torch.no_grad():
+        both = Holder(function, w=w)
+        assert [site.decision.method for site in sites(both, x)][1:] == ["int8"]
+        (cast, same), (expected, exact) = compiled(both)(x), both(x)
+        assert (cast.dtype, same.dtype) == (expected.dtype, exact.dtype)
+        assert 0 < error(cast, expected) < 0.02
+        assert error(same, exact) < 0.02
+
+    def inner(x: torch.Tensor, w: torch.Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return x @ w
+
+    def after(x: torch.Tensor, w: torch.Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = x + 1
+        return x @ w
+
+    def of_another_device(x: torch.Tensor, w: torch.Tensor) -> Any:
+        with torch.autocast("xpu", torch.bfloat16):
+            return x @ w
+
+    for refused, outside in ((inner, True), (after, False), (of_another_device, False)):
+        model = Holder(refused, w=w)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            with pytest.raises(RuntimeError, match=REFUSED):
+                model(x)
+            with pytest.raises(RuntimeError, match=REFUSED):
+                compiled(model)(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
