@@ -1,26 +1,31 @@
-"""Pictures in files, for pipelines whose call takes an ``image``."""
+"""Pictures in files, for the arguments of a pipeline's call that take some."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from diffusers.utils import load_image
 from PIL import Image
 
 from omniq_compile.lowering.errors import OptionError
 
+# Without a name a picture is for this argument.
+IMAGE = "image"
+
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture in RGB, and the file that it was read from."""
+    """A picture in RGB, the file that it was read from, and the argument that it is for."""
 
     file: Path
     picture: Image.Image
+    argument: str = IMAGE
 
     @property
     def digest(self) -> str:
@@ -28,36 +33,93 @@ class GivenImage:
         return hashlib.sha256(repr(self.picture.size).encode() + self.picture.tobytes()).hexdigest()
 
 
-def read_images(files: Iterable[Path]) -> list[GivenImage]:
+def read_images(given: Iterable[str | Path]) -> list[GivenImage]:
     """Read pictures as diffusers does: upright, and in RGB.
+
+    Args:
+        given: FILE, or NAME=FILE where NAME is an identifier, such as ``mask_image=mask.png``.
 
     Raises:
         OptionError: a file is missing or no picture.
     """
     images = []
-    for file in files:
+    for text in given:
+        name, equals, rest = str(text).partition("=")
+        named = bool(equals) and name.isidentifier()
+        file = Path(rest) if named else Path(text)
         if not file.is_file():
-            raise OptionError(f"--image {file}: there is no such file.")
+            raise OptionError(f"--image {text}: there is no such file.")
         try:
-            images.append(GivenImage(file, load_image(str(file))))
+            picture = load_image(str(file))
         # Pillow raises many more than OSError for a damaged file.
         except Exception as error:
             raise OptionError(
-                f"--image {file} cannot be read as a picture: {str(error) or type(error).__name__}."
+                f"--image {text} cannot be read as a picture: {str(error) or type(error).__name__}."
             ) from error
+        images.append(GivenImage(file, picture, name if named else IMAGE))
     return images
 
 
-def image_argument(images: Sequence[GivenImage]) -> dict[str, Any]:
-    """Return the argument of a pipeline's call: a picture, a list of several, or none at all."""
-    pictures = [image.picture for image in images]
-    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+def with_images(arguments: Mapping[str, Any], images: Sequence[GivenImage]) -> dict[str, Any]:
+    """Return arguments of a pipeline's call, and its pictures: one, or a list of several.
+
+    Raises:
+        OptionError: an argument is among both.
+    """
+    pictures = by_argument(images, lambda image: image.picture)
+    for name in pictures:
+        if name in arguments:
+            raise OptionError(f"{name!r} is given by --image and again as another argument.")
+    single = {name: found[0] if len(found) == 1 else found for name, found in pictures.items()}
+    return {**arguments, **single}
+
+
+def by_argument(
+    images: Iterable[GivenImage], what: Callable[[GivenImage], Any]
+) -> dict[str, list[Any]]:
+    """Return something of each picture, by the argument that it is for."""
+    found: dict[str, list[Any]] = {}
+    for image in images:
+        found.setdefault(image.argument, []).append(what(image))
+    return found
+
+
+def holds_pictures(value: Any) -> bool:
+    """Say whether an argument is a picture, or a list of some."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Image.Image)
+
+
+def takes_pictures(parameter: inspect.Parameter) -> bool:
+    """Say whether a parameter may take a picture; many are annotated as tensors, and take both."""
+    return _mentions(parameter, "Image", "Tensor", "ndarray", "Any")
+
+
+def is_for_pictures(parameter: inspect.Parameter) -> bool:
+    """Say whether a parameter is annotated to take pictures."""
+    return parameter.annotation is not parameter.empty and _mentions(parameter, "Image")
 
 
 def takes_several(parameter: inspect.Parameter) -> bool:
     """Say whether a parameter is annotated to take a list; one without annotation may."""
+    return _mentions(parameter, "list[", "List[", "PipelineImageInput", "Any")
+
+
+def takes_lists_only(parameter: inspect.Parameter) -> bool:
+    """Say whether a parameter is annotated to take a list, and no single picture."""
+    annotation = parameter.annotation
+    if isinstance(annotation, str):
+        kinds: tuple[Any, ...] = tuple(annotation.split(" | "))
+    else:
+        several = get_origin(annotation) in (Union, UnionType)
+        kinds = get_args(annotation) if several else (annotation,)
+    others = [kind for kind in kinds if kind not in (NoneType, "None")]
+    return bool(others) and all(
+        get_origin(kind) is list or str(kind).startswith(("list[", "List[")) for kind in others
+    )
+
+
+def _mentions(parameter: inspect.Parameter, *words: str) -> bool:
     # An annotation may be text, and diffusers' own name for pictures or lists of them.
     text = str(parameter.annotation)
-    return parameter.annotation is parameter.empty or any(
-        kind in text for kind in ("list[", "List[", "PipelineImageInput", "Any")
-    )
+    return parameter.annotation is parameter.empty or any(word in text for word in words)

@@ -9,10 +9,18 @@ from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 
 from omniq_compile.backend import omniq
-from omniq_compile.given_images import takes_several
+from omniq_compile.given_images import (
+    IMAGE,
+    holds_pictures,
+    is_for_pictures,
+    takes_lists_only,
+    takes_pictures,
+    takes_several,
+)
 from omniq_compile.hub_download import hub_arguments, index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
@@ -43,23 +51,19 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> None:
     """Check arguments against the signature of a pipeline's call.
 
     Raises:
-        OptionError: it has no such argument, needs one that is not given, or takes one image
-            where several are.
+        OptionError: it has no such argument, needs one that is not given, or takes no picture, or
+            one, where pictures are given.
     """
     _, *parameters = inspect.signature(pipeline.__call__).parameters.items()  # without self
     accepted = dict(parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    for name in given:
+    for name, value in given.items():
         if name not in accepted and not open_ended:
-            if name == "image":
-                raise OptionError(
-                    f"{pipeline.__name__} takes no image. Leave --image out, or name the folder of "
-                    "a pipeline that takes one, such as image to image."
-                )
+            if name == IMAGE:
+                raise OptionError(_no_image(pipeline, accepted))
             raise OptionError(unknown(f"argument of {pipeline.__name__}", name, accepted))
-    several = isinstance(given.get("image"), list)
-    if several and "image" in accepted and not takes_several(accepted["image"]):
-        raise OptionError(f"{pipeline.__name__} takes one image: give --image a single file.")
+        if name in accepted and holds_pictures(value):
+            _check_pictures(pipeline.__name__, accepted[name], value)
     needed = [
         name
         for name, parameter in accepted.items()
@@ -68,8 +72,41 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> None:
         and name not in given
     ]
     if needed:
-        first = "--image FILE" if needed[0] == "image" else f"--argument {needed[0]}=JSON"
+        first = f"--argument {needed[0]}=JSON"
+        if needed[0] == IMAGE or is_for_pictures(accepted[needed[0]]):
+            first = f"--image {_before_file(needed[0])}FILE"
         raise OptionError(f"{pipeline.__name__} needs {' and '.join(needed)}: give {first}.")
+
+
+def _no_image(pipeline: Any, accepted: Mapping[str, inspect.Parameter]) -> str:
+    others = [name for name, parameter in accepted.items() if is_for_pictures(parameter)]
+    if others:
+        return (
+            f"{pipeline.__name__} takes no {IMAGE!r}, but pictures as {', '.join(others)}: give "
+            f"--image {others[0]}=FILE."
+        )
+    return (
+        f"{pipeline.__name__} takes no image. Leave --image out, or name the folder of a pipeline "
+        "that takes one, such as image to image."
+    )
+
+
+def _check_pictures(pipeline: str, parameter: inspect.Parameter, value: Any) -> None:
+    name = parameter.name
+    if not takes_pictures(parameter):
+        raise OptionError(
+            f"argument {name!r} of {pipeline} is no picture: give --argument {name}=JSON."
+        )
+    if isinstance(value, list) and not takes_several(parameter):
+        what = "image" if name == IMAGE else f"picture as {name!r}"
+        raise OptionError(
+            f"{pipeline} takes one {what}: give a single --image {_before_file(name)}FILE."
+        )
+
+
+def _before_file(name: str) -> str:
+    """Return what stands before a file of ``--image`` for an argument."""
+    return "" if name == IMAGE else f"{name}="
 
 
 @contextmanager
@@ -97,9 +134,18 @@ def load_worded(folder: str, config: Any, **loading: Any) -> Any:
 
 
 def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
-    """Call a pipeline, with its refusals worded."""
+    """Call a pipeline, with its refusals worded; a picture is a list where it takes lists alone."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    fitting = {
+        name: [value]
+        if isinstance(value, Image.Image)
+        and name in parameters
+        and takes_lists_only(parameters[name])
+        else value
+        for name, value in given.items()
+    }
     with refusals_worded(f"{type(pipe).__name__} refused its arguments"):
-        return pipe(**given)
+        return pipe(**fitting)
 
 
 def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:

@@ -88,7 +88,7 @@ def test_compare_passes_the_picture_to_both_sides(
     assert len(calls) == 4  # a warm-up and a seed on each side
     assert all(image.getpixel((0, 0)) == (255, 0, 0) for image in calls)
     result = json.loads((out / "result.json").read_text())
-    assert result["images"] == [str(file)]
+    assert result["images"] == {"image": [str(file)]}
     assert "image" not in result["arguments"]
 
 
@@ -132,12 +132,12 @@ def test_what_is_refused_before_loading(
 
 
 def pipeline_called(kind: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Any]:
-    """Put a pipeline without components in a folder, and list the images it is called with."""
+    """Put a pipeline without components in a folder, and list what each call of it is given."""
     seen: list[Any] = []
 
     @functools.wraps(kind.__call__)
     def call(*_: Any, **given: Any) -> None:
-        seen.append(given.get("image"))
+        seen.append(given)
         raise omniq.OptionError("called")
 
     pipe = kind.__new__(kind)
@@ -174,13 +174,116 @@ def test_several_pictures_where_the_call_takes_a_list(
     ending = ".gif" if "Video" in name else ".png"
     command = ["generate", str(tmp_path), "--prompt", "", "--out", str(tmp_path / f"x{ending}")]
     assert main([*command, "--image", red]) == 2
-    assert seen.pop().getpixel((0, 0)) == (255, 0, 0)
+    assert colours(seen.pop()["image"]) == "red"
     assert main([*command, "--image", red, blue]) == 2
     if several:
-        assert [image.getpixel((0, 0)) for image in seen.pop()] == [(255, 0, 0), (0, 0, 255)]
+        assert colours(seen.pop()["image"]) == ["red", "blue"]
     else:
-        assert f"{name} takes one image: give --image a single file" in capsys.readouterr().err
+        assert f"{name} takes one image: give a single --image FILE." in capsys.readouterr().err
     assert not seen
+
+
+def colours(given: Any) -> Any:
+    if isinstance(given, list):
+        return [colours(one) for one in given]
+    return {(255, 0, 0): "red", (0, 0, 255): "blue"}[given.getpixel((0, 0))]
+
+
+def test_pictures_reach_the_arguments_that_they_are_named_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red, blue = (str(picture(tmp_path / f"{c}.png", c)) for c in ("red", "blue"))
+
+    def call(kind: str, *given: str) -> dict[str, Any]:
+        with monkeypatch.context() as patch:
+            seen = pipeline_called(getattr(diffusers, kind), patch, tmp_path)
+            out = str(tmp_path / ("x.gif" if "Wan" in kind else "x.png"))
+            command = ["generate", str(tmp_path), "--prompt", "a", "--out", out]
+            assert main([*command, *given]) == 2
+            (arguments,) = seen
+            names = ("image", "mask_image", "control_image", "last_image", "reference_images")
+            return {n: colours(arguments[n]) for n in names if n in arguments}
+
+    apart = ("--image", red, "--image", f"mask_image={blue}")
+    assert call("FluxInpaintPipeline", *apart) == {"image": "red", "mask_image": "blue"}
+    together = ("--image", f"mask_image={blue}", f"image={red}")
+    assert call("QwenImageInpaintPipeline", *together) == {"image": "red", "mask_image": "blue"}
+    both = ("--image", f"control_image={red}", "--image", f"control_image={blue}")
+    assert call("FluxControlPipeline", *both) == {"control_image": ["red", "blue"]}
+    assert call("WanImageToVideoPipeline", "--image", red, f"last_image={blue}") == {
+        "image": "red",
+        "last_image": "blue",
+    }
+    # It takes lists alone.
+    assert call("WanVACEPipeline", "--image", f"reference_images={red}") == {
+        "reference_images": ["red"]
+    }
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "mask_image=x.png", "red")
+    assert call("FluxInpaintPipeline", "--image", "./mask_image=x.png", f"mask_image={blue}") == {
+        "image": "red",
+        "mask_image": "blue",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("FluxInpaintPipeline", ["mask_imag=RED"], "Did you mean 'mask_image'"),
+        ("WanAnimatePipeline", ["RED"], "needs pose_video and face_video: give --image pose_vi"),
+        (
+            "FluxInpaintPipeline",
+            ["RED", "prompt_2=RED"],
+            "'prompt_2' of .* is no picture: give --a",
+        ),
+        (
+            "FluxInpaintPipeline",
+            ["mask_image=none.png"],
+            "--image mask_image=none.png: there is no",
+        ),
+        (
+            "WanAnimatePipeline",
+            ["image=RED", "image=RED", "pose_video=RED", "face_video=RED"],
+            "called",
+        ),
+        (
+            "HunyuanVideoImageToVideoPipeline",
+            ["RED", "RED"],
+            "takes one image: give a single --image FILE",
+        ),
+        (
+            "StableDiffusionGLIGENPipeline",
+            ["gligen_inpaint_image=RED", "gligen_inpaint_image=RED"],
+            "takes one picture as 'gligen_inpaint_image': give a single --image gligen_inpaint_im",
+        ),
+        ("WanVACEPipeline", ["RED"], "takes no 'image', but pictures as .*reference_images"),
+    ],
+)
+def test_pictures_that_an_argument_does_not_take(
+    kind: str,
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen = pipeline_called(getattr(diffusers, kind), monkeypatch, tmp_path)
+    red = str(picture(tmp_path / "red.png", "red"))
+    given = [text.replace("RED", red) for text in given]
+    out = str(tmp_path / ("x.png" if kind.startswith(("Flux", "Stable")) else "x.gif"))
+    command = ["generate", str(tmp_path), "--prompt", "a", "--out", out, "--image", *given]
+    assert main(command) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert bool(seen) == (words == "called")
+
+
+def test_an_argument_is_given_once(
+    tmp_path: Path, image_to_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = str(picture(tmp_path / "red.png", "red"))
+    command = ["generate", str(image_to_video), "--out", str(tmp_path / "x.gif"), "--image", red]
+    assert main([*command, "--argument", "image=1", "--prompt", "a"]) == 2
+    assert "'image' is given by --image and again" in capsys.readouterr().err
 
 
 def test_a_picture_that_is_needed_is_asked_for(

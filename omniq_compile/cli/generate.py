@@ -29,7 +29,7 @@ from omniq_compile.cli.quantization import (
     read_quantization,
 )
 from omniq_compile.components import build_quant_config
-from omniq_compile.given_images import image_argument, read_images
+from omniq_compile.given_images import read_images, with_images
 from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.pipeline_call import (
     call_worded,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_ending(arguments.out, video=None)
     config = build_quant_config(read_quantization(arguments.quantization))
     device = usable_device(arguments.device)
-    given = {**given_arguments(arguments), **image_argument(read_images(arguments.image))}
+    given = with_images(given_arguments(arguments), read_images(arguments.image))
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
     loading = pipeline_arguments(arguments)
     check_call_of_folder(arguments.folder, given, loading)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from omniq_compile.cli.loading_arguments import (
     loading_arguments,
 )
 from omniq_compile.components import build_quant_config
-from omniq_compile.given_images import image_argument, read_images
+from omniq_compile.given_images import read_images, with_images
 from omniq_compile.load_arguments import tried
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import COMPILERS
@@ -38,10 +37,11 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         nargs="+",
+        action="extend",
         default=[],
-        type=Path,
         metavar="FILE",
-        help="for pipelines that take one, or several",
+        help="a picture that the pipeline takes as its 'image', or NAME=FILE as another argument "
+        "(mask_image=mask.png); several of one name are a list",
     )
     parser.add_argument(
         "--steps", type=_steps, help="denoising steps; the pipeline's own by default"
@@ -138,7 +138,8 @@ def quality_setting(
     """Return what is to be generated, with every argument checked that can be before loading.
 
     Raises:
-        OptionError: unknown options, seeds or devices, or files that are no pictures.
+        OptionError: unknown options, seeds or devices, files that are no pictures, or an argument
+            that is given as a picture and again.
     """
     from omniq_compile.quality.comparison import Setting
     from omniq_compile.quality.generation import parse_seeds
@@ -150,7 +151,7 @@ def quality_setting(
     given = given_arguments(arguments)
     images = read_images(arguments.image)
     loading = pipeline_arguments(arguments)
-    call = {**given, **image_argument(images), "generator": None}
+    call = {**with_images(given, images), "generator": None}
     check_call_of_folder(arguments.folder, call, loading)
     return Setting(
         folder=arguments.folder,

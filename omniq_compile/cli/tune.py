@@ -77,6 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     import omniq_compile
+    from omniq_compile.given_images import by_argument
     from omniq_compile.hub_download import hub_arguments
     from omniq_compile.quality.compare_result import as_given, write_json
     from omniq_compile.quality.metrics import need
@@ -101,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "quantization": as_given(setting.config),
         "variant": setting.loading.get("variant"),
         "arguments": dict(setting.arguments),
-        "images": [image.digest for image in setting.images],
+        "images": by_argument(setting.images, lambda image: image.digest),
         "seeds": list(setting.seeds),
         "device": str(setting.device),
         "calls": arguments.calls,
@@ -130,6 +131,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _content(setting: Any, goal: Any, found: Any) -> dict[str, Any]:
+    from omniq_compile.given_images import by_argument
+
     given = found.quantization
     lists = {"": given} if "method" in given else given
     ignored = {name: o["ignored_layers"] for name, o in lists.items() if o is not None}
@@ -143,7 +146,7 @@ def _content(setting: Any, goal: Any, found: Any) -> dict[str, Any]:
         "variant": setting.loading.get("variant"),
         "revision": setting.loading.get("revision"),
         "arguments": dict(setting.arguments),
-        "images": [str(image.file) for image in setting.images],
+        "images": by_argument(setting.images, lambda image: str(image.file)),
         "verified_psnr": dict(zip(map(str, setting.seeds), found.seed_psnr, strict=True)),
         "bytes": found.nbytes,
         "bytes_all_quantized": found.nbytes_all_quantized,

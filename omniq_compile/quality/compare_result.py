@@ -15,6 +15,7 @@ import torch
 
 import omniq_compile
 from omniq_compile.components import PipelineQuantConfig
+from omniq_compile.given_images import by_argument
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.comparison import Comparison, Setting, Side
 from omniq_compile.quality.gate import Gate
@@ -33,7 +34,7 @@ def as_json(
         "variant": setting.loading.get("variant"),
         "revision": setting.loading.get("revision"),
         "arguments": dict(setting.arguments),
-        "images": [str(image.file) for image in setting.images],
+        "images": by_argument(setting.images, lambda image: str(image.file)),
         "seeds": list(setting.seeds),
         "gate": {
             "name": gate_name,

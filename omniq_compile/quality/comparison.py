@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from omniq_compile.components import PipelineQuantConfig
-from omniq_compile.given_images import GivenImage, image_argument
+from omniq_compile.given_images import GivenImage, with_images
 from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.memory import peak_of_call, state_bytes
@@ -41,7 +41,7 @@ class Setting:
         seeds: one call each.
         device: to run on.
         loading: further arguments of ``from_pretrained``.
-        images: for pipelines whose call takes an image.
+        images: for arguments of the call that take pictures.
     """
 
     folder: str
@@ -55,7 +55,7 @@ class Setting:
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline's call, images among them."""
-        return {**self.arguments, **image_argument(self.images)}
+        return with_images(self.arguments, self.images)
 
 
 @dataclass
