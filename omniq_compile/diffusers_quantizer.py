@@ -3,7 +3,8 @@
 Uses diffusers' interface for quantizers (``DiffusersQuantizer`` and its hooks), checked on
 diffusers 0.42.1. diffusers maps the files and would hand over one tensor after the other; instead
 omniq fills the model from the same files as `load_model` does, with the same checks and as little
-memory. Imported while diffusers is (see `registration`), so that a load imports the rest.
+memory. Only the tensors of a single file, which diffusers converts, are taken as they are handed
+over. Imported while diffusers is (see `registration`), so that a load imports the rest.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from omniq_compile.state import flatten_state, part_owners, read_metadata
 
 if TYPE_CHECKING:
     from omniq_compile.filling import Devices
+    from omniq_compile.single_file import SingleFile
 
 
 class DiffusersConfig(RecordedConfig, QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of diffusers' ``from_pretrained``: quantizes while loading.
+    """The ``quantization_config`` of diffusers' ``from_pretrained`` and ``from_single_file``.
+
+    It quantizes while loading.
 
     Args:
         method: how weights and activations are quantized.
@@ -59,6 +63,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._dtype = torch.get_default_dtype()
         self._devices: Devices = {"": "cpu"}
         self._files: SafetensorsFiles | None = None
+        self._single: SingleFile | None = None
         self._model: Any = None
         self._quantized: set[str] = set()
         self._record: Mapping[str, Any] | None = None
@@ -115,17 +120,16 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_before_weight_loading(
-        self, model: Any, keep_in_fp32_modules: Any = None, **kwargs: Any
+        self, model: Any, keep_in_fp32_modules: Any = None, state_dict: Any = None, **kwargs: Any
     ) -> None:
         from omniq_compile.filling import set_dtypes
         from omniq_compile.layer_plan import plan_layers
+        from omniq_compile.single_file import SingleFile
 
-        if self._files is None:
-            raise CheckpointError(
-                "omniq does not quantize what from_single_file loads. Use from_pretrained on a "
-                "folder of diffusers, or omniq_compile.quantize_(model, options) afterwards."
-            )
         set_dtypes(model, self._dtype, keep_in_fp32_modules or ())
+        if self._files is None:  # from_single_file, which then hands over one tensor after another
+            self._single = SingleFile(model, state_dict, self.quantization_config.options)
+            return
         self._model = model
         if self.pre_quantized:
             self._quantized = set(read_metadata(self._files.metadata) or {})
@@ -154,10 +158,14 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Fill the model when diffusers has mapped its first file, and leave it nothing to do.
 
         Raises:
-            CheckpointError: the files are damaged or do not fit the model.
+            CheckpointError: the files are damaged or do not fit the model, or a single file holds
+                weights that omniq quantized.
             WeightError: a weight holds NaN or Inf; the message names its layer.
         """
         if self._files is None:  # from_single_file, which calls this before there is a model
+            from omniq_compile.single_file import refuse_own
+
+            refuse_own(state_dict)
             return state_dict
         if self._model is not None:
             from omniq_compile.loading import fill
@@ -171,13 +179,34 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self._model = None
         return {}
 
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, state_dict: Any, **kwargs: Any
+    ) -> bool:
+        """Say that omniq puts every tensor of a single file in its place itself."""
+        return self._single is not None
+
+    def create_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, target_device: Any, state_dict: Any,
+        *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Put a tensor of a single file in its place, quantized where it is to be.
+
+        Raises:
+            WeightError: a weight holds NaN or Inf; the message names its layer.
+        """
+        assert self._single is not None
+        # Not ``param_value``, which was cast as no parameter of the model may be.
+        self._single.put(param_name, state_dict[param_name], target_device)
+
     @property
     def supports_parallel_loading(self) -> bool:
         """Whether files may be loaded in several threads: the first one fills the model."""
         return False
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._files = None
+        if self._single is not None:
+            self._record = self._single.finish()
+        self._files = self._single = None
         # Only casting reads these, which quantized weights of omniq's take part in.
         del model.is_quantized, model.quantization_method
         _forget(model)

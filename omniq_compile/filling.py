@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from omniq_compile.fitting import check_names, check_shape
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
-from omniq_compile.lowering.errors import CheckpointError, OptionError
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantized_parameter
@@ -83,6 +83,51 @@ def with_target(config: QuantConfig, devices: Devices) -> QuantConfig:
     return config
 
 
+class QuantizingFill:
+    """Fills a model on the meta device tensor by tensor, each quantized as it comes."""
+
+    def __init__(self, model: Any, config: QuantConfig, devices: Devices) -> None:
+        """Plan what is quantized.
+
+        Args:
+            model: on the meta device, with parameters of the dtypes to load in.
+            config: how to quantize them.
+            devices: to load on.
+        """
+        warn_unmatched_in(model, config)
+        self._model = model
+        self._config = with_target(config, devices)
+        self._devices = devices
+        self._rows = plan_layers(model, self._config)
+        self._layers = {f"{row.layer}.weight": row for row in self._rows if row.method is not None}
+
+    def put(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+        """Take a tensor, quantized or copied and cast; it may be backed by a file.
+
+        Args:
+            name: of a parameter or buffer of the model.
+            tensor: its value.
+            like: what the model has there.
+
+        Raises:
+            OptionError: no device is named for it.
+            WeightError: it holds NaN or Inf; the message names its layer.
+        """
+        device = device_of(name, self._devices)
+        loaded = _loaded(name, tensor, like, self._layers, self._config, device)
+        _assign(self._model, name, loaded)
+
+    def report(self, place: Path | str) -> bool:
+        """Log what was done of weights from ``place``; returns whether any was quantized."""
+        if self._layers:
+            line = describe(self._rows, self._config.method)
+            logger.info("loading: %s from %s", line, place)
+        else:
+            why = nothing_quantized(self._rows, type(self._model).__name__)
+            logger.warning("loading: %s (%s)", why, place)
+        return bool(self._layers)
+
+
 def fill_quantized(
     model: Any, files: SafetensorsFiles, config: QuantConfig, devices: Devices, place: Path
 ) -> bool:
@@ -102,23 +147,14 @@ def fill_quantized(
         CheckpointError: the files are damaged or do not fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
-    warn_unmatched_in(model, config)
-    config = with_target(config, devices)
-    rows = plan_layers(model, config)
-    layers = {f"{row.layer}.weight": row for row in rows if row.method is not None}
+    filling = QuantizingFill(model, config, devices)
     expected = check_names(model, set(files.tensors), place)
     with _progress(files.nbytes) as advance:
         for name, tensor in files.read([n for n in files.tensors if n in expected]):
             check_shape(name, tensor, expected[name], place)
             advance(name, tensor.nbytes)
-            device = device_of(name, devices)
-            _assign(model, name, _loaded(name, tensor, expected[name], layers, config, device))
-    if layers:
-        logger.info("loading: %s from %s", describe(rows, config.method), place)
-    else:
-        why = nothing_quantized(rows, type(model).__name__)
-        logger.warning("loading: %s (%s)", why, place)
-    return bool(layers)
+            filling.put(name, tensor, expected[name])
+    return filling.report(place)
 
 
 def _loaded(
@@ -142,77 +178,6 @@ def _copied(
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
-
-
-def check_names(model: Any, names: set[str], place: Path) -> dict[str, torch.Tensor]:
-    """Return what the model expects, by name, after checking that the files hold it and no more.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    expected = dict(model.state_dict(keep_vars=True))
-    held = {id(expected[name]) for name in names if name in expected}  # tied weights have one name
-    missing = sorted(n for n in set(expected) - names if id(expected[n]) not in held)
-    if missing:
-        raise CheckpointError(
-            f"{place} lacks {len(missing)} of the {len(expected)} tensors of "
-            f"{type(model).__name__}: {_some(missing)}."
-        )
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    unexpected = sorted(
-        name
-        for name in names - set(expected)
-        if not any(re.search(pattern, name) for pattern in patterns)
-    )
-    if unexpected:
-        raise CheckpointError(
-            f"{place} holds {len(unexpected)} tensors that {type(model).__name__} has no place "
-            f"for: {_some(unexpected)}. Is config.json that of this checkpoint?"
-        )
-    return expected
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
-def check_shape(name: str, tensor: torch.Tensor, like: torch.Tensor, place: Path) -> None:
-    """Check a stored tensor against the model's.
-
-    Raises:
-        CheckpointError: they differ in shape.
-    """
-    if tensor.shape != like.shape:
-        raise CheckpointError(
-            f"{name!r} of {place} is of shape {list(tensor.shape)}, and the model of its "
-            f"config.json has {list(like.shape)} there."
-        )
-
-
-def check_files(
-    model: Any, files: SafetensorsFiles, weights: Mapping[str, Any], tied: Collection[str] = ()
-) -> None:
-    """Check a folder of omniq's own against a model, from names, shapes and dtypes alone.
-
-    Args:
-        model: on the meta device.
-        files: of the folder.
-        weights: what their metadata says.
-        tied: names of the model that no file needs to hold, as they are other ones' copies.
-
-    Raises:
-        CheckpointError: the files are damaged or do not fit the model.
-    """
-    owners = part_owners(weights)
-    names = {owners.get(name, name) for name in files.tensors}
-    expected = check_names(model, names | set(tied), files.folder)
-    like = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in files.read(list(files.tensors))
-    }
-    like |= {name: join_parts(name, about, like) for name, about in weights.items()}
-    for name in like.keys() & expected.keys():
-        check_shape(name, like[name], expected[name], files.folder)
 
 
 def fill_stored(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,24 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], files: SafetensorsFi
         _refuse(folder, "gguf")
     if files is None:
         return
-    for name, tensor in files.tensors.items():
+    refuse_foreign_tensors(folder, ((n, t.dtype, len(t.shape)) for n, t in files.tensors.items()))
+
+
+def refuse_foreign_tensors(place: Path | str, tensors: Iterable[tuple[str, str, int]]) -> None:
+    """Raise if tensors are of weights that somebody else quantized.
+
+    Args:
+        place: of the tensors, for messages.
+        tensors: the name, dtype by safetensors' name and rank of each.
+
+    Raises:
+        CheckpointError: they are; the message names the first that shows it.
+    """
+    for name, dtype, rank in tensors:
         if name.endswith(_SCALE_ENDINGS):
-            _refuse(folder, "", f"it holds {name!r}")
-        if name.endswith("weight") and len(tensor.shape) > 1 and tensor.dtype not in _PLAIN:
-            _refuse(folder, "", f"{name!r} is stored as {tensor.dtype}")
+            _refuse(place, "", f"it holds {name!r}")
+        if name.endswith("weight") and rank > 1 and dtype not in _PLAIN:
+            _refuse(place, "", f"{name!r} is stored as {dtype}")
 
 
 def _method(given: Mapping[str, Any]) -> str:
@@ -61,11 +74,11 @@ def _method(given: Mapping[str, Any]) -> str:
     return str(method or "unknown").lower()
 
 
-def _refuse(folder: Path, method: str, evidence: str = "") -> None:
+def _refuse(place: Path | str, method: str, evidence: str = "") -> None:
     known = next((loader for name, loader in _LOADERS.items() if method.startswith(name)), None)
     by = f"by {method}" if method else f"already ({evidence})"
     use = f"Load it with {known}, or give" if known else "Give"
     raise CheckpointError(
-        f"the weights of {folder} are quantized {by}, and omniq quantizes full-precision weights. "
+        f"the weights of {place} are quantized {by}, and omniq quantizes full-precision weights. "
         f"{use} omniq the original BF16 checkpoint."
     )

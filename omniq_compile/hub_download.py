@@ -148,6 +148,12 @@ def _existing(where: str) -> Path | None:
     """
     if Path(where).is_dir():
         return Path(where)
+    if Path(where).is_file():
+        raise CheckpointError(
+            f"{where} is a file, and not a folder of diffusers. A single file of weights is loaded "
+            "by diffusers: Class.from_single_file(file, config=folder, dtype=torch.bfloat16, "
+            "quantization_config=omniq_compile.DiffusersConfig(method))."
+        )
     if not may_be_hub_id(where):
         raise CheckpointError(f"{where} is not a folder.")
     return None

@@ -169,7 +169,7 @@ def _checked(model: Any, files: SafetensorsFiles, about: Mapping[str, Any]) -> M
     Raises:
         CheckpointError: it is damaged, of another version, or does not fit.
     """
-    from omniq_compile.filling import check_files
+    from omniq_compile.fitting import check_files
     from omniq_compile.loading import check_stored
 
     others = sorted(p.name for p in files.folder.glob(WEIGHTS.replace(".", ".*.")))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import FluxTransformer2DModel
 from test_diffusers_quantizer import SHAPING, load
 from tiny_flux import tiny_flux
 
@@ -118,15 +117,7 @@ def test_online_refusals(plain: Path, tmp_path: Path) -> None:
         load(plain, quantization_config=how, low_cpu_mem_usage=False)
 
 
-def test_a_single_file_and_an_old_diffusers_are_refused(
-    plain: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(CheckpointError, match="does not quantize what from_single_file loads"):
-        FluxTransformer2DModel.from_single_file(
-            str(plain / "diffusion_pytorch_model.safetensors"),
-            config=str(plain),
-            quantization_config=DiffusersConfig(**SHAPING),
-        )
+def test_an_old_diffusers_is_refused(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("diffusers.quantizers.base.DiffusersQuantizer.maybe_update_state_dict")
     monkeypatch.delattr("omniq_compile.diffusers_quantizer.OmniqQuantizer.maybe_update_state_dict")
     with pytest.raises(CheckpointError, match=r"needs 0\.39 or later\. Use omniq_compile\.load_m"):

@@ -55,8 +55,13 @@ def with_python() -> list[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Write a pipeline with a transformer, a text encoder and a VAE that is only named."""
+    """Write a pipeline with a transformer, a text encoder and a VAE that is only named.
+
+    The transformer's weights are beside the folder too, as a single file.
+    """
     shutil.copytree(ROOT / "examples/digits/pipeline", folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    shutil.copy(weights, folder.parent / "qwen_image_bf16.safetensors")
     config = transformers.T5Config(
         vocab_size=32, d_model=256, d_kv=64, d_ff=256, num_layers=1, num_heads=4
     )
