@@ -27,8 +27,8 @@ WHAT_TO_CHANGE = {
     "ignored_layers": "fewer patterns in 'ignored_layers'",
     "num_bf16_fallback_layers": "a smaller 'num_bf16_fallback_layers'",
 }
-# Weights of these are not multiplied as a layer's are, however large.
-NO_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Weights of these are not multiplied as a layer's are, however large. Those of embeddings may be.
+NO_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _told: WeakKeyDictionary[nn.Module, set[QuantConfig]] = WeakKeyDictionary()
 
