@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from omniq_compile.enclosing import modules_being_called, original
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
-from omniq_compile.passes.policy import ignored_reason, option_that_keeps
+from omniq_compile.passes.policy import FLOAT32_REASON, ignored_reason, option_that_keeps
 from omniq_compile.passes.sites import Kind, Site
 
 logger = logging.getLogger("omniq")
@@ -90,28 +90,36 @@ def warn_all_kept(config: QuantConfig, sites: Sequence[Site]) -> None:
     models = list(modules_being_called()) if kept.all_by_options else []
     if not models:
         return
-    told = _told.setdefault(models[-1], set())
-    if config not in told and not _another_graph_may(models[-1], config):
+    model = models[-1]
+    told = _told.setdefault(model, set())
+    parts, decided = _compiled_parts(model), set[str]()
+    if models[0] is model:  # otherwise the names are those in a module of it
+        parts, decided = [model], {site.layer for site in sites}
+    if config not in told and not _another_graph_may(parts, config, decided):
         told.add(config)
-        kept.warn(type(models[-1]).__name__)
+        kept.warn(type(model).__name__)
 
 
 def _could_be_quantized(site: Site) -> bool:
-    """Say whether a kept site is a layer at all: a sum of products with a weight."""
-    return site.kind is Kind.WEIGHT and (site.problem is None or site.problem.K != 1)
+    """Say whether a kept site is a layer whose precision is ours to choose."""
+    sums = site.problem is None or site.problem.K != 1
+    return site.kind is Kind.WEIGHT and sums and site.decision.reason != FLOAT32_REASON
 
 
-def _another_graph_may(model: nn.Module, config: QuantConfig) -> bool:
-    """Say whether the rest of what is compiled of a model may have something to quantize."""
+def _another_graph_may(
+    parts: Sequence[nn.Module], config: QuantConfig, decided: Collection[str]
+) -> bool:
+    """Say whether what is compiled may have more to quantize than layers that were decided."""
     if config.num_bf16_fallback_layers:
         return False  # a model in several graphs is refused, see `passes.policy`
     if config.matmul:
         return True  # of activations, which no parameter shows
     return any(
         isinstance(tensor, QuantizedTensor) or _holds_matrix(tensor, config.min_features)
-        for part in _compiled_parts(model)
+        for part in parts
         for name, tensor in _weights(part)
-        if ignored_reason(config, layer_name([name], "")) is None
+        if (layer := layer_name([name], "")) not in decided
+        and ignored_reason(config, layer) is None
     )
 
 

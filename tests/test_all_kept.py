@@ -55,6 +55,17 @@ class WideBlock(Block):
         return self.down(self.middle(self.up(x)))
 
 
+class SameNames(Block):
+    """Its layers have the names of the others', and one is wide enough."""
+
+    def __init__(self) -> None:
+        super().__init__(256)
+        self.down = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[:, :64]
+
+
 class ByMatrix(nn.Module):
     """Multiplies by a parameter of its own, which no `nn.Linear` holds."""
 
@@ -119,6 +130,48 @@ def test_nothing_is_said_without_need(layers: Layers, options: Any, told: Any) -
     assert told() == []
 
 
+def test_an_outer_product_is_no_layer_beside_others(told: Any) -> None:
+    w, v = torch.randn(1, 64), torch.randn(64, 9)
+    whole(Holder(lambda x, w, v: x[:, :1] @ w @ v, w=w, v=v))
+    (text,) = told()
+    assert "is quantized: its layers are kept (1 x K = 64 is" in text
+
+
+def test_products_of_activations_may_be_in_another_graph(told: Any) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = torch.nn.functional.pad(x, (0, 256 - x.shape[-1])).repeat(40, 1)
+            return (wide @ wide.T)[:, :64]
+
+    model = Chain(Block(100), Attention(), breaks=(1,))
+    whole(model, matmul=True)
+    assert told() == []
+    torch._dynamo.reset()
+    whole(model)
+    assert len(told()) == 1
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_layers_that_the_model_keeps_in_float32_do_not_hide_it(breaks: bool, told: Any) -> None:
+    """As Wan's time embedding is; in a graph of its own it would be quantized."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Linear(256, 256)
+            self.block = Block(100).bfloat16()
+
+        def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+            x = self.block(x.bfloat16())
+            if breaks:
+                torch._dynamo.graph_break()
+            return x + self.time(step).bfloat16()[:, :64]
+
+    model = Mixed().requires_grad_(False)
+    torch.compile(model, backend="omniq", options=OPTIONS)(X, torch.randn(1, 256))
+    assert len(told()) == (0 if breaks else 1)
+
+
 def test_of_several_graphs_one_may_have_small_layers_only(told: Any) -> None:
     for later in (
         WideBlock(),
@@ -135,6 +188,7 @@ def test_of_several_graphs_one_may_have_small_layers_only(told: Any) -> None:
     tied.read_by_the_head_too = nn.Embedding(300, 300)
     whole(tied)
     assert told() == []
+    torch._dynamo.reset()
     stored = Chain(Block(100), Block(256), breaks=(1,))
     quantize_(stored.blocks[1], OPTIONS | {"min_features": 1})
     whole(stored)
@@ -162,6 +216,7 @@ def test_blocks_that_are_compiled_one_by_one_are_judged_together(told: Any) -> N
         return found
 
     assert call(Chain(Block(100), Block(100), WideBlock()), 0, 1, 2) == []
+    assert call(Chain(Block(100), SameNames()), 0, 1) == []
     assert len(call(Chain(Block(100), Block(100), WideBlock()), 0, 1)) == 1
     assert len(call(Chain(Block(100), Block(90)), 0, 1)) == 1
 
