@@ -41,6 +41,12 @@ def is_drawn(file: Path) -> bool:
     return float(matplotlib.pyplot.imread(file)[..., :3].std()) > 0.05
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave models eager, where quantized weights are all that differs: most of a run compiles."""
+    monkeypatch.setattr("omniq_compile.quality.comparison.compile_component", lambda *_: None)
+
+
 def test_the_digits_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BF16 is gone before the quantized pipeline is loaded, and its numbers are the pipeline's."""
     alive: list[int] = []
@@ -111,6 +117,7 @@ def test_text_to_image(tmp_path: Path) -> None:
     assert 0.9 < row["ssim"] <= 1
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_text_to_video_is_measured_by_frame(tmp_path: Path) -> None:
     folder = tiny_pipelines.save_text_to_video(tmp_path / "pipeline")
     size = ["--argument", "height=16", "width=16", "num_frames=5", "max_sequence_length=16"]
@@ -168,6 +175,7 @@ def spoiled(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_spoiled_model_fails_the_gate(tmp_path: Path) -> None:
     folder = spoiled(tmp_path / "spoiled")
     assert compare(folder, tmp_path / "out", *ON_DIGITS, "--seeds", "1") == 1

@@ -37,6 +37,12 @@ def _without_ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_wan_i2v, "basic_clean", str.strip)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave components of `compare` eager: what reaches them is what counts here."""
+    monkeypatch.setattr("omniq_compile.quality.comparison.compile_component", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def image_to_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.save_image_to_video(tmp_path_factory.mktemp("i2v") / "pipeline")
@@ -69,6 +75,7 @@ def test_a_video_is_generated_from_a_picture(image_to_video: Path, tmp_path: Pat
     assert np.array_equal(made[1], made[2])
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_compare_passes_the_picture_to_both_sides(
     image_to_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +312,7 @@ def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     assert image.digest == again.digest != other.digest
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_variant_and_dtype_reach_what_is_loaded(
     text_to_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
