@@ -32,6 +32,7 @@ def compile(
         settings: of Inductor, see `torch._inductor.list_options`.
     """
     _store_operands_once()
+    _divide_sums()
     # A compiled graph has launches of omniq's kernels in it, and its key in PyTorch's caches, of
     # which the user's tag is a part, has only the names of their operators.
     config: Any = torch.compiler.config
@@ -68,6 +69,35 @@ def _store_operands_once() -> None:
     aten, known = torch.ops.aten, needs_realized_inputs
     known.update([aten._scaled_mm.default, aten._int_mm.default])
     known.add(triton_kernel_wrapper_mutation)  # type: ignore[arg-type]
+
+
+# Of more symbols sympy may take long to find a common divisor.
+_FEW_SYMBOLS = 8
+
+
+@cache
+def _divide_sums() -> None:
+    """Let Inductor see that ``960 * s + 6720`` is a multiple of ``s + 7``.
+
+    So many elements have rows of text and image tokens, of which one number is symbolic. Inductor
+    of torch 2.12 and 2.13 fuses what computes them with the amax of their rows on a GPU, and then
+    fails as it cannot divide them among the rows ("CantSplit", pytorch/pytorch#183696), which 2.11
+    could. Private, checked on torch 2.11 to 2.13; other graphs of the process profit too.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from torch._inductor.sizevars import SizeVarAllocator
+
+    known = SizeVarAllocator.statically_known_multiple_of
+
+    def is_multiple(sizes: Any, numerator: Any, denominator: Any) -> bool:
+        if known(sizes, numerator, denominator):
+            return True
+        symbols = getattr(denominator, "free_symbols", ())
+        few = 0 < len(symbols) <= _FEW_SYMBOLS
+        return few and bool(sympy.gcd(numerator, denominator) == denominator)
+
+    allocator: Any = SizeVarAllocator
+    allocator.statically_known_multiple_of = is_multiple
 
 
 # 512 threads hold 32 elements each of a row of this length, and what is computed from them.

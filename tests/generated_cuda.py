@@ -78,6 +78,22 @@ class Mlp(nn.Module):
         return x + self.down(functional.gelu(self.up(normed), approximate="tanh"))
 
 
+class SingleStream(nn.Module):
+    """Rows of text before an image's, and two results side by side, as in FLUX: three layers."""
+
+    def __init__(self, width: int = 192, hidden: int = 768) -> None:
+        super().__init__()
+        self.attend, self.up = nn.Linear(width, width), nn.Linear(width, hidden)
+        self.out = nn.Linear(width + hidden, width)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([text, image])
+        wide = functional.gelu(self.up(rows), approximate="tanh")
+        both = torch.cat([self.attend(rows), wide], dim=-1).unsqueeze(0)
+        out: torch.Tensor = self.out(both)
+        return out
+
+
 class Layer(nn.Module):
     """One layer of sizes that differ, whose input nothing computes."""
 
