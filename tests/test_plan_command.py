@@ -1,0 +1,97 @@
+"""`omniq plan` on the command line: its table, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omniq_compile.cli import main
+from omniq_compile.cli.random_models import random_model
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("WanTransformer3DModel:tiny", "--method", "fp8", "--target", "cuda:sm_90")
+    size = ("--height", "64", "--width", "96", "--frames", "9", "--text-tokens", "10")
+    code, out, _ = plan(capsys, *arguments, *size, "--min-features", "64")
+    assert code == 0
+    assert "WanTransformer3DModel:tiny: fp8 on cuda:sm_90; 96 x 64, 9 frames, 10 text" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    # 4 x 6 patches in each of 1 + 8 / 4 latent frames.
+    assert "2  72 x 192 x 512  fp8" in rows["blocks.*.ffn.net.0.proj"]
+    assert "cuda_fp8_few_tiles_triton" in rows["blocks.*.ffn.net.0.proj"]
+    assert "kept in float32" in rows["condition_embedder.time_embedder.linear_1"]
+    model = random_model("WanTransformer3DModel", "tiny")
+    nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert f"weights: {nbytes / 2**20:.1f} MiB -> " in out
+    assert "activations, estimated:" in out
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, content: Any) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    write("broken.json", "{")
+    write("list.json", [])
+    write("clip.json", {"architectures": ["CLIPTextModel"]})
+    write("vae.json", {"_class_name": "AutoencoderKL"})
+    write("near.json", {"_class_name": "QwenImageTransformer2DModl"})
+    write("typo.json", {"_class_name": "FluxTransformer2DModel", "num_layer": 3})
+    write("wrong.json", {"_class_name": "FluxTransformer2DModel", "num_layers": "many"})
+    write("unet/model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]})
+    write("half/model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]})
+    write("empty/readme", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["QwenImageTransformer2DModl"],
+         ["unknown transformer class", "Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["FluxTransformer2DModel:tinny"], ["unknown preset 'tinny'. Did you mean 'tiny'?"]),
+        (["nowhere/config.json"], ["no folder or configuration nowhere/config.json"]),
+        (["broken.json"], ["broken.json is not valid JSON"]),
+        (["list.json"], ["list.json holds list, and a configuration is an object"]),
+        (["clip.json"], ["clip.json has no _class_name"]),
+        (["vae.json"], ["vae.json is of AutoencoderKL, an autoencoder, and not of a transformer"]),
+        (["near.json"], ["Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["typo.json"], ["no setting 'num_layer'. Did you mean 'num_layers'?"]),
+        (["nowhere.json"], ["no folder or configuration nowhere.json.", "Did you mean"]),
+        (["wrong.json"], ["wrong.json: FluxTransformer2DModel cannot be built", "TypeError"]),
+        (["unet"], ["names no transformer that omniq knows, but unet (UNet2DConditionModel)"]),
+        (["half"], ["cannot read half/transformer/config.json: No such file or directory"]),
+        (["empty"], ["empty has no config.json"]),
+        (["FluxTransformer2DModel", "--frames", "9"], ["--frames is for video"]),
+        (["FluxTransformer2DModel", "--width", "1000"], ["--width 1000 is not a multiple of 16"]),
+        (["FluxTransformer2DModel", "--height", "0"], ["--height 0 is not a multiple of 16"]),
+        (["QwenImageTransformer2DModel:tiny", "--height", "1600000", "--width", "1600000"],
+         ["cannot run without values", "100000"]),
+        (["WanTransformer3DModel", "--frames", "0"], ["--frames 0 is not one more than"]),
+        (["WanTransformer3DModel", "--frames", "8"], ["--frames 8 is not one more than"]),
+        (["FluxTransformer2DModel", "--text-tokens", "0"], ["--text-tokens 0"]),
+        (["FluxTransformer2DModel", "--target", "gpu"], ["unknown target device 'gpu'"]),
+        (["FluxTransformer2DModel", "--out", "no/such/folder", "--text-tokens", "8", "--height",
+          "32", "--width", "32"], ["cannot write 'no/such/folder': No such file or directory"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr_and_code_2(
+    files: None, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = plan(capsys, *arguments, "--method", "int8")
+    assert (code, out) == (2, "")
+    assert [word for word in words if word not in err] == []
+    assert "omniq plan: error: " in err
+    assert "Traceback" not in err
