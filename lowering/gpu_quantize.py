@@ -129,8 +129,7 @@ def _fake_quantize_blocks(
     """
     magnitude = block.abs()
     amax = _bits(magnitude).amax(dim=-1, keepdim=True).view(torch.float32)
-    amax = mx.round_amax(amax, dtype)
-    byte = mx.block_scale(amax, rounding.element, rounding.scale_alg)
+    byte = mx.block_scale(amax, rounding.element, rounding.scale_alg, dtype)
     saturated = _bits(mx.scale_down(magnitude, byte)).clamp_max(rounding.maximum)
     binade = (saturated & 0x7F800000).clamp_min(rounding.normal).view(torch.float32)
     rounder = binade * rounding.beside

@@ -86,19 +86,23 @@ def test_the_shared_exponent_is_exact_around_powers_of_two() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_amax_is_rounded_as_a_conversion_rounds(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale_alg", [mx.OCP, mx.UOS])
+def test_amax_counts_as_what_it_is_in_the_dtype_of_the_values(
+    dtype: torch.dtype, scale_alg: int
+) -> None:
     exponents = torch.randint(-14, 15, (5000,), generator=torch.Generator().manual_seed(1))
     values = torch.ldexp(1 + torch.rand(5000), exponents)
-    # Midway between neighbours, beside powers of two, and what no number is.
-    midway = (values.view(torch.int32) & -0x2000 | 0x1000).view(torch.float32)
     powers = torch.ldexp(torch.ones(5000), exponents)
-    below = powers.nextafter(torch.tensor(0.0))
-    odd = torch.tensor([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0], dtype=torch.int32)
-    amax = torch.cat([values, midway, powers, below, odd.view(torch.float32)])
-    rounded, expected = mx.round_amax(amax, dtype), amax.to(dtype).float()
-    assert torch.equal(rounded.isnan(), expected.isnan())
-    assert torch.equal(rounded.nan_to_num(-1), expected.nan_to_num(-1))
-    assert torch.equal(mx.round_amax(expected, dtype).nan_to_num(-1), expected.nan_to_num(-1))
+    around = [torch.cat([powers, 1.8125 * powers]).nextafter(torch.tensor(to)) for to in (0.0, 1e9)]
+    # NaN of every sign and payload; nothing midway between two values of the dtype.
+    special = [0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x400000, 0]
+    bits = torch.tensor(special, dtype=torch.int32).view(torch.float32)
+    amax = torch.cat([values, powers, *around, bits])
+    rounded = amax.to(dtype).float()
+    expected = mx.block_scale(rounded, mx.E2M1, scale_alg)
+    assert torch.equal(mx.block_scale(amax, mx.E2M1, scale_alg, dtype), expected)
+    assert torch.equal(mx.block_scale(rounded, mx.E2M1, scale_alg, dtype), expected)
+    assert expected[-7:].tolist() == [255] * 6 + [0]
 
 
 def test_uos_doubles_the_scale_just_above_7_25() -> None:

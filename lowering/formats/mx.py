@@ -31,8 +31,8 @@ UOS = 2
 # By how many mantissa bits these are shorter than float32.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
-# The bits of float32's infinity, above which are NaN's.
-_INF = 0x7F800000
+# The bits of float32's mantissa.
+_MANTISSA = 0x7FFFFF
 
 # The mantissa bits of 7.25 = 1.8125 * 2**2.
 _UOS_MANTISSA = 0x680000
@@ -67,36 +67,17 @@ def blocks(x: torch.Tensor) -> torch.Tensor:
     return block.to(torch.float32)
 
 
-def block_amax(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the amax of each block: float32 ``[..., n, 32]`` -> ``[..., n, 1]``.
-
-    Args:
-        block: see `blocks`.
-        dtype: of the values before; see `round_amax`.
-    """
-    return round_amax(block.abs().amax(dim=-1, keepdim=True), dtype)
+def block_amax(block: torch.Tensor) -> torch.Tensor:
+    """Return the amax of each block: ``[..., n, 32]`` -> ``[..., n, 1]``."""
+    return block.abs().amax(dim=-1, keepdim=True)
 
 
-def round_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round amax, float32 and not negative, to the dtype that the values had.
-
-    Values of that dtype have such an amax. Those that Inductor computes may not: it leaves out the
-    rounding to BF16 between operations that it fuses, and a block's scale jumps at powers of two.
-    The cosine of a small angle is 1 in BF16; 0.9999 would get half of the scale, and saturate at
-    0.875 (mxfp8) or 0.75 (mxfp4). Integers round here, as a conversion there and back would be
-    left out too.
-    """
-    if dtype not in _DROPPED_BITS:
-        return amax
-    dropped = _DROPPED_BITS[dtype]
-    bits = amax.view(torch.int32)
-    to_even = ((1 << dropped - 1) - 1) + ((bits >> dropped) & 1)
-    rounded = ((bits + to_even) & -(1 << dropped)).view(torch.float32)
-    # The sum overflows for some NaN.
-    return torch.where(bits < _INF, rounded, amax)
-
-
-def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> torch.Tensor:
+def block_scale(
+    amax: torch.Tensor,
+    element: Element,
+    scale_alg: int = OCP,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Choose the e8m0 scale of each block.
 
     ``OCP`` is MX v1.0 section 6.3: ``2**(floor(log2(amax)) - emax)``. It is exact at powers of two,
@@ -108,21 +89,32 @@ def block_scale(amax: torch.Tensor, element: Element, scale_alg: int = OCP) -> t
     to halve the resolution of the other 31. It never goes above OCP's largest scale, so that no
     finite block decodes to Inf.
 
+    Values of a shorter dtype have an amax of that dtype. Those that Inductor computes may not: it
+    leaves out the rounding to BF16 between operations that it fuses, and a scale jumps at powers of
+    two. The cosine of a small angle is 1 in BF16; 0.9999 would get half of the scale, and saturate
+    at 0.875 (mxfp8) or 0.75 (mxfp4). So amax counts as what it is in that dtype, a tie as the next
+    one up. Half a step is added to its bits: Inductor would leave out a conversion there and back
+    too, and computes long expressions in two loops.
+
     Args:
         amax: float32, not negative, any shape.
         element: whose emax counts.
         scale_alg: ``OCP`` or ``UOS``.
+        dtype: that the values had.
 
     Returns:
         int32 e8m0 bytes of the same shape, 255 where amax is NaN or Inf.
     """
-    bits = amax.view(torch.int32)
-    field = (bits >> 23) & 255
-    exponent = field
+    bits, dropped = amax.view(torch.int32), _DROPPED_BITS.get(dtype, 0)
+    if dropped:
+        bits = bits + (1 << dropped - 1)
+    exponent = bits >> 23
+    byte = (exponent - element.emax).clamp_min(0)
     if scale_alg == UOS:
-        exponent = field + ((bits & 0x7FFFFF) > _UOS_MANTISSA).to(torch.int32)
-    byte = (exponent - element.emax).clamp(0, 254 - element.emax)
-    return torch.where(field == 255, E8M0_NAN, byte)
+        mantissa = bits & _MANTISSA & -(1 << dropped)
+        exponent = exponent + (mantissa > _UOS_MANTISSA).to(torch.int32)
+        byte = (exponent - element.emax).clamp(0, 254 - element.emax)
+    return torch.where(amax < torch.inf, byte, E8M0_NAN)
 
 
 def scale_down(values: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
@@ -132,7 +124,11 @@ def scale_down(values: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(
-    block: torch.Tensor, amax: torch.Tensor, element: Element, scale_alg: int = OCP
+    block: torch.Tensor,
+    amax: torch.Tensor,
+    element: Element,
+    scale_alg: int = OCP,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the elements are rounded from, and the scale.
 
@@ -141,11 +137,12 @@ def scaled(
         amax: of each, ``[..., n, 1]``.
         element: the element type.
         scale_alg: ``OCP`` or ``UOS``.
+        dtype: that the values had, see `block_scale`.
 
     Returns:
         float32 ``[..., n, 32]``, and int32 e8m0 bytes ``[..., n, 1]``.
     """
-    byte = block_scale(amax, element, scale_alg)
+    byte = block_scale(amax, element, scale_alg, dtype)
     return scale_down(block, byte), byte
 
 
@@ -162,15 +159,19 @@ def fake_quantize(x: torch.Tensor, element: Element, scale_alg: int = OCP) -> to
         value exactly, save float32 denormals.
     """
     block = blocks(x)
-    amax = block_amax(block, x.dtype)
-    return fake_quantize_blocks(block, amax, element, scale_alg).flatten(-2)
+    amax = block_amax(block)
+    return fake_quantize_blocks(block, amax, element, scale_alg, x.dtype).flatten(-2)
 
 
 def fake_quantize_blocks(
-    block: torch.Tensor, amax: torch.Tensor, element: Element, scale_alg: int = OCP
+    block: torch.Tensor,
+    amax: torch.Tensor,
+    element: Element,
+    scale_alg: int = OCP,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Do what `fake_quantize` does to blocks and their amax, see `scaled`."""
-    values, byte = scaled(block, amax, element, scale_alg)
+    values, byte = scaled(block, amax, element, scale_alg, dtype)
     return scale_by_e8m0(element.round(values), byte)
 
 

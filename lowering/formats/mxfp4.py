@@ -49,16 +49,22 @@ def quantize(x: torch.Tensor, scale_alg: int = mx.OCP) -> tuple[torch.Tensor, to
         ``[..., K' / 32]``, where K' is K padded to whole blocks.
     """
     block = mx.blocks(x)
-    amax = torch.maximum(*(mx.block_amax(half, x.dtype) for half in _halves(block)))
-    return quantize_blocks(block, amax, scale_alg)
+    amax = torch.maximum(*(mx.block_amax(half) for half in _halves(block)))
+    return quantize_blocks(block, amax, scale_alg, x.dtype)
 
 
 def quantize_blocks(
-    block: torch.Tensor, amax: torch.Tensor, scale_alg: int
+    block: torch.Tensor,
+    amax: torch.Tensor,
+    scale_alg: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `quantize` does to blocks, float32 ``[..., n, 32]``, and their amax."""
+    """Do what `quantize` does to blocks, float32 ``[..., n, 32]``, and their amax.
+
+    ``dtype`` is that of the values, see `mx.block_scale`.
+    """
     even, odd = _halves(block)
-    byte = mx.block_scale(amax, mx.E2M1, scale_alg)
+    byte = mx.block_scale(amax, mx.E2M1, scale_alg, dtype)
     codes = pack_e2m1(*(encode_e2m1(mx.scale_down(x, byte)) for x in (even, odd)))
     return codes.flatten(-2), byte.squeeze(-1).to(torch.uint8)
 

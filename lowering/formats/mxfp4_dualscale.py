@@ -40,7 +40,7 @@ def divide_coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         ``[..., ceil(K / 32), 1]``, and coarse, float32 ``[..., ceil(K / 512)]``.
     """
     block = mx.blocks(x)
-    amax = mx.block_amax(block, x.dtype).squeeze(-1)
+    amax = block.abs().amax(dim=-1)
     split = pad_last(amax, BLOCKS_A_RUN).unflatten(-1, (runs(x.shape[-1]), BLOCKS_A_RUN))
     coarse = split.amax(dim=-1) / E2M1_MAX
     divisor = repeat(torch.where(coarse == 0, 1.0, coarse), -1, BLOCKS_A_RUN, block.shape[-2])

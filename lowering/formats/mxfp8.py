@@ -29,7 +29,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padded to whole blocks.
     """
     block = mx.blocks(x)
-    values, byte = mx.scaled(block, mx.block_amax(block, x.dtype), mx.E4M3)
+    values, byte = mx.scaled(block, mx.block_amax(block), mx.E4M3, dtype=x.dtype)
     return encode_e4m3(values).flatten(-2), byte.squeeze(-1).to(torch.uint8)
 
 
