@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
+import omniq_compile as omniq
 from omniq_compile.lowering.cpu import quantize as on_cpu
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
@@ -98,6 +100,15 @@ def test_without_a_compiler_torch_quantizes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(on_cpu, "_library", lambda: None)
     parts = quantize_weight(weight, "mxfp4")
     assert all(oracle.same_bits(a, b) for a, b in zip(parts, exact, strict=True))
+
+
+def test_a_weight_without_values_is_not_read() -> None:
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(LARGE, dtype=torch.bfloat16))
+        parts = quantize_weight(weight.detach(), "mxfp8")
+        quantized = omniq.quantize(weight, "mxfp8")
+    assert [part.shape for part in quantized.parts] == [part.shape for part in parts]
+    assert parts[0].shape == (1031, 4096)
 
 
 @by_format

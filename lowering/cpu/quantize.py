@@ -37,7 +37,9 @@ class _Arguments(ctypes.Structure):
 def takes(weight: torch.Tensor, form: Format) -> bool:
     """Say whether `quantize` is for a weight: a large one on the CPU, of a format it knows."""
     return (
-        weight.device.type == "cpu"
+        # One that is traced, or any other subclass, may have no memory that C++ could read.
+        type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.numel() >= LARGE
         and form.name in _METHODS
