@@ -60,13 +60,19 @@ def _store_operands_once() -> None:
     """Tell Inductor that GEMMs read their operands from memory, as it knows of `aten.mm`.
 
     Where one activation feeds three GEMMs, it would otherwise compute and store it three times on
-    a GPU. Private, checked on torch 2.11 to 2.13, whose function for this takes no Triton launches
-    before 2.13; other graphs of the process may profit too.
+    a GPU. `torch._int_mm` reads rows too: what is computed from columns Inductor would store as
+    columns, which cuBLASLt refuses. Private, checked on torch 2.11 to 2.13, whose function for the
+    first takes no Triton launches before 2.13; other graphs of the process may profit too.
     """
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-    from torch._inductor.lowering import needs_realized_inputs
+    from torch._inductor.lowering import (
+        add_layout_constraint,
+        constrain_to_fx_strides,
+        needs_realized_inputs,
+    )
 
     aten, known = torch.ops.aten, needs_realized_inputs
+    add_layout_constraint(aten._int_mm.default, constrain_to_fx_strides)
     known.update([aten._scaled_mm.default, aten._int_mm.default])
     known.add(triton_kernel_wrapper_mutation)  # type: ignore[arg-type]
 

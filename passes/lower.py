@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
 from omniq_compile.lowering.registry import as_stored
@@ -56,6 +57,10 @@ class _Proxy(fx.Proxy):
 
     def dim(self) -> int:
         return int(dynamo.value(self.node).dim())
+
+    def stride(self) -> tuple[Any, ...]:
+        strides: tuple[Any, ...] = dynamo.value(self.node).stride()
+        return strides
 
 
 class _Tracer(GraphAppendingTracer):
@@ -147,7 +152,12 @@ class _Inliner:
         x, format = operand.args[0], str(operand.args[1])
 
         def function(x: Any) -> Any:
-            return kernel.quantize(x.flatten(0, -2) if flat else x, format)
+            x = x.flatten(0, -2) if flat else x
+            # Codes are laid out as what they are made of, and such kernels read rows: those of a
+            # transposed activation, such as a picture's channels, have to be made first.
+            if kernel.as_matrix and not statically_known_true(x.stride()[-1] == 1):
+                x = x.contiguous()
+            return kernel.quantize(x, format)
 
         key = (operand, kernel.quantize, flat)
         if key not in self._quantized:

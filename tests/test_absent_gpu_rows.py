@@ -95,3 +95,21 @@ def test_a_gelu_is_computed_once() -> None:
         made = re.findall(r"empty_strided_cuda\(\(([\d, ]+)\), .*, torch\.(\w+)\)", case.program)
         sizes = [(prod(map(int, re.findall(r"\d+", shape))), dtype) for shape, dtype in made]
         assert (150 * 12288, "float32") not in sizes
+
+
+@pytest.mark.parametrize(("variant", "arch"), [("fp8", "sm_90"), ("int8", "sm_100")])
+def test_the_channels_of_one_picture_are_stored_as_rows(variant: str, arch: str) -> None:
+    """As cuBLASLt reads codes, and nothing copies them to be so."""
+
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(256, 384)
+
+        def forward(self, channels: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(channels.flatten(2).transpose(1, 2))
+            return out
+
+    case = make(Patches(), (torch.randn(1, 256, 64, 64).to(BF16),), variant, f"cuda:{arch}")
+    made = re.findall(r"empty_strided_cuda\(\((4096, 256)\), \(([\d, ]+)\)", case.program)
+    assert made == [("4096, 256", "256, 1")]

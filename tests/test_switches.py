@@ -33,8 +33,9 @@ def test_a_kernel_is_not_called_with_what_it_refuses(monkeypatch: pytest.MonkeyP
     multiply, rows, found = torch._int_mm, [], importlib.util.find_spec
 
     def of_a_gpu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """What aten/src/ATen/native/cuda/Blas.cpp checks."""
+        """What aten/src/ATen/native/cuda/Blas.cpp checks, and cuBLASLt."""
         assert a.shape[0] > 16, "self.size(0) needs to be greater than 16"
+        assert a.stride()[1] == 1, "CUBLAS_STATUS_NOT_SUPPORTED"
         rows.append(a.shape[0])
         return multiply(a, b)
 
@@ -49,7 +50,9 @@ def test_a_kernel_is_not_called_with_what_it_refuses(monkeypatch: pytest.MonkeyP
     for tokens in (1024, 1, 17, 16, 1024):
         x = torch.randn(1, tokens, 48)
         assert error(forward(x), exact(layer, x)) < 5e-7
-    assert rows == [1024, 17, 1024]
+    channels = torch.randn(1, 48, 25).transpose(1, 2)
+    assert error(forward(channels), exact(layer, channels)) < 5e-7
+    assert rows == [1024, 17, 1024, 25]
 
 
 def test_the_result_has_the_dtype_of_each_call() -> None:
