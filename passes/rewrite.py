@@ -112,11 +112,13 @@ def _bias_in_epilogue(site: Site, product: Product) -> bool:
     if product.bias is None or site.problem is None:
         return False
     bias = dynamo.value(product.bias)
-    # PyTorch broadcasts a bias of one element, kernels read N. Where sizes are symbolic, a plain
+    # PyTorch broadcasts a bias of one element, and takes one of any stride; kernels read N beside
+    # each other, `torch._scaled_mm` whatever the stride is. Where sizes are symbolic, a plain
     # comparison would tie the compiled graph to its answer.
     return (
         bias.dim() == 1
         and statically_known_true(bias.shape[0] == site.problem.N)
+        and statically_known_true(bias.stride(0) == 1)
         and _is_one(product.alpha)
         and _is_one(product.beta)
         and TRANSPOSE not in product.out_steps

@@ -247,6 +247,16 @@ def test_a_kernel_adds_a_bias_of_n_elements_and_no_other(
     assert error(result, exact) < 5e-7
 
 
+@pytest.mark.parametrize("cut", [lambda b: b[::2], lambda b: b[:1].expand(19)])
+def test_a_kernel_adds_no_bias_whose_elements_lie_apart(cut: Any) -> None:
+    x, w, b = torch.randn(7, 38), torch.randn(19, 38), torch.randn(37)
+    model = Holder(lambda x, w, b: F.linear(x, w, cut(b)), w=w, b=b)
+    graph = quantized(model, x, target="cuda:sm_90").graph
+    (bias,) = [n.args[2] for n in graph.nodes if n.target is GEMM]
+    assert bias is None
+    assert error(run(model, x)[0], dequantized(x) @ dequantized(w).T + cut(b).double()) < 5e-7
+
+
 def test_the_size_of_a_bias_may_be_symbolic() -> None:
     model = Holder(lambda x, y, b: torch.addmm(b, x, y))
     call = torch.compile(model, backend="omniq", options=OPTIONS | {"matmul": True}, dynamic=True)
