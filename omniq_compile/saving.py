@@ -61,9 +61,13 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
     killed between the two leaves it there.
 
     Raises:
-        CheckpointError: the folder is there already, or is a file, or cannot be written (a full
-            disk).
+        CheckpointError: the folder is there already, has no name, is a file, or cannot be written
+            (a full disk).
     """
+    if not folder.name:
+        raise CheckpointError(
+            f"{folder} has no name, which a new folder is made under. Give one, such as quantized."
+        )
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
     if folder.exists() and not overwrite and any(folder.iterdir()):

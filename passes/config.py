@@ -26,6 +26,9 @@ DUALSCALE_FALLBACK_LAYERS = 5
 class QuantConfig:
     """The checked options of one compile.
 
+    `from_options` checks them, and fills in what a method has by default; the constructor takes its
+    arguments as they are.
+
     Attributes:
         method: how weights and activations are quantized.
         ignored_layers: patterns of layers to keep in their own precision.

@@ -103,3 +103,13 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
         write_aside(tmp_path / "out", writer("new"), overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name_is_refused(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="has no name"):
+        write_aside(Path(folder), writer("new"), overwrite=True)
+    assert list(tmp_path.iterdir()) == []
