@@ -146,6 +146,17 @@ def rows(
             assert_near(fast(x).float(), exact(x.float()), method, least=0.004)
 
 
+def channels(method: str, place: Place, side: int = 64) -> None:
+    """A layer of one picture's channels, whose rows are columns in memory."""
+    layer = nn.Linear(256, 384, dtype=torch.bfloat16).requires_grad_(False).to(place.device)
+    model = nn.Sequential(layer)
+    fast = torch.compile(model, backend="omniq", options=place.options(method))
+    x = torch.randn(1, 256, side, side, device=place.device, dtype=torch.bfloat16)
+    x = x.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        assert_near(fast(x).float(), model(x).float(), method, least=0.004)
+
+
 def stored(family: str, method: str, place: Place, folder: Path) -> None:
     """Weights quantized on the device, and while loading to it, are the same and compile."""
     model, inputs = tiny(family, place)

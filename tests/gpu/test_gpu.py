@@ -99,6 +99,12 @@ def test_a_large_result_of_changing_rows() -> None:
     checks.rows("int8", 512, 3072, True, PLACE, [(1500,), (1777,), (2048,)])
 
 
+@pytest.mark.gpu_smoke
+@pytest.mark.parametrize("method", sorted(checks.METHODS))
+def test_the_channels_of_one_picture(method: str) -> None:
+    checks.channels(method, PLACE)
+
+
 @of_all_models("ZImageTransformer2DModel", "mxfp4")
 def test_stored_weights(family: str, method: str, tmp_path: Path) -> None:
     checks.stored(family, method, PLACE, tmp_path)

@@ -38,6 +38,10 @@ def test_rows(method: str) -> None:
     checks.rows(method, 257, 131, True, PLACE)
 
 
+def test_channels() -> None:
+    checks.channels("fp8", PLACE, side=5)
+
+
 def test_stored(tmp_path: Path) -> None:
     checks.stored(QWEN, "fp8 block-wise", PLACE, tmp_path)
 
