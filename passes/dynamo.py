@@ -2,8 +2,9 @@
 
 Checked on torch 2.11 to 2.13: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
 ``grapharg`` in ``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in
-``gm.meta``, ``gm._param_name_to_source``, and autocast as ``torch.amp._enter_autocast`` with the
-arguments of ``torch.autocast`` and ``torch.amp._exit_autocast`` of its node.
+``gm.meta``, ``gm._param_name_to_source``, autocast as ``torch.amp._enter_autocast`` with the
+arguments of ``torch.autocast`` and ``torch.amp._exit_autocast`` of its node, and values under
+``vmap`` as functorch's wrappers of fake tensors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ def value(node: fx.Node) -> Any:
 def is_tensor(node: Any) -> bool:
     """Say whether an argument is a node that holds a tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_batched(node: fx.Node) -> bool:
+    """Say whether ``vmap`` hides an axis of the tensor, which custom operators have no rule for."""
+    return _is_wrapped(value(node))
+
+
+def unwrapped(found: Any) -> Any:
+    """Return the tensor that ``vmap`` computes with, which alone has memory; others as they are."""
+    while _is_wrapped(found):
+        found = torch._C._functorch.get_unwrapped(found)
+    return found
+
+
+def _is_wrapped(found: Any) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return isinstance(found, torch.Tensor) and wrapped(found)
 
 
 def known(size: Any) -> Any:

@@ -159,7 +159,7 @@ def _storages(node: fx.Node) -> set[int]:
 
     ``_cdata`` is private, checked on torch 2.11 to 2.13: fake memory has no address.
     """
-    values = torch.utils._pytree.tree_leaves(dynamo.value(node))
+    values = map(dynamo.unwrapped, torch.utils._pytree.tree_leaves(dynamo.value(node)))
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 

@@ -38,6 +38,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             if node.kwargs.get("out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
+            if dynamo.is_batched(node):
+                product = replace(product, unsupported="it runs under vmap")
             site = _site(node, name, product, node in casting)
             node.meta["omniq_site"] = site
             sites.append(site)

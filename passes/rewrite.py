@@ -92,6 +92,8 @@ def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> 
         result = _create(graph, site, "call_function", torch.mul, (result, product.alpha))
     if product.bias is not None and bias is None and product.beta != 0:
         term = product.bias
+        if dynamo.value(term).dtype != site.dtype:  # as autocast does
+            term = _create(graph, site, "call_method", "to", (term, site.dtype))
         if not _is_one(product.beta):
             term = _create(graph, site, "call_function", torch.mul, (term, product.beta))
         result = _create(graph, site, "call_function", torch.add, (result, term))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compiled, dequantized, error
+from conftest import Holder, compiled, dequantized, error
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -82,6 +83,23 @@ def test_autocast_changes_the_dtype_of_the_result_and_nothing_else(
         result = compiled(model, compiler=compiler)(x)
     assert result.dtype is dtype
     assert error(result, product(model, x).to(dtype)) < (1e-4 if autocast else 5e-7)
+
+
+@pytest.mark.parametrize(
+    ("function", "front"), [(torch.addmm, ()), (torch.addmm, (7,)), (torch.baddbmm, (2, 1))]
+)
+def test_autocast_casts_what_is_added_to_a_product_too(
+    function: Any, front: tuple[int, ...]
+) -> None:
+    """Added as it is, a float32 term would make the result float32."""
+    batch = (2,) if function is torch.baddbmm else ()
+    x, w, term = torch.randn(*batch, 7, 38), torch.randn(*batch, 38, 19), torch.randn(*front, 19)
+    model = Holder(lambda x, w, b: function(b, x, w, alpha=0.5, beta=2), w=w, b=term)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        result = compiled(model)(x)
+    assert result.dtype is expected.dtype is torch.bfloat16
+    assert 0 < error(result, expected) < 0.02
 
 
 def test_a_graph_may_return_its_input_and_its_parameter() -> None:

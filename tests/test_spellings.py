@@ -306,6 +306,23 @@ def test_both_kernels_of_cpu_give_the_same_numbers() -> None:
         assert error(compiled(Holder(torch.bmm, w=w), target=target)(x), exact) < 5e-7
 
 
+def test_products_under_vmap_are_kept_and_others_are_not() -> None:
+    """vmap hides an axis of what they multiply, and of a stack of weights."""
+    w, stack = torch.randn(19, 38), torch.randn(3, 19, 38)
+
+    def function(x: torch.Tensor, w: torch.Tensor, stack: torch.Tensor) -> Any:
+        each = torch.vmap(lambda row: F.linear(row, w))
+        return each(x), torch.vmap(each)(x), torch.vmap(F.linear)(x, stack), F.linear(x, w)
+
+    model, x = Holder(function, w=w, stack=stack), torch.randn(3, 7, 38)
+    result, found = run(model, x)
+    assert [site.decision.method for site in found] == [None, None, None, "int8"]
+    assert {site.decision.reason for site in found[:3]} == {"it runs under vmap"}
+    for actual, expected in zip(result[:3], model(x)[:3], strict=True):
+        assert torch.equal(actual, expected)
+    assert error(result[3], dequantized(x) @ dequantized(w).T) < 5e-7
+
+
 class Exported(nn.Module):
     """Products of the kinds that a transformer has, and a weight that is cut in three."""
 
