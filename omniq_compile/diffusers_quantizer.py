@@ -126,7 +126,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         from omniq_compile.layer_plan import plan_layers
         from omniq_compile.single_file import SingleFile
 
-        set_dtypes(model, self._dtype, keep_in_fp32_modules or ())
+        set_dtypes(model, self._dtype, keep_in_fp32_modules or (), stored_buffers=True)
         if self._files is None:  # from_single_file, which then hands over one tensor after another
             self._single = SingleFile(model, state_dict, self.quantization_config.options)
             return

@@ -30,19 +30,29 @@ logger = logging.getLogger("omniq")
 Devices = Mapping[str, str | int | torch.device]
 
 
-def set_dtypes(model: nn.Module, dtype: torch.dtype, kept: Iterable[str]) -> None:
+def set_dtypes(
+    model: nn.Module, dtype: torch.dtype, kept: Iterable[str], *, stored_buffers: bool
+) -> None:
     """Give each parameter, which has no value yet, the dtype it loads in.
 
     Args:
         model: any module.
         dtype: of the parameters.
         kept: dotted names of modules, or a run of their parts, that stay in float32.
+        stored_buffers: floating buffers that files hold are loaded in it too, as diffusers does,
+            and lose their value. transformers leaves them as the model makes them.
     """
     kept = list(kept)
+
+    def chosen(name: str) -> torch.dtype:
+        return torch.float32 if is_inside(name, kept) else dtype
+
     for name, parameter in list(model.named_parameters()):
-        chosen = torch.float32 if is_inside(name, kept) else dtype
-        like = torch.empty_like(parameter, dtype=chosen)
+        like = torch.empty_like(parameter, dtype=chosen(name))
         _assign(model, name, nn.Parameter(like, requires_grad=False))
+    for name, tensor in model.state_dict(keep_vars=True).items() if stored_buffers else ():
+        if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            _assign(model, name, torch.empty_like(tensor, dtype=chosen(name), device="meta"))
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -194,7 +204,7 @@ def fill_stored(
     Args:
         model: with parameters of the dtypes to load in.
         files: of the folder.
-        dtype: of the buffers that are stored in a low precision.
+        dtype: of the buffers that are stored in a low precision, where `set_dtypes` gave none.
         devices: to load on.
         place: the folder, for messages.
 
@@ -215,9 +225,8 @@ def fill_stored(
                 if name in expected:
                     check_shape(name, tensor, expected[name], place)
                     like = expected[name]
-                    if isinstance(like, nn.Parameter):
-                        kind = like.dtype
-                    else:  # a buffer in float32, such as a rotary table, is so for its precision
+                    kind = like.dtype
+                    if not like.is_meta:  # a buffer whose dtype is its model's own
                         kind = torch.float32 if tensor.dtype is torch.float32 else dtype
                     _assign(model, name, _copied(tensor, like, kind, device_of(name, devices)))
                 continue

@@ -108,7 +108,7 @@ def fill(
         files: of its weights.
         stored: what config.json says of weights that omniq quantized, or None for others.
         config: how to quantize others.
-        dtype: of the buffers that are stored in a low precision.
+        dtype: of the buffers that are stored in a low precision, where `set_dtypes` gave none.
         devices: to load on.
 
     Returns:
@@ -133,7 +133,7 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls.from_config(dict(about))
-    set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or ())
+    set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or (), stored_buffers=True)
     return model
 
 

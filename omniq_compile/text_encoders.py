@@ -89,7 +89,7 @@ def _load_stored(
     about.dtype = dtype
     with accelerate.init_empty_weights(include_buffers=False):
         model = cls(about)
-    set_dtypes(model, dtype, _kept_in_float32(model, dtype))
+    set_dtypes(model, dtype, _kept_in_float32(model, dtype), stored_buffers=False)
     model.tie_weights()
     fill_stored(model, SafetensorsFiles(folder, variant), dtype, {"": device}, folder)
     model.tie_weights()

@@ -14,11 +14,24 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import error
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    OmniGenTransformer2DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+)
 from torch import nn
+from zoo.walk import RECIPES
+from zoo.weights import build
 
 import omniq_compile as omniq
-from omniq_compile import CheckpointError, OptionError, QuantizedTensor, WeightError
+from omniq_compile import (
+    CheckpointError,
+    DiffusersConfig,
+    OptionError,
+    QuantizedTensor,
+    WeightError,
+)
 from omniq_compile.cli.random_models import make_inputs, random_model
 
 OPTIONS = {"method": "int8", "min_features": 64}
@@ -73,6 +86,30 @@ def test_layers_that_the_class_keeps_in_float32(tmp_path: Path) -> None:
     assert torch.float32 in dtypes.values()
     omniq.quantize_(plain, OPTIONS)
     assert same(loaded, plain)
+
+
+def test_buffers_of_files_are_cast_as_diffusers_casts_them(tmp_path: Path) -> None:
+    """OmniGen multiplies a sum with its table of positions, which is float32 until it is loaded."""
+    plain = build(OmniGenTransformer2DModel, RECIPES["OmniGenTransformer2DModel"].config)
+    plain.save_pretrained(tmp_path / "plain")
+    omniq.quantize_(plain, OPTIONS)
+    loaded = omniq.load_model(tmp_path / "plain", options=OPTIONS)
+    assert same(loaded, plain)
+    assert loaded.patch_embedding.pos_embed.dtype is torch.bfloat16
+    assert loaded.rope.inv_freq.dtype is torch.float32  # which no file has
+    loaded.save_pretrained(tmp_path / "stored")
+    for given in (None, torch.float32):
+        stored = omniq.load_model(tmp_path / "stored", dtype=given)
+        online = omniq.load_model(tmp_path / "plain", options=OPTIONS, dtype=given)
+        assert {n: t.dtype for n, t in stored.state_dict().items()} == {
+            n: t.dtype for n, t in online.state_dict().items()
+        }
+        online.save_pretrained(tmp_path / "of another dtype")
+    assert same(omniq.load_model(tmp_path / "of another dtype"), loaded)
+    theirs = OmniGenTransformer2DModel.from_pretrained(
+        tmp_path / "plain", dtype=torch.bfloat16, quantization_config=DiffusersConfig(**OPTIONS)
+    )
+    assert same(theirs, plain)
 
 
 @pytest.mark.parametrize("size", ["100MB", "300KB"])

@@ -93,7 +93,9 @@ def build_model(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> nn.
             f"{config.name}: {config.class_name} cannot be built from this configuration: "
             f"{type(error).__name__}: {error}"
         ) from error
-    set_dtypes(model, dtype, getattr(model, "_keep_in_fp32_modules", None) or ())
+    set_dtypes(
+        model, dtype, getattr(model, "_keep_in_fp32_modules", None) or (), stored_buffers=True
+    )
     return model.eval()
 
 
