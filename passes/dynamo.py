@@ -74,7 +74,8 @@ def is_weight(node: fx.Node) -> bool:
         return False
     if isinstance(value(node), torch.nn.Parameter):
         return True
-    return "_buffers" in _source_name(node)
+    # accelerate's hooks put tensors that are no `nn.Parameter` among the parameters of a module.
+    return any(place in _source_name(node) for place in ("_parameters", "_buffers"))
 
 
 def under_autocast(graph: fx.Graph) -> set[fx.Node]:

@@ -7,11 +7,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from conftest import error
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny_flux import OPTIONS, inputs, tiny_flux
+from torch import nn
 
 from omniq_compile import WeightError, quantize_
 
@@ -114,6 +116,21 @@ def test_stored_weights_are_group_offloaded(by_blocks: bool) -> None:
         fast = compiled(model)
     for _ in range(2):
         assert 0 < error(fast(**given)[0], expected) < 0.03
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@torch.no_grad()
+def test_sequential_offloading_is_followed(stored: bool) -> None:
+    """accelerate makes parameters anew in each call, and stored ones as no `nn.Parameter`."""
+    model = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 64)).requires_grad_(False)
+    x = torch.randn(5, 64)
+    if stored:
+        quantize_(model, OPTIONS)
+    expected = model(x)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    fast = compiled(model)
+    for _ in range(2):
+        assert 0 < error(fast(x), expected) < 0.03
 
 
 def test_casting_what_is_stored_quantized_says_to_leave_it_out() -> None:
