@@ -36,6 +36,12 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
 
 
+def first_value(node: fx.Node) -> Any:
+    """Return a node's fake value, or the first of several."""
+    found = value(node)
+    return found[0] if isinstance(found, tuple) and found else found
+
+
 def is_batched(node: fx.Node) -> bool:
     """Say whether ``vmap`` hides an axis of the tensor, which custom operators have no rule for."""
     return _is_wrapped(value(node))
@@ -75,7 +81,7 @@ def is_weight(node: fx.Node) -> bool:
     if isinstance(value(node), torch.nn.Parameter):
         return True
     # accelerate's hooks put tensors that are no `nn.Parameter` among the parameters of a module.
-    return any(place in _source_name(node) for place in ("_parameters", "_buffers"))
+    return any(place in _source_name(node) for place in ("._parameters[", "._buffers["))
 
 
 def under_autocast(graph: fx.Graph) -> set[fx.Node]:

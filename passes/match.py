@@ -30,7 +30,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
             continue
-        if not dynamo.is_tensor(node):
+        if not isinstance(dynamo.first_value(node), torch.Tensor):
             continue
         name, reader = SPELLINGS[node.target]
         product = reader(node)

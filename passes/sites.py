@@ -12,6 +12,7 @@ from torch import fx
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.expression import Step, WeightExpression
 from omniq_compile.passes.layer_names import layer_name
 
@@ -89,8 +90,8 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the site's result."""
-        dtype: torch.dtype = self.node.meta["example_value"].dtype
+        """The dtype of the site's result, or of the first of several."""
+        dtype: torch.dtype = dynamo.first_value(self.node).dtype
         return dtype
 
     def layer_in(self, place: str) -> str:

@@ -105,6 +105,28 @@ def _added(node: fx.Node) -> Product:
     )
 
 
+def _attention(node: fx.Node) -> Product:
+    """All of `torch.nn.MultiheadAttention`, of which Dynamo makes one node."""
+    before = (
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight",
+        "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight",
+    )  # fmt: skip
+    arguments = _arguments(node, before)
+    return _in_one_call(arguments["query"], arguments["out_proj_weight"])
+
+
+def _encoder_layer(node: fx.Node) -> Product:
+    """All of a `torch.nn.TransformerEncoderLayer`, in eval mode and without gradients."""
+    before = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight")
+    arguments = _arguments(node, before)
+    return _in_one_call(arguments["src"], arguments["proj_weight"])
+
+
+def _in_one_call(x: fx.Node, weight: fx.Node) -> Product:
+    reason = "PyTorch computes its products and its attention in one call"
+    return Product(Operand(x), Operand(weight), unsupported=reason)
+
+
 # (name shown in a dump, FX targets, reader)
 _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("linear", (torch.nn.functional.linear, torch._C._nn.linear), _linear),
@@ -117,6 +139,9 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("addmm", (torch.addmm, "addmm"), _added),
     ("baddbmm", (torch.baddbmm, "baddbmm"), _added),
     ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
+    ("attention", (torch.nn.functional.multi_head_attention_forward,), _attention),
+    # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.13.
+    ("encoder layer", (torch._transformer_encoder_layer_fwd,), _encoder_layer),
 )
 
 # Of torch.ops.aten, which exported models are made of.
