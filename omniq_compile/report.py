@@ -14,12 +14,13 @@ from torch import fx, nn
 from omniq_compile import report_display
 from omniq_compile.backend import run_target
 from omniq_compile.given_model import check_model
-from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes import sites as passes_sites
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
+from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.patterns import unmatched
 from omniq_compile.passes.program import program
 from omniq_compile.summary import site_bytes, weight_bytes
@@ -122,6 +123,8 @@ def explain(
     inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     options: Mapping[str, Any] | QuantConfig,
     target: str | None = None,
+    *,
+    stages: Sequence[str] = STAGES,
 ) -> Report:
     """Trace a model and say what omniq does to it. The model runs once, unchanged.
 
@@ -130,12 +133,17 @@ def explain(
         inputs: keyword arguments as a dict, or positional ones as a sequence or one tensor.
         options: as given to ``torch.compile``.
         target: lower for this device instead of the model's own; it need not be present.
+        stages: those whose programs the report holds, of traced, quantized and lowered; printing
+            takes time, and ``()`` leaves all out.
 
     Raises:
-        OptionError: no module, unknown options or target.
+        OptionError: no module, unknown options, target or stage.
     """
     check_model(model, "explain")
-    return report_of(*trace(model, inputs, options, target))
+    for stage in stages:
+        if stage not in STAGES:
+            raise OptionError(unknown("stage", stage, STAGES))
+    return report_of(*trace(model, inputs, options, target), stages)
 
 
 def trace(
@@ -167,8 +175,10 @@ def trace(
     return config, contexts
 
 
-def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
-    """Word what the passes found, as plain data."""
+def report_of(
+    config: QuantConfig, contexts: Sequence[Context], stages: Sequence[str] = STAGES
+) -> Report:
+    """Word what the passes found, as plain data; of the programs those of some stages."""
     bindings = {
         (b.expression.key, b.expression.leaves, b.format): b for c in contexts for b in c.bindings
     }
@@ -179,18 +189,19 @@ def report_of(config: QuantConfig, contexts: Sequence[Context]) -> Report:
         options=dataclasses.asdict(config),
         target=str(contexts[0].target),
         sites=[_site(i, site) for i, c in enumerate(contexts) for site in c.sites],
-        graphs=[_graph(i, c) for i, c in enumerate(contexts)],
+        graphs=[_graph(i, c, stages) for i, c in enumerate(contexts)],
         weight_bytes_before=sum(before for before, _ in sizes),
         weight_bytes_after=sum(after for _, after in sizes),
         unmatched=unmatched(patterns, layers),
     )
 
 
-def _graph(index: int, context: Context) -> GraphReport:
+def _graph(index: int, context: Context, stages: Sequence[str]) -> GraphReport:
     assert context.stages is not None
     programs = {
         stage: program(gm, f"graph {index}, {stage}, {context.target}")
         for stage, gm in context.stages.items()
+        if stage in stages
     }
     return GraphReport(programs, [dataclasses.asdict(r) for r in context.records])
 

@@ -88,7 +88,7 @@ def graph_text(
         names = ", ".join(f"{target}:{arch}" for arch in architectures)
         raise OptionError(f"target {target!r} depends on the machine; name one of {names}")
     with _quiet():
-        report = explain(model, inputs, options, target=target)
+        report = explain(model, inputs, options, target=target, stages=[stage])
     lines = [f"# {report.options['method']} on {report.target}: {len(report.sites)} products"]
     for site, count in Counter(_decision(site) for site in report.sites).items():
         lines.append(f"#   {count} x {site}")

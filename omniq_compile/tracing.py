@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
+from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.whole_or_blocks import read_as_whole
 
 Record = Callable[[fx.GraphModule, Sequence[Any]], Any]
@@ -20,6 +22,9 @@ def run_traced(
     """Call a model once; ``record`` gets each graph and its inputs, and returns what to run.
 
     Sizes are numbers in the graphs, whatever was traced before in this process.
+
+    Raises:
+        OmniqError: ``record`` raised it; Dynamo's own error around it is taken off.
     """
     module = getattr(model, "_orig_mod", model)
 
@@ -32,4 +37,9 @@ def run_traced(
         call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
     )
     with torch.no_grad(), read_as_whole():
-        torch.compile(fresh, backend=record, dynamic=False)(*args, **kwargs)
+        try:
+            torch.compile(fresh, backend=record, dynamic=False)(*args, **kwargs)
+        except BackendCompilerFailed as failed:
+            if isinstance(failed.inner_exception, OmniqError):
+                raise failed.inner_exception from None
+            raise

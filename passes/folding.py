@@ -55,10 +55,13 @@ class Block:
         """The members in few words, such as ``transformer_blocks.0 to transformer_blocks.59``."""
         return ranges(self.members)
 
-    def graph(self, stage: str) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    def graph(
+        self, stage: str, *, to_compile: bool = False
+    ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
         """Return the program as a graph, and its nodes by those of the first member."""
         section = self.sections[stage]
-        return section.graph([section.nodes[i] for i in self.outputs[stage]])
+        outputs = [section.nodes[i] for i in self.outputs[stage]]
+        return section.graph(outputs, to_compile=to_compile)
 
     def print(self, stage: str) -> tuple[Function, dict[fx.Node, fx.Node]]:
         """Return the program as a function, and its nodes by those of the first member."""

@@ -67,15 +67,23 @@ class Section:
         return (self.kind, *key)
 
     def graph(
-        self, outputs: Sequence[fx.Node] | None = None
+        self, outputs: Sequence[fx.Node] | None = None, *, to_compile: bool = False
     ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
         """Return the section as a graph of its own, and its nodes by those of the whole.
 
         Its inputs are the values and then the weights, its result is a tuple.
+
+        Args:
+            outputs: its nodes that the result holds; those that are read outside by default.
+            to_compile: graphs that an operation calls, such as the branches of ``torch.cond``, stay
+                attributes, as no compiler takes them as inputs.
         """
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in [*self.values, *self.weights]:
+            if to_compile and node.op == "get_attr" and not dynamo.is_tensor(node):
+                copies[node] = graph.node_copy(node)
+                continue
             copies[node] = graph.placeholder(node.name)
             copies[node].meta = dict(node.meta)
             # What another section computes is here an input like any other.

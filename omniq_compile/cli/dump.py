@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from omniq_compile.inspector.document import render_json
 from omniq_compile.inspector.drawing import render_svg
 from omniq_compile.inspector.inspection import Inspection, inspect
 from omniq_compile.inspector.page import render_page
-from omniq_compile.inspector.text import KERNELS, render, render_diff
+from omniq_compile.inspector.text import KERNELS, part_title, render, render_diff
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.legal import STAGES
 
@@ -55,22 +56,38 @@ def run(arguments: argparse.Namespace) -> int:
     stages = _stages(arguments)
     check_writable("--out", arguments.out)
     hub = downloading_arguments(arguments, arguments.model)
-    loaded = find_model(arguments.model, hub=hub)
-    inspection = inspect(
-        loaded.name,
-        loaded.model,
-        loaded.args or loaded.inputs,
-        options_of(arguments),
-        target=arguments.target,
-        layer=arguments.layer,
-        kernels=KERNELS in stages or arguments.format == "html",
-    )
+    kernels = KERNELS in stages or arguments.format == "html"
+    # What a model prints while it is traced is no part of the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = find_model(arguments.model, hub=hub)
+        inspection = inspect(
+            loaded.name,
+            loaded.model,
+            loaded.args or loaded.inputs,
+            options_of(arguments),
+            target=arguments.target,
+            layer=arguments.layer,
+            stages=_printed(stages, arguments.format),
+            whole=arguments.format == "json",
+            kernels=kernels,
+        )
     text = _rendered(inspection, stages, arguments)
     if arguments.out is None:
         sys.stdout.write(_coloured(text, arguments))
-        return 0
-    write("--out", arguments.out, text)
-    return 0
+    else:
+        write("--out", arguments.out, text)
+    failed = [part for part in inspection.parts if part.no_kernels is not None]
+    for part in failed:
+        first = str(part.no_kernels).partition("\n")[0]
+        print(f"omniq dump: stage kernels of {part_title(part)}: {first}", file=sys.stderr)
+    return 1 if failed and KERNELS in stages else 0
+
+
+def _printed(stages: list[str], format: str) -> list[str]:
+    """Return the stages that a format shows, in order; that of kernels may show the lowered."""
+    if format in ("html", "json"):
+        return list(STAGES)
+    return [s for s in STAGES if s in stages or (s == "lowered" and KERNELS in stages)]
 
 
 def _rendered(inspection: Inspection, stages: list[str], arguments: argparse.Namespace) -> str:

@@ -101,18 +101,25 @@ def moved(gm: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[A
         on_gpu = tree_map_only(torch.device, lambda d: DEVICE if d.type == "cpu" else d, value)
         return "cuda" if on_gpu == "cpu" else on_gpu
 
-    # Not `dynamo.copy_graph`, whose copy passes for a graph of Dynamo's and needs its sources.
-    copy = fx.GraphModule(gm, fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
-    for node in copy.graph.nodes:
-        node.args = tuple(map(put, node.args))
-        node.kwargs = {name: put(value) for name, value in node.kwargs.items()}
-        if node.target is functional.scaled_dot_product_attention:
-            node.target = _attention
-    copy.recompile()
+    def copied(gm: fx.GraphModule) -> fx.GraphModule:
+        # Not `dynamo.copy_graph`, whose copy passes for a graph of Dynamo's and needs its sources.
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        copy = fx.GraphModule(gm, graph)
+        for node in graph.nodes:
+            node.args = tuple(map(put, node.args))
+            node.kwargs = {name: put(value) for name, value in node.kwargs.items()}
+            if node.target is functional.scaled_dot_product_attention:
+                node.target = _attention
+        for name, called in copy.named_children():
+            if isinstance(called, fx.GraphModule):  # such as a branch of `torch.cond`
+                setattr(copy, name, copied(called))
+        copy.recompile()
+        return copy
+
     mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode())
     with mode:
-        return copy, tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), inputs)
+        return copied(gm), tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), inputs)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,17 @@ def _program(gm: fx.GraphModule, inputs: list[Any], settings: Mapping[str, Any])
     return str(texts[0]) if texts else ""
 
 
+def failure(error: Exception) -> str:
+    """Word what Inductor raised in place of code, without PyTorch's advice to its developers."""
+    advice = ("Set TORCHDYNAMO_VERBOSE", "Use tlparse")
+    said = [part for part in str(error).split("\n\n") if not part.startswith(advice)]
+    if "same device" in str(error):
+        said.append("A tensor that the model makes on no device of its inputs is on the CPU: give "
+                    "it their device, as in torch.zeros(3, device=x.device).")  # fmt: skip
+    text = "\n".join(part.strip("\n") for part in said)
+    return f"Inductor failed with {type(error).__name__}: {text}"
+
+
 def pieces(text: str) -> list[GeneratedCode]:
     """Cut a generated program into its kernels and the code that calls them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from omniq_compile import inductor
 from omniq_compile.inspector.dataflow import Flow, flow_of
-from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, generate, why_not
+from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, failure, generate, why_not
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
@@ -20,7 +20,7 @@ from omniq_compile.passes.folding import Block, FoldedGraph, fold
 from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.patterns import matches, unmatched
 from omniq_compile.passes.program import is_result, relative
-from omniq_compile.passes.sections import added_for, layer_names, restrict
+from omniq_compile.passes.sections import Section, added_for, layer_names, restrict
 from omniq_compile.report import Report, Site, report_of, trace
 
 
@@ -52,6 +52,7 @@ class Part:
         sites: in order.
         flow: as few nodes, traced and quantized.
         kernels: what Inductor generated for it; None unless asked for.
+        no_kernels: why that is not all of it, where Inductor failed.
     """
 
     graph: int
@@ -62,6 +63,7 @@ class Part:
     sites: list[SiteView]
     flow: dict[str, Flow]
     kernels: list[GeneratedCode] | None = None
+    no_kernels: str | None = None
 
     @property
     def count(self) -> int:
@@ -79,7 +81,7 @@ class Inspection:
         report: what `explain` returns.
         parts: in the order in which they run.
         imports: by stage, the import statements that the functions need.
-        no_kernels: why there is no generated code, where it was asked for.
+        no_kernels: why there is no generated code of any part, where it was asked for.
         own_kernels: the device code of omniq's own that the sites run, where code was asked for.
     """
 
@@ -111,6 +113,8 @@ def inspect(
     *,
     target: str | None = None,
     layer: str | None = None,
+    stages: Sequence[str] = STAGES,
+    whole: bool = True,
     kernels: bool = False,
 ) -> Inspection:
     """Trace a model and gather what there is to show.
@@ -119,6 +123,8 @@ def inspect(
         name: of the model, for titles.
         model, inputs, options, target: as for `explain`.
         layer: show only the layers that this pattern names, and what feeds them.
+        stages: those to print, which takes time for each.
+        whole: also print each graph unfolded, for the report.
         kernels: also let Inductor generate the code of every part, and read omniq's own kernels.
 
     Raises:
@@ -128,7 +134,7 @@ def inspect(
     graphs = {index: dict(context.stages or {}) for index, context in enumerate(contexts)}
     if layer is not None:
         graphs = _restricted(graphs, layer)
-    report = report_of(config, contexts)
+    report = report_of(config, contexts, stages if whole else ())
     found = {
         id(site): view
         for context, views in zip(contexts, _by_graph(report, len(contexts)), strict=True)
@@ -142,14 +148,17 @@ def inspect(
         no_kernels = next((reason for reason in reasons if reason), None)
     settings = inductor.settings_of(config) if kernels and no_kernels is None else None
     parts: list[Part] = []
-    imports: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    imports: dict[str, set[str]] = {stage: set() for stage in stages}
     shown: set[int] = set()
     for index, graph in zip(graphs, folded, strict=True):
         things: list[FoldedGraph | Block] = [graph, *graph.blocks()]
         for thing in things:
             if id(thing) not in shown:
                 shown.add(id(thing))
-                parts.append(_part(index, thing, found, imports, settings, contexts[0].target))
+                part = _part(index, thing, found, stages, imports)
+                if settings is not None:
+                    part = replace(part, **_kernels(thing, settings, contexts[0].target))
+                parts.append(part)
     return Inspection(
         model=name,
         layer=layer,
@@ -197,27 +206,27 @@ def _part(
     index: int,
     thing: FoldedGraph | Block,
     found: Mapping[int, Site],
+    stages: Sequence[str],
     imports: dict[str, set[str]],
-    settings: Mapping[str, Any] | None,
-    target: Target,
 ) -> Part:
-    """Print one part at every stage, and find its sites in the text."""
+    """Print one part at some stages, and find its sites in the text."""
     functions: dict[str, str] = {}
-    code: dict[int, dict[str, str]] = {}
     flow: dict[str, Flow] = {}
     inside = thing.sections["traced"].block if isinstance(thing, Block) else ""
-    for stage in STAGES:
+    code: dict[int, dict[str, str]] = {
+        id(node.meta["omniq_site"]): {} for node in _nodes(thing, "traced") if is_result(node)
+    }
+    for stage in stages:
         printed, copies = thing.print(stage)
         functions[stage] = "\n".join(printed.text)
         imports[stage].update(printed.imports)
         if stage != "lowered":
             flow[stage] = flow_of(printed.gm, printed.names, inside)
-        nodes = thing.sections[stage].nodes if isinstance(thing, Block) else copies
-        for node in nodes:
-            if is_result(node) and node in copies:
+        for node in _nodes(thing, stage):
+            if is_result(node):
                 site = id(node.meta["omniq_site"])
                 lines = (printed.lines.get(copies[n]) for n in added_for(node) if n in copies)
-                code.setdefault(site, {})[stage] = "\n".join(line for line in lines if line)
+                code[site][stage] = "\n".join(line for line in lines if line)
     return Part(
         graph=index,
         label=thing.label if isinstance(thing, Block) else "",
@@ -229,16 +238,36 @@ def _part(
             for site, by_stage in code.items()
         ],
         flow=flow,
-        kernels=None if settings is None else _kernels(thing, settings, target),
     )
+
+
+def _outside(graph: FoldedGraph, stage: str) -> list[Section]:
+    return [s for s in graph.sections[stage] if s.block not in graph.block_of]
+
+
+def _nodes(thing: FoldedGraph | Block, stage: str) -> list[fx.Node]:
+    sections = [thing.sections[stage]] if isinstance(thing, Block) else _outside(thing, stage)
+    return [node for section in sections for node in section.nodes]
 
 
 def _kernels(
     thing: FoldedGraph | Block, settings: Mapping[str, Any], target: Target
-) -> list[GeneratedCode]:
-    """Generate the code of a block, or of each run of operations between blocks."""
+) -> dict[str, Any]:
+    """Generate the code of a block, or of each run of operations between blocks.
+
+    Returns:
+        the fields of a `Part`. Where Inductor fails on one run, the others still have theirs.
+    """
     if isinstance(thing, Block):
-        return generate(thing.graph("lowered")[0], settings, target)
-    sections = thing.sections["lowered"]
-    outside = [s for s in sections if s.block not in thing.block_of and s.outputs]
-    return [piece for s in outside for piece in generate(s.graph()[0], settings, target)]
+        graphs = [thing.graph("lowered", to_compile=True)[0]]
+    else:
+        outside = [s for s in _outside(thing, "lowered") if s.outputs]
+        graphs = [section.graph(to_compile=True)[0] for section in outside]
+    pieces: list[GeneratedCode] = []
+    failures = []
+    for gm in graphs:
+        try:
+            pieces += generate(gm, settings, target)
+        except Exception as error:  # Inductor may raise anything, and it is shown
+            failures.append(failure(error))
+    return {"kernels": pieces, "no_kernels": "\n".join(failures) or None}

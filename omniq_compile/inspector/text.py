@@ -118,3 +118,8 @@ def _kernels(inspection: Inspection, graph: int) -> Iterator[str]:
         for piece in part.kernels or []:
             yield f"\n# {piece.language}: {piece.name}"
             yield piece.source
+        if part.no_kernels is not None:
+            yield from (f"# {line}".rstrip() for line in part.no_kernels.splitlines())
+            yield f"# The lowered program is what Inductor would compile for {target}."
+            yield ""
+            yield part.functions["lowered"]
