@@ -154,7 +154,7 @@ def trace(
 ) -> tuple[QuantConfig, list[Context]]:
     """Trace a model and run the passes on each graph; the arguments are those of `explain`."""
     config = QuantConfig.from_options(options)
-    chosen = Target.parse(target) if target else None
+    chosen = Target.parse(target) if target is not None else None
     contexts: list[Context] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -73,16 +73,25 @@ def _layers(name: str) -> Callable[[Any], tuple[str, ...]]:
                 "Write for example ['img_mod', 're:.*attn.*']."
             )
         for pattern in value:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise OptionError(
-                        f"{name} pattern {pattern!r} is not a regular expression: {error}."
-                    ) from error
+            check_pattern(name, pattern)
         return tuple(value)
 
     return check
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Check a layer pattern that was given as an option, or argument, of some name.
+
+    Raises:
+        OptionError: it is ``re:`` and no regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise OptionError(
+                f"{name} pattern {pattern!r} is not a regular expression: {error}."
+            ) from error
 
 
 def _iterate(value: Any) -> list[Any]:

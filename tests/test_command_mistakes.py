@@ -113,6 +113,7 @@ def test_names_of_arguments_are_checked_before_weights_are_read(
         (["--steps", "-1"], "--steps: -1 is less than 1"),
         (["--seed", "99999999999999999999999"], "is not from 0 to 2**63 - 1"),
         (["--seed=-1"], "is not from 0 to 2**63 - 1"),
+        (["--seed", "x"], "--seed: 'x' is not a whole number"),
     ],
 )
 def test_numbers_out_of_range(

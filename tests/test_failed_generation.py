@@ -35,10 +35,20 @@ class Prints(Layers):
         print("printed by the model")
         return self.down(self.up(x))
 
+class Raises(Layers):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return {}["a key of mine"]
+
+class DoesNotFit(Layers):
+    def forward(self, x):
+        return self.down(x)
+
 def made(kind):
     return lambda: (kind(), (torch.randn(5, 38),))
 
 from_the_cpu, prints = made(FromTheCpu), made(Prints)
+raises, does_not_fit = made(Raises), made(DoesNotFit)
 """
 INT8 = ("--method", "int8", "--min-features", "1")
 
@@ -115,6 +125,25 @@ def test_what_a_model_prints_is_no_part_of_the_result(
     out, err = capsys.readouterr()
     assert json.loads(out)["version"] == 1
     assert "printed by the model" in err
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("raises", ["raised KeyError", "in forward", "KeyError: 'a key of mine'"]),
+        ("does_not_fit", ["return self.down(x)"]),
+    ],
+)
+def test_what_a_model_raises_is_shown_by_its_own_lines(
+    function: str, words: list[str], mine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dump", f"{mine}:{function}", *INT8]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"omniq dump: error: calling {mine}:{function} with its inputs raised " in err
+    assert [word for word in words if word not in err] == []
+    assert f'{mine}.py", line ' in err
+    assert "cli/__init__.py" not in err
 
 
 def test_what_the_passes_refuse_is_omniqs_own_error() -> None:

@@ -345,6 +345,8 @@ def test_a_function_that_fails_shows_its_own_traceback(
         (["--format", "html", "--diff"], ["--diff is for --format text"]),
         (["--diff", "--stage", "kernels"], ["cannot compare traced with kernels"]),
         (["--diff", "--stage", "traced"], ["cannot compare traced with traced"]),
+        (["--layer", "re:("], ["--layer pattern 're:(' is not a regular expression"]),
+        (["--target", ""], ["unknown target device ''", "Valid: cpu"]),
         (["--layer", "blocks.0.upp"], ["--layer 'blocks.0.upp' names no layer", "blocks.0.up"]),
         (["--out", "missing/page.html", "--format", "html"], ["cannot write", "No such file"]),
     ],

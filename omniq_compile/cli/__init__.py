@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -39,12 +41,35 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = " ".join(["omniq", *(name for name in arguments[:1] if name in COMMANDS)])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of the user's that the terminal has no letters for is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except OmniqError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read it has seen enough, as `| head` has; Python would fail again as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130  # as a shell reports SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="omniq", description="A torch.compile backend that quantizes diffusion transformers."
     )
     parser.add_argument("--version", action="version", version=f"omniq {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] != ["bench"]:
         for name in TALK_OF_TORCHAO:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -54,11 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in arguments[:1]:
             import_module(f"omniq_compile.cli.{name}").add_arguments(sub)
     parsed = parser.parse_args(arguments)
-    try:
-        return int(import_module(f"omniq_compile.cli.{parsed.command}").run(parsed))
-    except OmniqError as error:
-        print(f"omniq {parsed.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"omniq {parsed.command}: interrupted", file=sys.stderr)
-        return 130  # as a shell reports SIGINT
+    return int(import_module(f"omniq_compile.cli.{parsed.command}").run(parsed))

@@ -96,7 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
     return value

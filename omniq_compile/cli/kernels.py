@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     if arguments.target is None:
         console.print(_cells(rows))
-    wanted = str(Target.parse(arguments.target)) if arguments.target else None
+    wanted = None if arguments.target is None else str(Target.parse(arguments.target))
     chosen = [row for row in rows if (row.target == wanted if wanted else row.here)]
     for target in dict.fromkeys(row.target for row in chosen):
         _print_target(target, [row for row in chosen if row.target == target], console)
@@ -49,7 +49,7 @@ def _cells(rows: list[KernelRow]) -> Table:
     )
     table.add_column("target", no_wrap=True)
     for method in METHODS:
-        table.add_column(method, min_width=len(method))
+        table.add_column(method, min_width=len(method), overflow="fold")
     first = {(row.target, row.method): row for row in rows if row.preferred}
     for target in dict.fromkeys(row.target for row in rows):
         here = any(row.here for row in rows if row.target == target)

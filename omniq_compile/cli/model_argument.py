@@ -66,4 +66,4 @@ def _is_function(text: str) -> bool:
     """Tell ``module:function`` from a path and from ``Class:preset``."""
     module, colon, _ = text.rpartition(":")
     is_class = module[:1].isupper() and "." not in module
-    return bool(colon) and not is_class and "/" not in module and not Path(text).exists()
+    return bool(module and colon) and not is_class and "/" not in module and not Path(text).exists()

@@ -57,7 +57,7 @@ def find_configs(text: str, hub: Mapping[str, Any]) -> list[ModelConfig]:
     path = Path(text)
     if path.is_dir():
         return _of_folder(path)
-    if path.is_file():
+    if path.exists():  # a shell may name a pipe
         return [_of_file(path)]
     class_name, _, preset = text.partition(":")
     if "/" in text or path.suffix == ".json":

@@ -55,7 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan every model, and print a table each and the totals."""
     check_writable("--out", arguments.out)
     config = QuantConfig.from_options(options_of(arguments))
-    target = Target.parse(arguments.target) if arguments.target else config.target or detect("cpu")
+    if arguments.target is None:
+        target = config.target or detect("cpu")
+    else:
+        target = Target.parse(arguments.target)
     hub = downloading_arguments(arguments, *arguments.model)
     plans = {}
     for model in (found for text in arguments.model for found in find_configs(text, hub)):

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-from omniq_compile import inductor
+from omniq_compile import inductor, tracing
 from omniq_compile.inspector.dataflow import Flow, flow_of
 from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, failure, generate, why_not
-from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.folding import Block, FoldedGraph, fold
 from omniq_compile.passes.legal import STAGES
+from omniq_compile.passes.option_checks import check_pattern
 from omniq_compile.passes.patterns import matches, unmatched
 from omniq_compile.passes.program import is_result, relative
 from omniq_compile.passes.sections import Section, added_for, layer_names, restrict
 from omniq_compile.report import Report, Site, report_of, trace
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,11 @@ def inspect(
 
     Raises:
         OptionError: unknown options or target, or ``layer`` names no layer.
+        OmniqError: the model raised when it was called.
     """
-    config, contexts = trace(model, inputs, options, target)
+    if layer is not None:
+        check_pattern("--layer", layer)
+    config, contexts = _traced(name, model, inputs, options, target)
     graphs = {index: dict(context.stages or {}) for index, context in enumerate(contexts)}
     if layer is not None:
         graphs = _restricted(graphs, layer)
@@ -168,6 +177,21 @@ def inspect(
         no_kernels=no_kernels,
         own_kernels=_own_kernels(contexts) if kernels else [],
     )
+
+
+def _traced(name: str, model: nn.Module, *arguments: Any) -> tuple[QuantConfig, list[Context]]:
+    try:
+        return trace(model, *arguments)
+    except (OmniqError, BackendCompilerFailed):
+        raise
+    except Exception as error:  # whatever the model raises; its own lines are what there is to know
+        own: list[traceback.FrameSummary] = []
+        for frame in traceback.extract_tb(error.__traceback__):
+            inside = frame.filename.startswith(_TORCH)
+            own = [] if frame.filename == tracing.__file__ else own if inside else [*own, frame]
+        lines = [*traceback.format_list(own), *traceback.format_exception_only(error)]
+        raised = f"calling {name} with its inputs raised {type(error).__name__}:"
+        raise OmniqError("\n".join([raised, "".join(lines).rstrip()])) from error
 
 
 def _own_kernels(contexts: Sequence[Context]) -> list[GeneratedCode]:
