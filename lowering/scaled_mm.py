@@ -105,9 +105,12 @@ def swizzle(scale: torch.Tensor) -> torch.Tensor:
     of 128 x 4 (cuBLAS documentation, "1D Block Scaling Factors Layout").
     """
     rows, columns = scale.shape
-    padded = F.pad(scale, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
-    tiles = padded.unflatten(-1, (-1, TILE_COLUMNS)).unflatten(0, (-1, 4, 32))
-    flat: torch.Tensor = tiles.permute(0, 3, 2, 1, 4).flatten()
+    # Counted here: what PyTorch infers of a symbolic number of rows has many guards.
+    down = (rows + TILE_ROWS - 1) // TILE_ROWS
+    across = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+    padded = F.pad(scale, (0, across * TILE_COLUMNS - columns, 0, down * TILE_ROWS - rows))
+    tiles = padded.reshape(down, 4, 32, across, TILE_COLUMNS)
+    flat: torch.Tensor = tiles.permute(0, 3, 2, 1, 4).reshape(down * across * 512)
     return flat.view(torch.float8_e8m0fnu)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import fx
 
 from omniq_compile.lowering import reference, registry, scaled_mm
 from omniq_compile.lowering.cuda import int8 as cuda_int8
@@ -25,6 +28,23 @@ def test_scales_lie_where_the_layout_says(rows: int, columns: int) -> None:
     offset = (m // 128 * tiles + k // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + k % 4
     assert torch.equal(flat[offset], scale)
     assert flat.numel() == -(-rows // 128) * tiles * 512
+
+
+def test_a_layout_of_any_number_of_row_tiles_is_compiled_once() -> None:
+    """But for a single tile; and each call checks little, where PyTorch had guessed a size."""
+    environments = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        environments.append(inputs[0].node.shape_env)
+        return gm
+
+    compiled = torch.compile(scaled_mm.swizzle, backend=backend, dynamic=True)
+    for rows in (300, 256, 129, 1000):
+        scale = torch.randint(0, 255, (rows, 6), dtype=torch.uint8)
+        laid_out = scaled_mm.swizzle(scale)
+        assert torch.equal(compiled(scale).view(torch.uint8), laid_out.view(torch.uint8))
+    (environment,) = environments
+    assert len(environment.guards) < 10
 
 
 def test_scales_lie_where_torchao_puts_them() -> None:
