@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -72,13 +73,13 @@ def test_where_inductor_fails_it_is_said_and_the_rest_is_shown(
     command = ["dump", f"{mine}:from_the_cpu", *INT8, "--target", "cuda:sm_90"]
     assert main([*command, "--stage", "quantized", "kernels"]) == 1
     out, err = capsys.readouterr()
-    assert "\n# Inductor failed with FakeTensorDeviceMismatchError: Expected all tensors" in out
+    assert re.search(r"\n# Inductor failed with \w+: .*devices,? cuda:0(,| and) cpu", out)
     assert "self.down(self.up(x) + torch.randn(5, 70))" in out
     assert "device=x.device" in out
     assert out.count("torch.ops.omniq.gemm.default(") == 2
     assert "triton_row_scaled_gemm(" in out
     assert "# Triton: lowering/triton_kernels/row_scaled_gemm.py, omniq's own" in out
-    assert "stage kernels of graph 0, outside the blocks: Inductor failed with Fake" in err
+    assert "stage kernels of graph 0, outside the blocks: Inductor failed with " in err
     assert "Traceback (most recent" not in out + err
 
 

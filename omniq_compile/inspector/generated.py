@@ -105,7 +105,8 @@ def failure(error: Exception) -> str:
     """Word what Inductor raised in place of code, without PyTorch's advice to its developers."""
     advice = ("Set TORCHDYNAMO_VERBOSE", "Use tlparse")
     said = [part for part in str(error).split("\n\n") if not part.startswith(advice)]
-    if "same device" in str(error):
+    # PyTorch 2.13's words, and those of before.
+    if any(words in str(error) for words in ("on the same device", "two different devices")):
         said.append("A tensor that the model makes on no device of its inputs is on the CPU: give "
                     "it their device, as in torch.zeros(3, device=x.device).")  # fmt: skip
     text = "\n".join(part.strip("\n") for part in said)
