@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Holder
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import omniq_compile as omniq
 from omniq_compile.lowering import registry
@@ -295,3 +297,16 @@ def test_a_bias_of_one_element_is_an_error_where_n_would_be_read() -> None:
     said = r"omniq::triton_row_scaled_gemm: the bias is \[1\].*N = 3"
     with pytest.raises(OmniqError, match=said):
         torch.ops.omniq.triton_row_scaled_gemm(codes, scale, codes, scale, scale[:1], BF16, False)
+
+
+def test_k_is_a_number_whatever_the_activation_knows_of_it() -> None:
+    """With changing resolutions Z-Image's patches have an expression for K, and tiles need one."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    a = mode.from_tensor(torch.empty(37, 192, dtype=torch.int8), static_shapes=False)
+    assert isinstance(a.shape[1], torch.SymInt)
+    with mode:
+        rows, b, columns = torch.empty(37), torch.empty(48, 192, dtype=torch.int8), torch.empty(48)
+        out, device = torch.empty(37, 48, dtype=torch.bfloat16), launch.Device("sm_90", 132)
+        made = launch.row_scaled(a, rows, b, columns, None, out, fnuz=False, device=device)
+    assert type(made.arguments["K"]) is int
+    assert made.arguments["K"] == 192

@@ -241,9 +241,10 @@ def _launch(
 ) -> Launch:
     """Choose from a row of `TILES`; ``step``, if any, is what a tile's block of K divides.
 
-    A symbolic M keeps the tiles of the call that is traced.
+    A symbolic M keeps the tiles of the call that is traced. K of an activation may be an expression
+    in symbols, and is the weight's.
     """
-    N = out.shape[-1]
+    N, K = out.shape[-1], int(K)
     M = out.numel() // N
     rows = hint(M)
     assert rows is not None
