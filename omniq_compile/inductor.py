@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile import kernel_accesses
 from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.passes.config import QuantConfig
 
@@ -33,6 +34,7 @@ def compile(
     """
     _store_operands_once()
     _divide_sums()
+    kernel_accesses.remember()
     # A compiled graph has launches of omniq's kernels in it, and its key in PyTorch's caches, of
     # which the user's tag is a part, has only the names of their operators.
     config: Any = torch.compiler.config
