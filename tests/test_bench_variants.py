@@ -11,7 +11,12 @@ from torch._inductor import config as inductor_config
 
 from omniq_compile.cli import bench_variants
 from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_variants import TORCHAO, TORCHAO_INT8, TORCHAO_SETTINGS
+from omniq_compile.cli.bench_variants import (
+    TORCHAO,
+    TORCHAO_FP8,
+    TORCHAO_INT8,
+    TORCHAO_SETTINGS,
+)
 from omniq_compile.cli.random_models import make_inputs, random_model
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -73,6 +78,23 @@ def test_linears_of_few_rows_are_left_out_where_int8_does_not_take_them(
         "transformer_blocks.0.img_mod.1", "transformer_blocks.0.txt_mod.1", "norm_out.linear",
     }  # fmt: skip
     assert left == (of_the_timestep if fewest == 17 else set())
+
+
+def test_linears_in_float32_are_left_out_where_fp8_takes_bf16_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+
+    def quantize(model: nn.Module, config: Any, filter_fn: Any) -> None:
+        taken.extend(name for name, m in model.named_modules() if filter_fn(m, name))
+
+    monkeypatch.setattr(quantization, "quantize_", quantize)
+    model = random_model("WanTransformer3DModel", width=64, num_blocks=1)
+    TORCHAO_FP8.build(model, {})
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    real = {name for name, m in linears.items() if m.weight.dtype is torch.float32}
+    assert real == {f"condition_embedder.time_embedder.linear_{n}" for n in (1, 2)}
+    assert taken == [name for name in linears if name not in real]
 
 
 def test_linear_calls_are_in_order_with_their_rows() -> None:

@@ -67,8 +67,9 @@ def assert_near(
     assert least < found < METHODS[method][1], f"error {found:.4f}"
 
 
-def tiny(family: str, place: Place) -> tuple[nn.Module, dict[str, Any]]:
-    model = random_model(family, "tiny", width=place.width).to(place.device)
+def tiny(family: str, place: Place, num_blocks: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    model = random_model(family, "tiny", width=place.width, num_blocks=num_blocks)
+    model = model.to(place.device)
     return model, inputs_for(model, *place.tokens, place)
 
 
@@ -95,7 +96,7 @@ def whole(family: str, method: str, place: Place, **more: Any) -> None:
 def regional(family: str, method: str, place: Place, **more: Any) -> None:
     """Repeated blocks through diffusers' own method, and through `omniq_compile.compile`."""
     for compile_blocks in (_diffusers_blocks, omniq_compile.compile):
-        model, inputs = tiny(family, place)
+        model, inputs = tiny(family, place, num_blocks=2)
         with torch.inference_mode():
             expected = picture(model(**inputs))
             compile_blocks(model, place.options(method, **more))
