@@ -55,7 +55,7 @@ bench: $(READY)
 gpu: $(READY)
 	PYTHONSAFEPATH=1 OUTCOMES=docs/benchmarks/gpu-checks.txt \
 		$(BIN)/python -m pytest tests/gpu -n $(WORKERS); checked=$$?; \
-	$(BIN)/omniq bench --suite h200 --report docs/benchmarks && exit $$checked
+	$(BIN)/omniq bench --suite h200 --jobs $(WORKERS) --report docs/benchmarks && exit $$checked
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -16,7 +16,7 @@ from omniq_compile.cli.bench_suite import run_command
 from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.cli.output_file import check_writable, write
-from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.lowering.errors import OmniqError, OptionError
 
 # What `--quick` changes where the user asked for nothing else.
 QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
@@ -78,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="where a suite's Markdown and JSON go"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="compile a suite's programs in N processes before any is timed, which takes a machine "
+        "with many cores a part of the time",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
 
 
@@ -90,8 +97,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.suite is not None:
         _refuse_options_of_one_model(args)
-        return run_command(args.suite, args.report, Console(), args.case, args.variant)
-    for option in ("case", "report", "variant"):
+        if args.jobs is not None and args.jobs < 1:
+            raise OptionError(f"--jobs {args.jobs} must be at least 1")
+        return run_command(args.suite, args.report, Console(), args.case, args.variant, args.jobs)
+    for option in ("case", "jobs", "report", "variant"):
         if getattr(args, option) is not None:
             raise OmniqError(f"--{option} is for a suite; name one: --suite {next(iter(SUITES))}")
     check_writable("--json", args.json)

@@ -116,7 +116,31 @@ def run_bench(
     )
 
 
+def first_call(config: BenchConfig, variant: Variant) -> None:
+    """Compile a variant as `run_bench` would, for Inductor's cache.
+
+    Raises:
+        OmniqError: the config names a model or sizes that cannot be built.
+    """
+    with torch.no_grad():
+        model, inputs = _model_and_inputs(config)
+        variant.build(model, inputs)(**inputs)
+        synchronize(torch.device(config.device))
+
+
 def _make_subject(config: BenchConfig) -> _Subject:
+    model, inputs = _model_and_inputs(config)
+    exact = None
+    if state_bytes(model) <= FLOAT32_REFERENCE_BYTES:
+        inputs_float32 = tree_map_only(
+            Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs
+        )
+        exact = _flat(copy.deepcopy(model).float()(**inputs_float32))
+    device = torch.device(config.device)
+    return _Subject(model, inputs, device, exact, eager=_flat(model(**inputs)))
+
+
+def _model_and_inputs(config: BenchConfig) -> tuple[nn.Module, dict[str, Any]]:
     dtype, device = DTYPES[config.dtype], torch.device(config.device)
     model = random_model(
         config.model, width=config.width, num_blocks=config.blocks, dtype=dtype, seed=config.seed
@@ -129,14 +153,7 @@ def _make_subject(config: BenchConfig) -> _Subject:
         dtype=dtype,
         seed=config.seed,
     )
-    inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
-    exact = None
-    if state_bytes(model) <= FLOAT32_REFERENCE_BYTES:
-        inputs_float32 = tree_map_only(
-            Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs
-        )
-        exact = _flat(copy.deepcopy(model).float()(**inputs_float32))
-    return _Subject(model, inputs, device, exact, eager=_flat(model(**inputs)))
+    return model, tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
 def _attempt(m: Measurement, step: Callable[..., None], *args: Any) -> None:

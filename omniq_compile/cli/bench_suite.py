@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils._pytree import tree_map_only
 
 from omniq_compile.cli.bench_gemm import (
     GemmRate,
@@ -26,13 +25,15 @@ from omniq_compile.cli.bench_gemm import (
     linear_shapes,
     measure_peaks,
 )
-from omniq_compile.cli.bench_machine import environment, to_device
+from omniq_compile.cli.bench_machine import environment
 from omniq_compile.cli.bench_measure import run_bench
 from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
 from omniq_compile.cli.bench_suites import SUITES, Case, Suite
 from omniq_compile.cli.bench_variants import Variant, named, suite_variants
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.cli.families import preset_config, transformer_class
+from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.meta_run import to_meta
 
 PACKAGES = ("triton", "torchao", "diffusers")
 
@@ -96,15 +97,9 @@ def run_suite(
     Raises:
         OptionError: no such suite or case, or its device is not in this machine.
     """
-    if name not in SUITES:
-        raise OptionError(unknown("suite", name, SUITES))
-    suite = SUITES[name]
-    cases = [case for case in suite.cases if only is None or only in case.name]
-    if not cases:
-        names = ", ".join(repr(case.name) for case in suite.cases)
-        raise OptionError(f"--case {only!r} is in the name of no case of suite {name!r}: {names}.")
+    suite, cases = _chosen(name, only)
     variants = suite_variants() if variants is None else variants
-    where = environment(_config(suite, suite.cases[0])) | _versions()
+    where = environment(config_of(suite, suite.cases[0])) | _versions()
     result = SuiteResult(name, suite.about, command, where, measure_peaks(suite))
     for case in cases:
         console.print(f"[bold]{case.name}[/bold]")
@@ -116,6 +111,17 @@ def run_suite(
     return result
 
 
+def _chosen(name: str, only: str | None) -> tuple[Suite, list[Case]]:
+    if name not in SUITES:
+        raise OptionError(unknown("suite", name, SUITES))
+    suite = SUITES[name]
+    cases = [case for case in suite.cases if only is None or only in case.name]
+    if not cases:
+        names = ", ".join(repr(case.name) for case in suite.cases)
+        raise OptionError(f"--case {only!r} is in the name of no case of suite {name!r}: {names}.")
+    return suite, cases
+
+
 def _run_case(
     suite: Suite,
     case: Case,
@@ -125,9 +131,9 @@ def _run_case(
     compiler: str,
 ) -> CaseResult:
     result = CaseResult(case.name)
-    config = _config(suite, case)
+    config = config_of(suite, case)
     try:
-        shapes = _shapes(config)
+        shapes = shapes_of(config)
         result.bench = run_bench(config, console, variants)
     # Whatever a case raises, such as memory running out, is a result beside the others.
     except Exception as error:
@@ -146,7 +152,8 @@ def _run_case(
     return result
 
 
-def _config(suite: Suite, case: Case) -> BenchConfig:
+def config_of(suite: Suite, case: Case) -> BenchConfig:
+    """Return what `run_bench` takes for a case."""
     return BenchConfig(
         model=case.model, width=case.width, image_tokens=case.image_tokens,
         text_tokens=case.text_tokens, rounds=suite.rounds, warmup=suite.warmup,
@@ -154,11 +161,13 @@ def _config(suite: Suite, case: Case) -> BenchConfig:
     )  # fmt: skip
 
 
-def _shapes(config: BenchConfig) -> Counter[Shape]:
-    model = random_model(config.model, width=config.width, num_blocks=1)
-    to_device(model, torch.device(config.device))
-    inputs = make_inputs(model, image_tokens=config.image_tokens, text_tokens=config.text_tokens)
-    inputs = tree_map_only(torch.Tensor, lambda t: t.to(config.device), inputs)
+def shapes_of(config: BenchConfig) -> Counter[Shape]:
+    """Return `linear_shapes` of a config's model, of which nothing is computed."""
+    arguments = preset_config(config.model, "block", config.width, config.blocks)
+    with torch.device("meta"):
+        model = transformer_class(config.model)(**arguments).eval()
+    sizes = {"image_tokens": config.image_tokens, "text_tokens": config.text_tokens}
+    inputs = to_meta(make_inputs(model, **sizes, dtype=torch.float32))
     with torch.no_grad():
         return linear_shapes(model, lambda: model(**inputs))
 
@@ -179,6 +188,7 @@ def run_command(
     console: Console,
     only: str | None = None,
     variants: list[str] | None = None,
+    jobs: int | None = None,
 ) -> int:
     """Run a suite for the command line; returns 1 where anything failed, else 0.
 
@@ -188,10 +198,12 @@ def run_command(
             prints the tables only.
         only: the words in the names of the cases to run, which are added to the files' names.
         variants: the names of those to measure; all by default.
+        jobs: in how many processes everything is compiled first; by default it is not.
 
     Raises:
         OmniqError: no such suite, case, variant or device, or no folder can be made.
     """
+    from omniq_compile.cli.bench_ahead import compile_ahead
     from omniq_compile.cli.bench_markdown import markdown
 
     if report is not None:
@@ -214,7 +226,13 @@ def run_command(
                 path.write_text(text, encoding="utf-8")
 
     command = shlex.join(["omniq", *sys.argv[1:]])
-    chosen = None if variants is None else named(suite_variants(), variants)
+    chosen = suite_variants() if variants is None else named(suite_variants(), variants)
+    if jobs is not None:
+        suite, cases = _chosen(name, only)
+        config_of(suite, cases[0])  # before many processes find that the device is not here
+        console.print(f"compiling in {jobs} process(es)")
+        for failure in compile_ahead(suite, cases, chosen, jobs):
+            console.print(f"not compiled ahead: {failure}", markup=False, soft_wrap=True)
     result = run_suite(name, console, chosen, command=command, only=only, keep=keep)
     console.print(markdown(result), markup=False, highlight=False, soft_wrap=True)
     if written:

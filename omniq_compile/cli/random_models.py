@@ -74,9 +74,12 @@ def random_model(
     Raises:
         OmniqError: an unknown class or preset, or a width that is not a multiple of 32.
     """
+    # What a constructor would draw is drawn anew, and takes longer than all else here.
+    from diffusers.models.modeling_utils import no_init_weights
+
     config = preset_config(class_name, preset, width, num_blocks)
-    # The constructor draws from the global generator, whose state belongs to the caller.
-    with torch.random.fork_rng(devices=[]):
+    # Some still draw from the global generator, whose state belongs to the caller.
+    with torch.random.fork_rng(devices=[]), no_init_weights():
         model: nn.Module = transformer_class(class_name)(**config)
     _redraw(model, dtype, seed)
     return model.eval().requires_grad_(False)
