@@ -256,8 +256,10 @@ def test_a_suite_refuses_the_options_of_one_model(given, monkeypatch):
 def test_every_option_is_of_one_model_or_of_a_suite(monkeypatch):
     """None that is added later is ignored without a word."""
     monkeypatch.setattr(bench, "run_command", lambda *arguments: 0)
-    assert bench.run(parse("--suite", "smoke", "--case", "words", "--report", "x")) == 0
-    of_a_suite = {"suite", "case", "variant", "report"}
+    assert (
+        bench.run(parse("--suite", "smoke", "--case", "words", "--report", "x", "--jobs", "2")) == 0
+    )
+    of_a_suite = {"suite", "case", "variant", "report", "jobs"}
     names = {*BenchConfig.__dataclass_fields__, "quick", "json"}
     assert set(vars(parse())) - of_a_suite == names
 

@@ -99,7 +99,6 @@ def test_the_command_compiles_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--suite", "smoke", "--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--jobs", "2"], "--jobs is for a suite"),
         (["--suite", "smoke", "--jobs", "2", "--case", "ugly"], "no case of suite 'smoke'"),
         pytest.param(
@@ -114,6 +113,13 @@ def test_what_cannot_be_compiled_first(
     monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
     assert main(["bench", *arguments]) == 2
     assert said in errors.getvalue()
+
+
+def test_a_number_of_processes_is_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--suite", "smoke", "--jobs", "0"])
+    assert stopped.value.code == 2
+    assert "--jobs: 0 is less than 1" in capsys.readouterr().err
 
 
 @pytest.mark.zoo

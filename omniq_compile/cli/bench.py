@@ -16,7 +16,8 @@ from omniq_compile.cli.bench_suite import run_command
 from omniq_compile.cli.bench_suites import SUITES
 from omniq_compile.cli.families import FAMILIES
 from omniq_compile.cli.output_file import check_writable, write
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.cli.whole_numbers import positive
+from omniq_compile.lowering.errors import OmniqError
 
 # What `--quick` changes where the user asked for nothing else.
 QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=positive,
         metavar="N",
         help="compile a suite's programs in N processes before any is timed, which takes a machine "
         "with many cores a part of the time",
@@ -97,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.suite is not None:
         _refuse_options_of_one_model(args)
-        if args.jobs is not None and args.jobs < 1:
-            raise OptionError(f"--jobs {args.jobs} must be at least 1")
         return run_command(args.suite, args.report, Console(), args.case, args.variant, args.jobs)
     for option in ("case", "jobs", "report", "variant"):
         if getattr(args, option) is not None:

@@ -28,6 +28,7 @@ from omniq_compile.cli.quantization import (
     describe_component,
     read_quantization,
 )
+from omniq_compile.cli.whole_numbers import seed
 from omniq_compile.components import build_quant_config
 from omniq_compile.given_images import read_images, with_images
 from omniq_compile.lowering.errors import OmniqError, OptionError
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_argument(parser, required=False)
     add_call_arguments(parser)
     add_dtype_argument(parser)
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
     parser.add_argument(
         "--eager", action="store_true", help="do not compile: slower, starts at once"
@@ -93,16 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
     for path in save_result(result, arguments.out):
         console.print(f"wrote {path}")
     return 0
-
-
-def _seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
-    return value
 
 
 def returns_video(pipeline: type) -> bool | None:

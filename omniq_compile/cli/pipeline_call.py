@@ -14,6 +14,7 @@ from omniq_compile.cli.loading_arguments import (
     add_variant_argument,
     loading_arguments,
 )
+from omniq_compile.cli.whole_numbers import positive
 from omniq_compile.components import build_quant_config
 from omniq_compile.given_images import read_images, with_images
 from omniq_compile.load_arguments import tried
@@ -44,7 +45,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         "(mask_image=mask.png); several of one name are a list",
     )
     parser.add_argument(
-        "--steps", type=_steps, help="denoising steps; the pipeline's own by default"
+        "--steps", type=positive, help="denoising steps; the pipeline's own by default"
     )
     parser.add_argument(
         "--argument",
@@ -59,16 +60,6 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run code that the folder brings along"
     )
     parser.add_argument("--device", default="cpu", help="such as cuda; %(default)s by default")
-
-
-def _steps(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 def pipeline_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
