@@ -12,6 +12,8 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omniq_compile.meta_run import BlockCall, MetaRun
+from omniq_compile.passes import dynamo
+from omniq_compile.passes.inline import inline
 from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.sites import Site
 from omniq_compile.tracing import run_traced
@@ -104,7 +106,7 @@ def _graphs(
     graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(gm)
+        graphs.append(inline(dynamo.copy_graph(gm)))
         return gm.forward
 
     run_traced(module, args, kwargs, record)

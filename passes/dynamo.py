@@ -135,6 +135,26 @@ def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
     return tuple((name, kind) for name, kind in named if name)
 
 
+def called_graph(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """Return the graph that an argument of an operator is, such as a branch of `torch.cond`."""
+    thing = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+    return thing if isinstance(thing, fx.GraphModule) else None
+
+
+def moved_stack(node: fx.Node, old: str, new: str) -> dict[str, tuple[str, Any]]:
+    """Return the node's ``nn_module_stack`` as it were with module ``old`` at the place ``new``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {key: (_moved(path, old, new), kind) for key, (path, kind) in stack.items()}
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    name = _dotted(path)
+    if name != old and not name.startswith(f"{old}."):
+        return path
+    parts = f"{new}{name.removeprefix(old)}".split(".")
+    return "L['self']" + "".join(f"._modules[{part!r}]" for part in parts)
+
+
 def is_resumed() -> bool:
     """Say whether the graph being compiled continues a function after a graph break.
 

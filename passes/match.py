@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_leaves
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Problem
@@ -23,30 +26,65 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return every product of the graph as a site, undecided, in the graph's order.
 
     The graph stays as it is, but for each site's node, which carries its site in ``meta``: a site
-    that is kept remains the very node it was, so that its numbers do not change.
+    that is kept remains the very node it was, so that its numbers do not change. Products in graphs
+    that an operator calls, such as the branches of `torch.cond`, are sites that are kept.
     """
-    sites = []
+    sites: list[Site] = []
     casting = dynamo.under_autocast(gm.graph)
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
+        if isinstance(node.target, HigherOrderOperator):
+            sites += _sites_inside(gm, node, {})
             continue
-        if not isinstance(dynamo.first_value(node), torch.Tensor):
-            continue
-        name, reader = SPELLINGS[node.target]
-        product = reader(node)
+        product = _read(node)
         if product is not None:
             if node.kwargs.get("out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
             if dynamo.is_batched(node):
                 product = replace(product, unsupported="it runs under vmap")
-            site = _site(node, name, product, node in casting)
+            site = _site(node, product, node in casting)
             node.meta["omniq_site"] = site
             sites.append(site)
     return sites
 
 
-def _site(node: fx.Node, spelling: str, product: Product, autocast: bool) -> Site:
+def _read(node: fx.Node) -> Product | None:
+    if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
+        return None
+    if not isinstance(dynamo.first_value(node), torch.Tensor):
+        return None
+    return SPELLINGS[node.target][1](node)
+
+
+def _sites_inside(
+    gm: fx.GraphModule, call: fx.Node, outside: dict[fx.Node, fx.Node]
+) -> Iterator[Site]:
+    """Yield the products in the graphs that a call is given, and in those that these call.
+
+    ``outside`` are the inputs of the whole graph that inputs of ``gm`` are.
+    """
+    given = [n for n in tree_leaves((call.args, call.kwargs)) if isinstance(n, fx.Node)]
+    graphs = {n: dynamo.called_graph(gm, n) for n in given}
+    # Weights come last, after what only some of the graphs get, such as a condition.
+    operands = [outside.get(n, n) for n, graph in graphs.items() if graph is None]
+    for graph in filter(None, graphs.values()):
+        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        known = dict(zip(reversed(inputs), reversed(operands), strict=False))
+        for node in graph.graph.nodes:
+            if isinstance(node.target, HigherOrderOperator):
+                yield from _sites_inside(graph, node, known)
+            elif (product := _read(node)) is not None:
+                reason = f"in a graph that {call.target} runs, which is compiled as it stands"
+                site = _site(node, replace(product, unsupported=reason), autocast=False)
+                weight = known.get(product.b.node)
+                if weight is not None and dynamo.is_weight(weight):
+                    name = dynamo.weight_name(weight)
+                    layer = layer_name([name], site.layer)
+                    site = replace(site, kind=Kind.WEIGHT, layer=layer, weight_name=name)
+                yield site
+
+
+def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
     a_is_weight = expression.is_expression(product.a.node)
     b_is_weight = expression.is_expression(product.b.node)
     kind = Kind.ACTIVATION
@@ -58,7 +96,7 @@ def _site(node: fx.Node, spelling: str, product: Product, autocast: bool) -> Sit
     names = [dynamo.weight_name(leaf) for leaf in weight.leaves] if weight else []
     return Site(
         node=node,
-        spelling=spelling,
+        spelling=SPELLINGS[node.target][0],
         layer=layer_name(names, dynamo.layer_name(node)),
         kind=kind,
         product=product,

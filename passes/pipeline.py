@@ -14,6 +14,7 @@ from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes import dynamo, legal
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context, PassRecord
+from omniq_compile.passes.inline import inline
 from omniq_compile.passes.lower import lower
 from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.policy import decide
@@ -55,6 +56,7 @@ def build(config: QuantConfig) -> list[Pass]:
         return gm
 
     return [
+        Pass("inline", lambda gm, context: inline(gm)),
         Pass("match", match),
         Pass("policy", policy, ends="traced"),
         Pass("rewrite", rewrite),

@@ -1,0 +1,175 @@
+"""Graphs that a graph calls: marked regions and checkpoints are rewritten, branches are listed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import omniq_compile
+
+WIDTH = 64
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
+
+
+class Block(nn.Module):
+    """Two layers with an activation product between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.down = nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        return x + self.down(torch.softmax(hidden @ hidden.mT, dim=-1) @ hidden)
+
+
+class Region(Block):
+    """The same, compiled once for all of its class."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class RegionOfRegions(Region):
+    """A region that calls one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Region()
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.up(x)[..., :WIDTH]
+
+
+class Checkpointed(Block):
+    """The same, whose activations a backward pass would compute again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Model(nn.Module):
+    """Three blocks in a row, as many sites as they have."""
+
+    def __init__(self, kind: type[Block]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+        self.requires_grad_(False).to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def _input(rows: int = 9) -> Tensor:
+    return torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def _compiled(model: nn.Module, options: dict, **arguments: object) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="omniq", options=OPTIONS | options, **arguments)
+
+
+def _found(model: nn.Module, options: dict) -> list[tuple[str, str | None]]:
+    report = omniq_compile.explain(model, _input(), OPTIONS | options)
+    return [(site.layer, site.decision.method) for site in report.sites]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Checkpointed, {}),
+        (Region, {}),
+        (Region, {"matmul": True}),
+        (Region, {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}),
+        (Region, {"ignored_layers": ["blocks.1.up"]}),
+    ],
+    ids=["checkpointed", "region", "matmul", "leading", "ignored"],
+)
+def test_a_called_graph_is_rewritten_as_if_it_stood_there(kind, options):
+    """By names, decisions and numbers: each call its own block's weights."""
+    plain, called = Model(Block), Model(kind)
+    assert all((called.state_dict()[name] == t).all() for name, t in plain.state_dict().items())
+    assert _found(called, options) == _found(plain, options)
+    assert any(method for _, method in _found(called, options))
+    with torch.no_grad():
+        want = _compiled(plain, options)(_input())
+        assert torch.equal(_compiled(called, options, fullgraph=True)(_input()), want)
+
+
+def test_a_region_in_a_region_and_any_number_of_rows():
+    """Named as the block that calls it, with sizes that become symbols."""
+    model = Model(RegionOfRegions)
+    names = [layer for layer, _ in _found(model, {})]
+    inner = ["inner.up", "inner", "inner", "inner.down"]
+    assert names == [f"blocks.{i}.{name}" for i in range(3) for name in (*inner, "up")]
+    compiled = _compiled(model, {}, fullgraph=True)
+    for rows in (9, 5, 17):
+        with torch.no_grad():
+            want = model(_input(rows)).float()
+            error = (compiled(_input(rows)).float() - want).norm() / want.norm()
+        assert 0 < error < 0.02
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="Dynamo takes no tensor subclass in a region (seen on 2.11)"
+)
+def test_stored_weights_of_regions():
+    """Quantized in place, they multiply as the same weights that are quantized at the call."""
+    model = Model(Region)
+    stored = copy.deepcopy(model)
+    omniq_compile.quantize_(stored, {"method": "int8", "min_features": 1})
+    with torch.no_grad():
+        want = _compiled(model, {})(_input())
+        assert torch.equal(_compiled(stored, {}, fullgraph=True)(_input()), want)
+
+
+class Branches(nn.Module):
+    """A layer after one of two others, whose weights are layers' and a parameter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positive = Block()
+        self.table = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.after = nn.Linear(WIDTH, WIDTH)
+        self.requires_grad_(False).to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.cond(x.sum() > 0, self.positive, lambda y: y @ self.table, (x,)))
+
+
+def test_products_of_branches_are_listed_and_kept():
+    """They are in no graph that omniq rewrites, and the report says so."""
+    model = Branches()
+    report = omniq_compile.explain(model, _input(), OPTIONS)
+    inside = [site for site in report.sites if "cond" in site.decision.reason]
+    assert [(site.layer, site.kind) for site in inside] == [
+        ("positive.up", "weight x activation"),
+        ("positive", "activation x activation"),
+        ("positive", "activation x activation"),
+        ("positive.down", "weight x activation"),
+        ("table", "weight x activation"),
+    ]
+    assert [site.layer for site in report.rewritten] == ["after"]
+    assert report.sites == [*inside, *report.rewritten]
+
+
+def test_branches_run_beside_a_rewritten_layer():
+    """Both of them, with the numbers that they have without omniq."""
+    model = Branches()
+    compiled = _compiled(model, {}, fullgraph=True)
+    for x in (_input().abs(), -_input().abs()):
+        with torch.no_grad():
+            want = model(x).float()
+            error = (compiled(x).float() - want).norm() / want.norm()
+        assert 0 < error < 0.02
