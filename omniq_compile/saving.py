@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
+from filelock import FileLock, Timeout
 from torch import nn
 
 from omniq_compile.diffusers_quantizer import describe
@@ -61,8 +63,8 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
     killed between the two leaves it there.
 
     Raises:
-        CheckpointError: the folder is there already, has no name, is a file, or cannot be written
-            (a full disk).
+        CheckpointError: the folder is there already, has no name, is a file, is being written by
+            another process, or cannot be written (a full disk).
     """
     if not folder.name:
         raise CheckpointError(
@@ -75,20 +77,51 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
             f"{folder} exists already. Choose another folder, or replace it with overwrite=True, "
             "--overwrite on the command line."
         )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(folder):
+            _write_aside(folder, write)
+    except BaseException as error:
+        if _is_a_failed_write(error):
+            left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
+            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
+        raise
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing the same folder; the system ends it with the process.
+
+    Some network file systems have no locks: nothing is kept from others there.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.partial.lock"))
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder} is being written by another process. Wait for it, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir()
         write(aside)
         if folder.exists():
             _replace(folder, aside)
         else:
             aside.rename(folder)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        if _is_a_failed_write(error):
-            left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
-            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
         raise
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,25 @@ def test_whatever_stops_a_replacement_leaves_one_whole_folder(
         if not interruption.happened:
             break
     assert step >= 3  # two renames and a removal, at least
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def write(aside: Path) -> None:
+        code = f"""
+from pathlib import Path
+from omniq_compile.saving import write_aside
+write_aside(Path({str(folder)!r}), lambda aside: (aside / "a").write_text("other"))
+"""
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.returncode == 1
+        assert f"CheckpointError: {folder} is being written by another process." in other.stderr
+        writer("first")(aside)
+
+    write_aside(folder, write)
+    assert contents(folder) == ["first", "first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_named(
