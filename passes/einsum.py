@@ -1,4 +1,4 @@
-"""einsum of two operands, read as a product in the normal form."""
+"""einsum of two operands, and tensordot as one, read as a product in the normal form."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ def read_einsum(node: fx.Node) -> Product | None:
     if is_expression(x) and not is_expression(y):
         x, y, x_letters, y_letters = y, x, y_letters, x_letters
     return _read(x, y, x_letters, y_letters, out, equation)
+
+
+def read_tensordot(node: fx.Node) -> Product:
+    """Read ``tensordot(a, b, dims)`` as the einsum that it is."""
+    arguments: dict[str, Any] = dict(zip(("a", "b", "dims"), node.args, strict=False))
+    arguments |= node.kwargs
+    x, y, dims = arguments["a"], arguments["b"], arguments.get("dims", 2)
+    ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
+    if isinstance(dims, int):
+        dims = (range(ranks[0] - dims, ranks[0]), range(dims))
+    inner = [(i % ranks[0], j % ranks[1]) for i, j in zip(*dims, strict=True)]
+    a = string.ascii_letters[: ranks[0]]
+    b = list(string.ascii_letters[ranks[0] : sum(ranks)])
+    for i, j in inner:
+        b[j] = a[i]
+    out = [c for c in (*a, *b) if not (c in a and c in b)]
+    equation = f"{a},{''.join(b)}->{''.join(out)}"
+    if is_expression(x) and not is_expression(y):
+        return _read(y, x, "".join(b), a, "".join(out), equation)
+    return _read(x, y, a, "".join(b), "".join(out), equation)
 
 
 def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Product:

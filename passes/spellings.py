@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.einsum import read_einsum
+from omniq_compile.passes.einsum import read_einsum, read_tensordot
 from omniq_compile.passes.expression import is_expression
 from omniq_compile.passes.sites import TRANSPOSE, Operand, Product
 
@@ -105,6 +105,15 @@ def _added(node: fx.Node) -> Product:
     )
 
 
+def _other(node: fx.Node) -> Product:
+    """Products of a vector, of more than two tensors, or summed over a batch, in one call."""
+    operands = node.all_input_nodes
+    weights = [n for n in operands if is_expression(n)]
+    b = max(weights, key=_rank, default=operands[-1])
+    a = next((n for n in operands if n not in weights), operands[0])
+    return Product(Operand(a), Operand(b), unsupported="it is not a product of two matrices")
+
+
 def _attention(node: fx.Node) -> Product:
     """All of `torch.nn.MultiheadAttention`, of which Dynamo makes one node."""
     before = (
@@ -139,6 +148,12 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("addmm", (torch.addmm, "addmm"), _added),
     ("baddbmm", (torch.baddbmm, "baddbmm"), _added),
     ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
+    ("tensordot", (torch.tensordot,), read_tensordot),
+    ("mv", (torch.mv, "mv"), _other),
+    ("addmv", (torch.addmv, "addmv"), _other),
+    ("addbmm", (torch.addbmm, "addbmm"), _other),
+    ("bilinear", (torch.nn.functional.bilinear, torch.bilinear), _other),
+    ("multi_dot", (torch.linalg.multi_dot, torch.chain_matmul), _other),
     ("attention", (torch.nn.functional.multi_head_attention_forward,), _attention),
     # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.13.
     ("encoder layer", (torch._transformer_encoder_layer_fwd,), _encoder_layer),
@@ -150,7 +165,8 @@ _OPERATORS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}
 SPELLINGS: dict[Any, tuple[str, Reader]] = {
     target: (name, reader) for name, targets, reader in _ROWS for target in targets
 } | {
-    getattr(torch.ops.aten, name).default: (name, reader)
+    target: (name, reader)
     for name, _, reader in _ROWS
     if name in _OPERATORS
+    for target in (getattr(torch.ops.aten, name), getattr(torch.ops.aten, name).default)
 }

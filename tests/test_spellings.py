@@ -161,6 +161,21 @@ CASES = {
     "einsum_splits_heads_mixed": case(
         "einsum", einsum("sk,dkh->hsd"), X, LAST, (5, 38, 4), (1,), (7, 38, 20)
     ),
+    "tensordot": case("tensordot", lambda x, w: torch.tensordot(x, w, 1), (3, *X), sizes=THREE),
+    "tensordot_axes": case(
+        "tensordot",
+        lambda x, w: torch.tensordot(x, w, ([1], [-1])),
+        (3, 38, 7), FIRST, W, LAST, THREE,
+    ),
+    "tensordot_left": case(
+        "tensordot",
+        lambda x, w: torch.tensordot(w, x, dims=([1], [2])),
+        (3, *X), LAST, W, LAST, THREE,
+    ),
+    "tensordot_two_axes": case(
+        "tensordot", torch.tensordot, (3, 7, 2, 19), (2, 3), (2, 19, 23), (0, 1), (21, 38, 23)
+    ),
+    "operator": case("linear", torch.ops.aten.linear, w=W, w_sums=LAST),
 }  # fmt: skip
 
 
@@ -353,6 +368,29 @@ def test_an_exported_model_has_the_same_sites(decomposed: bool) -> None:
     assert all(site.decision.method == "int8" for site in found)
     # What decomposes multiplies the same codes, and divides softmax's rows in another order.
     assert error(actual, expected) < 1e-5
+
+
+def test_products_of_other_than_two_matrices_are_kept_and_named() -> None:
+    w, stack, row = torch.randn(38, 38), torch.randn(3, 38, 38), torch.randn(38)
+
+    def function(x: torch.Tensor, w: torch.Tensor, stack: torch.Tensor, row: torch.Tensor) -> Any:
+        return (
+            torch.mv(w, x[0, 0]),
+            torch.addmv(row, w, x[0, 0]),
+            torch.addbmm(row, x, stack),
+            F.bilinear(x, x.exp(), stack),
+            torch.linalg.multi_dot([x[0], w, w]),
+            torch.tensordot(x, x, 3),
+        )
+
+    model, x = Holder(function, w=w, stack=stack, row=row), torch.randn(3, 7, 38)
+    result, found = run(model, x)
+    assert [(site.spelling, site.weight_name, site.decision.method) for site in found] == [
+        (name, "", None) for name in ("mv", "addmv", "addbmm", "bilinear", "multi_dot", "tensordot")
+    ]
+    assert [site.kind for site in found] == [Kind.WEIGHT] * 5 + [Kind.ACTIVATION]
+    for actual, expected in zip(result, model(x), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_what_torch_computes_in_one_call_is_kept_and_named() -> None:
