@@ -17,7 +17,7 @@ from omniq_compile.lowering.errors import OptionError, unknown
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "cpu": ("avx512_bf16", "avx512_vnni", "generic"),
     "cuda": ("sm_120", "sm_100", "sm_90", "sm_89", "sm_80"),
-    "rocm": ("gfx950", "gfx942"),
+    "rocm": ("gfx950", "gfx942", "gfx1201", "gfx1100", "gfx90a"),
     "xpu": ("xe",),
     "npu": ("ascend950", "ascend910b"),
 }
@@ -115,6 +115,11 @@ def detect(torch_device: str) -> Target:
     return _DETECT[torch_device]()
 
 
+# GPUs of AMD that have the instructions of an architecture, by how their names begin: CDNA 1 and 2,
+# RDNA 3 and 4.
+_AMD_FAMILIES = {"gfx908": "gfx90a", "gfx11": "gfx1100", "gfx12": "gfx1201"}
+
+
 def _cpu() -> Target:
     # oneDNN reaches its fast s8 GEMM through AVX-512 VNNI or AMX; every other CPU would run
     # `torch._int_mm` as a plain loop (measured 30 times slower than a float32 GEMM on AVX2).
@@ -129,13 +134,15 @@ def _cpu() -> Target:
 def _cuda() -> Target:
     if torch.version.hip:
         # Such as "gfx942:sramecc+:xnack-".
-        arch = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
-        return _known("rocm", arch, arch)
+        name = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+        alike = (arch for start, arch in _AMD_FAMILIES.items() if name.startswith(start))
+        return _known("rocm", next(alike, name), name)
     capability = torch.cuda.get_device_capability()
     major, minor = capability
-    arch = {8: "sm_89" if minor >= 9 else "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(
-        major, ""
-    )
+    # Those that have no row of their own, such as 11.0, have what 8.9 has.
+    arch = {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "")
+    if not arch and capability >= (8, 0):
+        arch = "sm_89" if capability >= (8, 9) else "sm_80"
     return _known("cuda", arch, f"compute capability {major}.{minor}")
 
 

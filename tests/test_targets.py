@@ -29,8 +29,10 @@ by_target = pytest.mark.parametrize("place", TARGETS, ids=str)
         ((9, 0), "cuda:sm_90"),
         ((10, 0), "cuda:sm_100"),
         ((10, 3), "cuda:sm_100"),
+        ((11, 0), "cuda:sm_89"),
         ((12, 0), "cuda:sm_120"),
         ((12, 1), "cuda:sm_120"),
+        ((13, 0), "cuda:sm_89"),
     ],
 )
 def test_a_capability_names_its_architecture(
@@ -40,7 +42,7 @@ def test_a_capability_names_its_architecture(
     assert str(detect("cuda")) == expected
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (13, 0)])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_a_capability_without_kernels_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
@@ -50,7 +52,16 @@ def test_a_capability_without_kernels_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("arch", "expected"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx950", "gfx950")]
+    ("arch", "expected"),
+    [
+        ("gfx942:sramecc+:xnack-", "gfx942"),
+        ("gfx950", "gfx950"),
+        ("gfx90a:sramecc+:xnack-", "gfx90a"),
+        ("gfx908:sramecc+:xnack-", "gfx90a"),
+        ("gfx1100", "gfx1100"),
+        ("gfx1151", "gfx1100"),
+        ("gfx1200", "gfx1201"),
+    ],
 )
 def test_amd_gpus_are_the_cuda_device_of_a_hip_build(
     monkeypatch: pytest.MonkeyPatch, arch: str, expected: str
@@ -60,6 +71,17 @@ def test_amd_gpus_are_the_cuda_device_of_a_hip_build(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     assert detect("cuda") == Target("rocm", expected)
     assert Target("rocm", expected).torch_device == "cuda"
+
+
+@pytest.mark.parametrize("arch", ["gfx1030", "gfx906:sramecc+:xnack-"])
+def test_amd_gpus_without_matrix_instructions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    with pytest.raises(OptionError, match=rf"\({arch.partition(':')[0]}\).*gfx950.*inductor"):
+        detect("cuda")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,9 @@ def test_every_cell_has_a_kernel_and_says_what_it_is(place: Target, method: str)
 NATIVE = {
     "rocm:gfx950": {"int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"},
     "rocm:gfx942": {"int8", "fp8"},
+    "rocm:gfx1201": {"int8", "fp8"},
+    "rocm:gfx1100": {"int8"},
+    "rocm:gfx90a": {"int8"},
     "xpu:xe": {"int8", "fp8"},
     "npu:ascend950": {"int8", "mxfp8", "mxfp4", "mxfp4_dualscale"},
     "npu:ascend910b": {"int8"},
@@ -179,7 +204,8 @@ CELLS = {
     | dict.fromkeys(_MX, _EMULATED),
 }
 CELLS["cuda:sm_100"] = CELLS["rocm:gfx950"] = CELLS["cuda:sm_120"]
-CELLS["cuda:sm_90"] = CELLS["rocm:gfx942"] = CELLS["cuda:sm_89"]
+CELLS["cuda:sm_90"] = CELLS["rocm:gfx942"] = CELLS["rocm:gfx1201"] = CELLS["cuda:sm_89"]
+CELLS["rocm:gfx1100"] = CELLS["rocm:gfx90a"] = CELLS["cuda:sm_80"]
 
 
 @pytest.mark.parametrize(

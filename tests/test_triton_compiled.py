@@ -29,7 +29,7 @@ by_case = pytest.mark.parametrize(
 
 # Bytes of shared memory that a block may use: CUDA C++ Programming Guide, "Technical Specifications
 # per Compute Capability" ("Maximum amount of shared memory per thread block"); LDS of a workgroup:
-# AMD CDNA 3 and CDNA 4 ISA reference guides, "Local Data Share".
+# AMD CDNA 2 to 4 and RDNA 3 and 4 ISA reference guides, "Local Data Share".
 KIB = 1024
 SHARED = {
     "sm_80": 99 * KIB,  # of 8.6, such as an RTX 3090, which has its kernels; of 8.0 it is 163
@@ -37,8 +37,11 @@ SHARED = {
     "sm_90": 227 * KIB,
     "sm_100": 227 * KIB,
     "sm_120": 99 * KIB,
+    "gfx90a": 64 * KIB,
     "gfx942": 64 * KIB,
     "gfx950": 160 * KIB,
+    "gfx1100": 64 * KIB,
+    "gfx1201": 64 * KIB,
 }
 
 # The one matrix instruction that makes a product native: another beside it would be a fallback.
@@ -46,24 +49,29 @@ INT8 = {
     "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
     # Triton before 3.8 has no tcgen05.mma kind::i8.
     "sm_100": r"mma\.sync\.\S*\.s32\.s8\.s8\.s32",
-    "gfx942": r"v_mfma_i32_\d+x\d+x\d+_i8",
+    "gfx942": r"v_mfma_i32_\d+x\d+x\d+_?i8",
+    "gfx1100": r"v_wmma_i32_16x16x16_iu8",
 }
 INT8 |= {arch: INT8["sm_100"] for arch in ("sm_80", "sm_89", "sm_120")}
-INT8["gfx950"] = INT8["gfx942"]
+INT8 |= {"gfx950": INT8["gfx942"], "gfx90a": INT8["gfx942"], "gfx1201": INT8["gfx1100"]}
 FP8 = {
     "sm_89": r"mma\.sync\.\S*\.f32\.e4m3\.e4m3\.f32",
     "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3",
     "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
     "gfx942": r"v_mfma_f32_\d+x\d+x\d+_fp8_fp8",
     "gfx950": r"v_mfma_f32_\d+x\d+x\d+_f8f6f4",
+    "gfx1201": r"v_wmma_f32_16x16x16_fp8_fp8",
 }
 FP8["sm_120"] = FP8["sm_89"]
 BFLOAT16 = {
     "sm_80": r"mma\.sync\.\S*\.f32\.bf16\.bf16\.f32",
     "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
     "gfx942": r"v_mfma_f32_\d+x\d+x\d+_bf16",
+    "gfx90a": r"v_mfma_f32_\d+x\d+x\d+bf16_1k",
+    "gfx1100": r"v_wmma_f32_16x16x16_bf16",
 }
 BFLOAT16 |= {arch: BFLOAT16["sm_80"] for arch in ("sm_89", "sm_120")}
+BFLOAT16["gfx1201"] = BFLOAT16["gfx1100"]
 E4M3_SCALED = {
     "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.scale_vec::1X",
     "sm_120": r"mma\.sync\.\S*kind::mxf8f6f4\.block_scale\.scale_vec::1X\.f32\.e4m3\.e4m3\S*ue8m0",

@@ -32,14 +32,16 @@ ONE_ROW, ONE_ROW_ARCHS = 1, ("sm_90",)
 PROCESSORS = 132
 
 CUDA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+AMD = ("gfx942", "gfx950", "gfx90a", "gfx1100", "gfx1201")
+FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1201")
+NO_FP8 = ("sm_80", "gfx90a", "gfx1100")
 SCALED = ("sm_100", "sm_120", "gfx950")
-UNSCALED = ("sm_80", "sm_89", "sm_90", "gfx942")
+UNSCALED = ("sm_80", "sm_89", "sm_90", *(arch for arch in AMD if arch != "gfx950"))
 
 # (formats of a and b, architectures): an activation "real" is BF16, a weight "real" was decoded by
 # the graph.
 LARGE_AND_SMALL = (
-    ("int8", "int8", (*CUDA, "gfx942", "gfx950")),
+    ("int8", "int8", (*CUDA, *AMD)),
     ("fp8", "fp8", FP8),
     ("fp8_group_128", "fp8_block_128x128", FP8),
     ("mxfp8", "mxfp8", SCALED),
@@ -51,8 +53,8 @@ DECODED = (
     ("real", "mxfp8", UNSCALED),
     ("real", "mxfp4", (*UNSCALED, "sm_120")),
     ("real", "mxfp4_dualscale", UNSCALED),
-    ("real", "fp8", ("sm_80",)),
-    ("real", "fp8_block_128x128", ("sm_80",)),
+    ("real", "fp8", NO_FP8),
+    ("real", "fp8_block_128x128", NO_FP8),
 )
 ONE_ROW_FORMATS = (("int8", "int8"), ("fp8", "fp8"), *((a, b) for a, b, _ in DECODED[:3]))
 
@@ -60,7 +62,7 @@ POINTERS = {
     torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
 }  # fmt: skip
-MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]+|v_mfma_\w+")
+MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]+|v_(?:mfma|wmma)_\w+")
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
-        target = GPUTarget("hip", arch, 64)
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)

@@ -11,7 +11,7 @@ _LEFT = {method: f"where no kernel for {method} can take it" for method in emula
 _NO_SCALES = dict.fromkeys(("mxfp8", "mxfp4", "mxfp4_dualscale"), triton.NO_SCALES)
 
 KERNELS = (
-    triton.INT8,
+    *triton.INT8,
     int8.INT_MM,
     fp8.SCALED_MM,
     fp8.SCALED_MM_FNUZ,
@@ -23,5 +23,5 @@ KERNELS = (
     *triton.DECODED,
     emulated.int8("rocm", _ALL, "where no integer GEMM can take it"),
     *emulated.kernels("rocm", ("gfx950",), _LEFT, bfloat16_archs=("gfx950",)),
-    *emulated.kernels("rocm", ("gfx942",), _LEFT | _NO_SCALES, bfloat16_archs=("gfx942",)),
+    *emulated.kernels("rocm", triton.UNSCALED, _LEFT | _NO_SCALES, bfloat16_archs=triton.UNSCALED),
 )

@@ -43,10 +43,11 @@ def count(M: int, N: int, block_m: int, block_n: int) -> int:
     return -(-M // block_m) * -(-N // block_n)
 
 
-# Architectures that share rows. AMD's "warps" are wavefronts of 64.
+# Architectures that share rows. AMD's "warps" are wavefronts of 64, of 32 on RDNA.
 _AMPERE, _ADA, _HOPPER = ("sm_80",), ("sm_89",), ("sm_90",)
 _BLACKWELL, _RTX = ("sm_100",), ("sm_120",)
 _CDNA3, _CDNA4 = ("gfx942",), ("gfx950",)
+_RDNA4, _CDNA2_RDNA = ("gfx1201",), ("gfx90a", "gfx1100", "gfx1201")
 
 # (kernel, architectures) -> tiles, the largest first, but for those of one row.
 #
@@ -68,6 +69,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("row_scaled", _BLACKWELL): (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
     ("row_scaled", _CDNA3): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
     ("row_scaled", _CDNA4): (Tile(256, 128, 128, 8, 2), Tile(16, 64, 128, 4, 2)),
+    ("row_scaled", _CDNA2_RDNA): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 128, 4, 2)),
     # The same with two sets of sums.
     ("block_scaled", _ADA + _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("block_scaled", _HOPPER + _BLACKWELL): (
@@ -77,6 +79,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ),
     ("block_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 128, 4, 2)),
     ("block_scaled", _CDNA4): (Tile(128, 128, 128, 4, 2), Tile(16, 64, 128, 4, 2)),
+    ("block_scaled", _RDNA4): (Tile(128, 64, 128, 8, 2), Tile(16, 64, 128, 4, 2)),
     # MX codes: e4m3 or e4m3 by e2m1, e2m1, and e2m1 with coarse scales, which needs two sets again.
     ("mx_e4m3", _BLACKWELL): (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 4, 4)),
     ("mx_e4m3", _RTX): (Tile(128, 128, 128, 8, 2), Tile(16, 64, 128, 4, 3)),
@@ -97,6 +100,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
         Tile(64, 32, 128, 4, 4),
     ),
     ("decoded", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded", _CDNA2_RDNA): (Tile(128, 128, 32, 8, 2), Tile(16, 64, 64, 4, 2)),
     ("decoded_scaled", _AMPERE): (Tile(128, 64, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("decoded_scaled", _ADA): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
     ("decoded_scaled", _HOPPER): (
@@ -106,6 +110,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
         Tile(64, 32, 128, 4, 4),
     ),
     ("decoded_scaled", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded_scaled", _CDNA2_RDNA): (Tile(128, 64, 32, 8, 2), Tile(16, 64, 64, 4, 2)),
 }  # fmt: skip
 
 # What is tried beside those, where tiles are timed: other shapes of much the same size, and TMA.

@@ -1,0 +1,59 @@
+"""Products that have no normal form: each is listed, with its reason, and computed as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from conftest import Holder, run
+from torch import nn
+
+from omniq_compile import explain
+from omniq_compile.passes.sites import Kind
+
+
+def test_products_of_other_than_two_matrices_are_kept_and_named() -> None:
+    w, stack, row = torch.randn(38, 38), torch.randn(3, 38, 38), torch.randn(38)
+
+    def function(x: torch.Tensor, w: torch.Tensor, stack: torch.Tensor, row: torch.Tensor) -> Any:
+        return (
+            torch.mv(w, x[0, 0]),
+            torch.addmv(row, w, x[0, 0]),
+            torch.addbmm(row, x, stack),
+            F.bilinear(x, x.exp(), stack),
+            torch.linalg.multi_dot([x[0], w, w]),
+            torch.tensordot(x, x, 3),
+        )
+
+    model, x = Holder(function, w=w, stack=stack, row=row), torch.randn(3, 7, 38)
+    result, found = run(model, x)
+    assert [(site.spelling, site.weight_name, site.decision.method) for site in found] == [
+        (name, "", None) for name in ("mv", "addmv", "addbmm", "bilinear", "multi_dot", "tensordot")
+    ]
+    assert [site.kind for site in found] == [Kind.WEIGHT] * 5 + [Kind.ACTIVATION]
+    for actual, expected in zip(result, model(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_what_torch_computes_in_one_call_is_kept_and_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(64, 2, batch_first=True)
+            self.encode = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True)
+            self.out = nn.Linear(64, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.out(self.encode(self.attend(x, x, x)[0]))
+            return out
+
+    model = Net().eval().requires_grad_(False)
+    report = explain(model, torch.randn(2, 5, 64), {"method": "int8", "min_features": 1})
+    in_one_call = "PyTorch computes its products and its attention in one call"
+    assert [(s.layer, s.spelling, s.decision.method) for s in report.sites] == [
+        ("attend", "attention", None),
+        ("encode", "encoder layer", None),
+        ("out", "linear", "int8"),
+    ]
+    assert [s.decision.reason == in_one_call for s in report.sites] == [True, True, False]
