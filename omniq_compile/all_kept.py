@@ -85,6 +85,8 @@ def warn_all_kept(config: QuantConfig, sites: Sequence[Site]) -> None:
         config: of the compile.
         sites: of one graph, as decided.
     """
+    if config.keep_all:
+        return  # that is no option, which a user could change
     kept = KeptLayers()
     kept.add(config, sites)
     models = list(modules_being_called()) if kept.all_by_options else []

@@ -126,7 +126,8 @@ class _Regions:
         )
         block._compiled_call_impl = partial(compiled, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
-        if len(self._order) == self._count:
+        # A model that is kept whole is so by no option, which a user could change.
+        if len(self._order) == self._count and not self._config.keep_all:
             self._kept.warn(self._model)
         return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from conftest import Holder
 from torch import nn
 
 import omniq_compile
-from omniq_compile import quantize_
+from omniq_compile import QuantConfig, quantize_
+from omniq_compile.backend import omniq
 
 OPTIONS = {"method": "int8", "compiler": "eager"}
 X = torch.randn(7, 64)
@@ -135,6 +138,19 @@ def test_an_outer_product_is_no_layer_beside_others(told: Any) -> None:
     whole(Holder(lambda x, w, v: x[:, :1] @ w @ v, w=w, v=v))
     (text,) = told()
     assert "is quantized: its layers are kept (1 x K = 64 is" in text
+
+
+@pytest.mark.parametrize("blocks", [2, 0])
+def test_a_reference_is_kept_by_no_option(blocks: int, told: Any) -> None:
+    """As `omniq compare` compiles BF16, by blocks and whole."""
+    model = Chain(*(Block(256) for _ in range(blocks or 1))).requires_grad_(False)
+    config = dataclasses.replace(QuantConfig.from_options(OPTIONS), keep_all="the reference")
+    if blocks:
+        omniq_compile.compile(model, config)
+    else:
+        model.compile(backend=partial(omniq, options=config))
+    model(X)
+    assert told() == []
 
 
 def test_products_of_activations_may_be_in_another_graph(told: Any) -> None:
