@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from omniq_compile.cli import main
+from omniq_compile.cli.plan import Size, _render
 from omniq_compile.cli.random_models import random_model
+from omniq_compile.planning import Plan, PlanRow
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -33,6 +35,16 @@ def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixtur
     nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert f"weights: {nbytes / 2**20:.1f} MiB -> " in out
     assert "activations, estimated:" in out
+
+
+def test_rows_and_totals_are_in_one_unit() -> None:
+    row = PlanRow("up", 1, 1, 4096, 4096, "int8", "gemm", True, "", 1, 2**25, 2**24)
+    text = _render(
+        {"model": (Size(16, 16, 1, 1), Plan((row,), 2**24, 0, 0, 2**25, 2**24, 0, 0))}, "int8"
+    )
+    assert "MiB before  MiB after" in text
+    assert " 32.0       16.0" in text
+    assert "weights: 32.0 MiB -> 16.0 MiB" in text
 
 
 @pytest.fixture

@@ -145,8 +145,8 @@ def _render(plans: dict[str, tuple[Size, Plan]], title: str) -> str:
 def _table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
     left = {"layers": "left", "decision": "left", "kernel": "left", "reason": "left"}
-    names = ("layers", "count", "M x K x N", "decision", "kernel", "GFLOP", "MB before", "MB after")
-    for name in (*names, "reason"):
+    names = ("layers", "count", "M x K x N", "decision", "kernel", "GFLOP")
+    for name in (*names, "MiB before", "MiB after", "reason"):
         justify: Any = left.get(name, "right")
         table.add_column(name, justify=justify, no_wrap=True)
     for row in plan.rows:
@@ -158,8 +158,8 @@ def _table(plan: Plan) -> Table:
             row.method or "kept",
             kernel,
             f"{row.flops / 1e9:,.1f}",
-            f"{row.bytes_before / 1e6:,.1f}",
-            f"{row.bytes_after / 1e6:,.1f}",
+            f"{row.bytes_before / 2**20:,.1f}",
+            f"{row.bytes_after / 2**20:,.1f}",
             escape(row.reason),
         )
     return table
