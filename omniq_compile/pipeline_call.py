@@ -114,15 +114,16 @@ def refusals_worded(what: str) -> Iterator[None]:
     """Word what diffusers raises at a user's mistake as an error of omniq's.
 
     Raises:
-        OmniqError: in place of a ValueError, TypeError or OSError; the message begins with
-            ``what``.
+        OmniqError: in place of a ValueError, TypeError or OSError, and of an ImportError, as of
+            a library that the pipeline needs; the message is one line and begins with ``what``.
     """
     try:
         yield
     except OmniqError:
         raise
-    except (ValueError, TypeError, OSError) as error:
-        raise OmniqError(f"{what}: {str(error).strip()} ({type(error).__name__})") from error
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        words = " ".join(str(error).split())
+        raise OmniqError(f"{what}: {words} ({type(error).__name__})") from error
 
 
 def load_worded(folder: str, config: Any, **loading: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AuraFlowPipeline
+from diffusers.utils import import_utils
 
 from omniq_compile import CheckpointError, OptionError, __version__
 from omniq_compile.cli import main
@@ -27,6 +29,7 @@ import tiny_pipelines
 
 SMALL = {"method": "int8", "min_features": 16}
 QUANTIZATION = json.dumps({"transformer": SMALL, "text_encoder": SMALL})
+LACKING = {"transformers": (lambda: False, import_utils.TRANSFORMERS_IMPORT_ERROR)}
 SIZE = ["--steps", "2", "--argument", "height=32", "width=32"]
 
 
@@ -91,6 +94,21 @@ def test_what_the_pipeline_refuses_is_one_line(
 ) -> None:
     error = failed(capsys, "generate", "t2i", "--out", "x.png", *arguments)
     assert words in error
+    assert "\n" not in error
+
+
+def test_a_library_that_the_pipeline_lacks_is_one_line(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        import_utils.requires_backends(AuraFlowPipeline, ["transformers"])
+
+    # What diffusers puts in a pipeline's place.
+    monkeypatch.setattr(import_utils, "BACKENDS_MAPPING", LACKING)
+    monkeypatch.setattr(AuraFlowPipeline, "from_pretrained", refuse)
+    error = failed(capsys, "generate", "t2i", "--out", "x.png", "--prompt", "fox")
+    assert "t2i cannot be loaded: AuraFlowPipeline requires the transformers library" in error
+    assert "`pip install transformers`" in error
     assert "\n" not in error
 
 
