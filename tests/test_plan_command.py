@@ -20,11 +20,15 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, captured.out, captured.err
 
 
-def test_the_table_shows_kinds_decisions_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_kinds_decisions_and_totals(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     arguments = ("WanTransformer3DModel:tiny", "--method", "fp8", "--target", "cuda:sm_90")
     size = ("--height", "64", "--width", "96", "--frames", "9", "--text-tokens", "10")
-    code, out, _ = plan(capsys, *arguments, *size, "--min-features", "64")
+    keep = ("--min-features", "64", "--ignored-layers", "proj_ot")
+    code, out, _ = plan(capsys, *arguments, *size, *keep)
     assert code == 0
+    assert "'proj_ot' matches no layer of the model; nearest: proj_out" in caplog.text
     assert "WanTransformer3DModel:tiny: fp8 on cuda:sm_90; 96 x 64, 9 frames, 10 text" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     # 4 x 6 patches in each of 1 + 8 / 4 latent frames.

@@ -25,6 +25,7 @@ from omniq_compile.lowering.target import Target, detect
 from omniq_compile.meta_run import to_meta
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.planning import Plan, plan_model
+from omniq_compile.unmatched import warn_unmatched_in
 
 # A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
 # the first frame and shrinks the others 4 times.
@@ -115,6 +116,7 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
 def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -> Plan:
     with torch.device("meta"):
         built = build_model(model)
+    warn_unmatched_in(built, config)
     grid = (size.height // PIXELS_PER_TOKEN, size.width // PIXELS_PER_TOKEN)
     latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
     drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, None, latent_frames)
