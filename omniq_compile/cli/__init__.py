@@ -16,7 +16,7 @@ from omniq_compile import __version__
 from omniq_compile.lowering.errors import OmniqError
 
 COMMANDS = {
-    "dump": "show what the backend does to a model, as text",
+    "dump": "show what the backend does to a model, stage by stage",
     "plan": "show what becomes of a model of any size, from its configuration alone",
     "bench": "measure a model beside Inductor BF16 and torchao",
     "generate": "run a diffusers pipeline with quantized components",

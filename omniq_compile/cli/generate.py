@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantization_argument(parser, required=False)
     add_call_arguments(parser)
     add_dtype_argument(parser)
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise; 0 by default")
     parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
     parser.add_argument(
         "--eager", action="store_true", help="do not compile: slower, starts at once"
