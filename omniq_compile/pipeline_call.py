@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import import_utils
 from PIL import Image
 from torch import nn
 
@@ -135,7 +136,11 @@ def load_worded(folder: str, config: Any, **loading: Any) -> Any:
 
 
 def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
-    """Call a pipeline, with its refusals worded; a picture is a list where it takes lists alone."""
+    """Call a pipeline, with its refusals worded; a picture is a list where it takes lists alone.
+
+    Raises:
+        OmniqError: it refused its arguments, or needs a library that is not installed.
+    """
     parameters = inspect.signature(pipe.__call__).parameters
     fitting = {
         name: [value]
@@ -145,8 +150,18 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
         else value
         for name, value in given.items()
     }
-    with refusals_worded(f"{type(pipe).__name__} refused its arguments"):
-        return pipe(**fitting)
+    name = type(pipe).__name__
+    try:
+        with refusals_worded(f"{name} refused its arguments"):
+            return pipe(**fitting)
+    except NameError as error:
+        # Pipelines such as Wan's import ftfy only where it is, and call it anyway.
+        is_available = getattr(import_utils, f"is_{error.name}_available", None)
+        if is_available is None or is_available():
+            raise
+        raise OmniqError(
+            f"{name} calls {error.name}, which is not installed: pip install {error.name}."
+        ) from error
 
 
 def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:

@@ -17,12 +17,13 @@ import torch
 from diffusers import AuraFlowPipeline
 from diffusers.utils import import_utils
 
-from omniq_compile import CheckpointError, OptionError, __version__
+from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
 from omniq_compile.cli import main
 from omniq_compile.cli.generate import save_result
 from omniq_compile.components import build_quant_config
 from omniq_compile.loading import load_model
 from omniq_compile.pipeline import check_components
+from omniq_compile.pipeline_call import call_worded
 
 pytest.importorskip("transformers")
 import tiny_pipelines
@@ -110,6 +111,18 @@ def test_a_library_that_the_pipeline_lacks_is_one_line(
     assert "t2i cannot be loaded: AuraFlowPipeline requires the transformers library" in error
     assert "`pip install transformers`" in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_library_that_a_call_lacks(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipeline:
+        def __call__(self, prompt: str) -> str:
+            return ftfy.fix_text(prompt)  # noqa: F821
+
+    monkeypatch.setattr(import_utils, "is_ftfy_available", lambda: there)
+    with pytest.raises(NameError if there else OmniqError, match="ftfy") as raised:
+        call_worded(Pipeline(), {"prompt": "fox"})
+    assert there or str(raised.value).endswith("which is not installed: pip install ftfy.")
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])
