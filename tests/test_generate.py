@@ -41,6 +41,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_loading(
     [
         (WanPipeline, "x.png", "a video is saved as .mp4 or .gif"),
         (FluxPipeline, "x.mp4", "no picture ends in '.mp4'. Name it .png or .jpg."),
+        (WanPipeline, "x.mp4", ".mp4 needs an encoder: pip install imageio imageio-ffmpeg"),
         (WanPipeline, "x.gif", None),
         (FluxPipeline, "x.JPG", None),
     ],
@@ -62,6 +63,7 @@ def test_a_file_that_does_not_fit_the_pipeline_is_refused_before_generating(
 
     pipe = kind(**dict.fromkeys(inspect.signature(kind).parameters))
     monkeypatch.setattr(kind, "__call__", generate)
+    monkeypatch.setattr("omniq_compile.cli.generate.find_spec", lambda _: None)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
     arguments = ["generate", str(tmp_path), "--prompt", "", "--out", str(tmp_path / out)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = load_worded(arguments.folder, config, device=device, **loading)
     check_call(type(pipe), given)
     check_ending(arguments.out, returns_video(type(pipe)))
+    check_encoder(arguments.out)
     pipe.to(device)
     console = Console(stderr=True)
     for name, component in pipe.components.items():
@@ -129,6 +131,20 @@ def check_ending(out: Path, video: bool | None) -> None:
         raise OptionError(
             f"--out {out} cannot be written: no picture ends in {out.suffix!r}. "
             f"Name it .png or .jpg{'' if video is False else f', or {videos} for a video'}."
+        )
+
+
+def check_encoder(out: Path) -> None:
+    """Check that what diffusers writes an .mp4 with is installed: OpenCV where imageio is not.
+
+    Raises:
+        OptionError: it is not.
+    """
+    needed = "imageio_ffmpeg" if find_spec("imageio") else "cv2"
+    if out.suffix == ".mp4" and find_spec(needed) is None:
+        raise OptionError(
+            f"--out {out}: .mp4 needs an encoder: pip install imageio imageio-ffmpeg, or name it "
+            ".gif."
         )
 
 
