@@ -228,3 +228,4 @@ def test_a_folder_of_quantized_weights_is_no_reference(
     assert main(["quantize", str(DIGITS), "--quantization", INT8, "--out", str(made)]) == 0
     assert compare(made, tmp_path / "out", *ON_DIGITS, "--seeds", "0") == 2
     assert "give the folder it was quantized from" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import shutil
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--out {arguments.out} holds the result of an earlier comparison. Choose another "
             "folder, or replace it with --overwrite."
         )
+    made = not arguments.out.exists()
     out = make_folder(arguments.out)
     work = make_folder(out / ".work", empty=True)
     console = Console(stderr=True)
@@ -104,6 +106,9 @@ def _run(arguments: argparse.Namespace) -> int:
         write_json(out / "result.json", content)  # last: it says that all of it is there
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # something is in it
+                out.rmdir()
     _print(console, content, out)
     return 1 if failures else 0
 
