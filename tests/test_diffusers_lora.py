@@ -76,7 +76,7 @@ def test_small_matrices_of_an_adapter_stay_bf16_and_the_layer_does_not() -> None
     model = tiny_flux()
     model.load_lora_adapter(lora(model, 1), prefix=None, adapter_name="one")
     model.requires_grad_(False)
-    report = explain(model, inputs(), OPTIONS)
+    report = explain(model, inputs(), OPTIONS, stages=())
     reasons = {s.layer: s.decision.reason for s in report.kept if "lora" in s.layer}
     names = [f"transformer_blocks.0.{t}" for t in TARGETS]
     assert reasons == {

@@ -74,7 +74,7 @@ def test_every_linear_is_a_site(name: str) -> None:
     with torch.no_grad():
         loaded.run()
     fresh = tiny_model(name)
-    report = explain(fresh.model, fresh.inputs, options())
+    report = explain(fresh.model, fresh.inputs, options(), stages=())
     assert [s.layer for s in report.sites] == called
     assert len(report.kept) == KEPT_IN_FLOAT32.get(name, 0)
     assert all("float32" in s.decision.reason for s in report.kept)

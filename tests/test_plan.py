@@ -60,7 +60,7 @@ def test_a_plan_has_the_sites_of_a_whole_trace(name: str) -> None:
         "ignored_layers": ["re:.*(blocks|layers)\\.2\\..*(to_k|k_proj).*", "norm_out"],
         "min_features": 1,
     }
-    expected = omniq.explain(model, inputs, options, target=FEW_OPERATORS)
+    expected = omniq.explain(model, inputs, options, target=FEW_OPERATORS, stages=())
     plan, sites = planned(model, inputs, FEW_OPERATORS, **options)
     assert sites == [dataclasses.replace(site, graph=0) for site in expected.sites]
     reasons = {site.decision.reason for site in sites}

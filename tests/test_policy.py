@@ -166,12 +166,12 @@ def test_two_activations_are_quantized_per_row_only_on_request(name: str, matmul
 
 def test_products_of_activations_in_a_deep_model_are_all_quantized() -> None:
     def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        for _ in range(400):
+        for _ in range(260):  # more nodes in a chain than Python recurses
             y = torch.relu(x @ y) * 0.5 + y
         return y
 
     _, sites = run(Holder(function), torch.randn(19, 19), torch.randn(19, 7), matmul=True)
-    assert len(sites) == 400
+    assert len(sites) == 260
     assert {(site.kind, site.decision.method) for site in sites} == {(Kind.ACTIVATION, "int8")}
 
 
