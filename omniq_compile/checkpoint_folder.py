@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or not JSON.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder.")
+        raise CheckpointError(f"{folder} is not a folder. Check the path.")
     return read_json(folder / "config.json")
 
 

@@ -155,7 +155,9 @@ def _existing(where: str) -> Path | None:
             "quantization_config=omniq_compile.DiffusersConfig(method))."
         )
     if not may_be_hub_id(where):
-        raise CheckpointError(f"{where} is not a folder.")
+        raise CheckpointError(
+            f"{where} is not a folder, and no hub id, which is OWNER/NAME. Check the path."
+        )
     return None
 
 

@@ -172,7 +172,7 @@ def _open(file: Path) -> Any:
 def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path]]:
     """Return the files to read, and where an index says that each tensor is."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder.")
+        raise CheckpointError(f"{folder} is not a folder. Check the path.")
     middle = f".{variant}" if variant else ""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index{middle}.json"

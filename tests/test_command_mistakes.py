@@ -293,7 +293,8 @@ def test_what_torchao_lacks_is_no_news(copied: Path) -> None:
     # As this command imports it; the warnings come with the first import in a process.
     command = [sys.executable, "-m", "omniq_compile", "generate", "nowhere", "--out", "x.png"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.stderr == "omniq generate: error: nowhere is not a folder.\n"
+    refusal = "nowhere is not a folder, and no hub id, which is OWNER/NAME. Check the path."
+    assert ran.stderr == f"omniq generate: error: {refusal}\n"
 
 
 def test_the_version_and_the_module(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,9 @@ def _draw(out: Path, work: Path, result: Any, content: dict[str, Any], method: s
 
 
 def _print(console: Console, content: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{len(content['seeds'])} seeds, each over all its pictures")
+    count = len(content["seeds"])
+    seeds = f"{count} seeds, each" if count > 1 else "1 seed,"
+    table = Table(title=f"{seeds} over all its pictures")
     for column in ("", "mean", "worst seed"):
         table.add_column(column, justify="right" if column else "left")
     for name, value in content["metrics"].items():
