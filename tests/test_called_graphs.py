@@ -121,7 +121,7 @@ def test_a_region_in_a_region_and_any_number_of_rows():
 
 
 @pytest.mark.skipif(
-    torch.__version__ < "2.13", reason="Dynamo takes no tensor subclass in a region (seen on 2.11)"
+    torch.__version__ < "2.13", reason="before 2.13 Dynamo takes no tensor subclass in a region"
 )
 def test_stored_weights_of_regions():
     """Quantized in place, they multiply as the same weights that are quantized at the call."""
