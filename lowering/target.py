@@ -25,6 +25,18 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 # PyTorch calls AMD's GPUs "cuda" too.
 TORCH_DEVICES = {"rocm": "cuda"}
 
+# GPUs that have the instructions of an architecture, and are lowered for as that one.
+ALIKE = {
+    "cuda": {
+        "sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_89",
+        "sm_121": "sm_120",
+    },
+    "rocm": {
+        "gfx908": "gfx90a", "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1103": "gfx1100",
+        "gfx1150": "gfx1100", "gfx1151": "gfx1100", "gfx1200": "gfx1201",
+    },
+}  # fmt: skip
+
 # What a machine of an architecture can also run. CUDA's later ones have the instructions of these
 # two; sm_90 and sm_100 have some that no other one has.
 RUNS = {
@@ -63,6 +75,8 @@ class Target:
     def parse(cls, text: str) -> Target:
         """Read ``device`` or ``device:arch``; a bare device means this machine's architecture.
 
+        A GPU that has another one's instructions is that one: ``cuda:sm_86`` is ``cuda:sm_80``.
+
         Raises:
             OptionError: the device or the architecture is not one omniq lowers to, or a bare
                 device is not in this machine.
@@ -72,6 +86,7 @@ class Target:
             raise OptionError(unknown("target device", device, ARCHITECTURES))
         archs = ARCHITECTURES[device]
         if colon:
+            arch = ALIKE.get(device, {}).get(arch, arch)
             if arch not in archs:
                 raise OptionError(unknown(f"{device} architecture", arch, archs))
             return cls(device, arch)

@@ -100,6 +100,21 @@ def test_a_bare_device_that_is_absent_asks_for_an_architecture() -> None:
             Target.parse("cuda")
 
 
+def test_a_gpu_may_be_named_by_its_own_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is then what a machine that has it is."""
+    for named, row in target.ALIKE["cuda"].items():
+        assert str(Target.parse(f"cuda:{named}")) == f"cuda:{row}"
+        capability = divmod(int(named.removeprefix("sm_")), 10)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert detect("cuda") == Target.parse(f"cuda:{named}")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for named, row in target.ALIKE["rocm"].items():
+        assert str(Target.parse(f"rocm:{named}")) == f"rocm:{row}"
+        properties = SimpleNamespace(gcnArchName=named)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda found=properties: found)
+        assert detect("cuda") == Target.parse(f"rocm:{named}")
+
+
 def test_only_later_nvidia_gpus_run_what_was_lowered_for_earlier_ones() -> None:
     def runs(here: str, there: str) -> bool:
         return Target.parse(here).runs(Target.parse(there))
