@@ -259,7 +259,10 @@ def everything_written(folder: Path) -> str:
     return "".join(f.read_bytes().decode("latin-1") for f in folder.rglob("*") if f.is_file())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.zoo] if c == "tune" else []) for c in COMMANDS],
+)
 def test_a_commands_revision_and_token_reach_every_download(
     hub: Hub,
     command: str,

@@ -18,9 +18,16 @@ pytest.importorskip("triton")
 PARTS = 2
 
 
+# Of these, whose rows are alike, `make test` compiles what is multiplied natively and one decoded
+# format.
+ALIKE = ("gfx90a", "gfx1100", "gfx1201")
+
+
 def marks(case: Case) -> list[pytest.MarkDecorator]:
     """Leave to `make zoo` what runs under ``max_autotune`` alone, but for the tiles of TMA."""
-    return [pytest.mark.zoo] if case.tile and (case.a, case.arch) != ("int8", "sm_90") else []
+    timed = case.tile and (case.a, case.arch) != ("int8", "sm_90")
+    alike = case.arch in ALIKE and case.a == "real" and case.b != "mxfp4"
+    return [pytest.mark.zoo] if timed or alike else []
 
 
 by_case = pytest.mark.parametrize(
