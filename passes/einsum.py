@@ -26,10 +26,7 @@ def read_einsum(node: fx.Node) -> Product | None:
     letters = _letters(equation, ranks)
     if letters is None:
         return _unsupported(x, y, equation)
-    x_letters, y_letters, out = letters
-    if is_expression(x) and not is_expression(y):
-        x, y, x_letters, y_letters = y, x, y_letters, x_letters
-    return _read(x, y, x_letters, y_letters, out, equation)
+    return _read(x, y, *letters, equation)
 
 
 def read_tensordot(node: fx.Node) -> Product:
@@ -47,13 +44,16 @@ def read_tensordot(node: fx.Node) -> Product:
         b[j] = a[i]
     out = [c for c in (*a, *b) if not (c in a and c in b)]
     equation = f"{a},{''.join(b)}->{''.join(out)}"
-    if is_expression(x) and not is_expression(y):
-        return _read(y, x, "".join(b), a, "".join(out), equation)
     return _read(x, y, a, "".join(b), "".join(out), equation)
 
 
 def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Product:
-    """Sort the letters into batch, M, N and K, and the tensors into ``[batch, M|N, K]``."""
+    """Sort the letters into batch, M, N and K, and the tensors into ``[batch, M|N, K]``.
+
+    Where only ``x`` is a weight, it is the second.
+    """
+    if is_expression(x) and not is_expression(y):
+        x, y, a, b = y, x, b, a
     batch = [c for c in a if c in b and c in out]
     inner = [c for c in a if c in b and c not in out]
     rows = [c for c in a if c not in b]
