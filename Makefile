@@ -50,11 +50,9 @@ bench: $(READY)
 	$(BIN)/omniq bench
 
 # A failing check or variant must not keep the figures of the others from being written. The checks
-# spend most of their time compiling: WORKERS=8 suits a machine with 16 cores. Without
-# PYTHONSAFEPATH the sources here, without `passes` and `lowering`, would hide an installed package.
+# spend most of their time compiling: WORKERS=8 suits a machine with 16 cores.
 gpu: $(READY)
-	PYTHONSAFEPATH=1 OUTCOMES=docs/benchmarks/gpu-checks.txt \
-		$(BIN)/python -m pytest tests/gpu -n $(WORKERS); checked=$$?; \
+	OUTCOMES=docs/benchmarks/gpu-checks.txt $(BIN)/python -m pytest tests/gpu -n $(WORKERS); checked=$$?; \
 	$(BIN)/omniq bench --suite h200 --jobs $(WORKERS) --report docs/benchmarks && exit $$checked
 
 clean:

@@ -1,9 +1,15 @@
 """omniq: a torch.compile backend that quantizes diffusion transformers online."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from omniq_compile.registration import register_when_imported
+
+# In a checkout `passes` and `lowering` stand beside this folder, and Python started there imports
+# this folder, whatever is installed: an installed omniq would break `import torch` by it.
+if not os.path.isdir(os.path.join(__path__[0], "lowering")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 if TYPE_CHECKING:
     from omniq_compile.components import PipelineQuantConfig, build_quant_config

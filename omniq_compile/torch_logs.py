@@ -11,12 +11,24 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the alias and the weights; PyTorch calls this while it is being imported."""
-    # Private, checked on torch 2.11 to 2.13.
-    from torch._logging._internal import register_log
+    """Register the alias and the weights; PyTorch calls this while it is being imported.
 
-    from omniq_compile.lowering.pickled import allow_loading
+    What fails here would fail ``import torch``, for programs without omniq too: it is logged.
+    """
+    try:
+        # Private, checked on torch 2.11 to 2.13.
+        from torch._logging._internal import register_log
 
-    # The parent of the logger `omniq`, as in `backend`: both spellings set the same one.
-    register_log("omniq", "omniq_compile")
-    allow_loading()
+        from omniq_compile.lowering.pickled import allow_loading
+
+        # The parent of the logger `omniq`, as in `backend`: both spellings set the same one.
+        register_log("omniq", "omniq_compile")
+        allow_loading()
+    except (ImportError, AttributeError, TypeError) as error:  # of a version that differs
+        import logging
+
+        logging.getLogger("omniq").warning(
+            "omniq could not register with torch: TORCH_LOGS='omniq' and torch.load of quantized "
+            "weights will not work: %r",
+            error,
+        )

@@ -13,6 +13,7 @@ import pytest
 from tiny_flux import OPTIONS, tiny_flux
 
 import omniq_compile as omniq
+from omniq_compile.torch_logs import register
 
 LOAD = """
 from diffusers import FluxTransformer2DModel
@@ -91,3 +92,33 @@ def test_a_library_that_lacks_what_is_used_is_imported_all_the_same(tmp_path: Pa
     ran = run(code + "import diffusers.quantizers.auto as a; print(a.__file__)", autoload=False)
     assert ran.stdout.strip().startswith(str(tmp_path)), ran.stderr
     assert "could not register with diffusers" in ran.stderr
+
+
+def test_a_checkout_does_not_break_torch_of_an_environment_where_omniq_is_installed() -> None:
+    root = Path(__file__).parents[1]
+    # Without what an editable install adds, as where it was installed with `pip install .`.
+    code = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+import torch, omniq_compile.lowering, omniq_compile.passes
+print(omniq_compile.lowering.__file__, omniq_compile.passes.__file__, sep="\\n")
+"""
+    environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    expected = [root / "lowering" / "__init__.py", root / "passes" / "__init__.py"]
+    assert [Path(line) for line in ran.stdout.split()] == expected
+    assert "could not register" not in ran.stderr
+
+
+def test_a_torch_that_differs_is_imported_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr("torch._logging._internal.register_log")
+    with caplog.at_level("WARNING", logger="omniq"):
+        register()
+    assert "omniq could not register with torch" in caplog.text
+    assert "register_log" in caplog.text
