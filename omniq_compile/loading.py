@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from omniq_compile.recorded_options import difference, quantization_config
 from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving import make_savable
 from omniq_compile.state import VERSION
+from omniq_compile.without_values import parameters_without_values
 
 
 def load_model(
@@ -131,7 +131,7 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     What is no parameter, such as rotary tables, is computed as always.
     """
-    with accelerate.init_empty_weights(include_buffers=False):
+    with parameters_without_values():
         model = cls.from_config(dict(about))
     set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or (), stored_buffers=True)
     return model

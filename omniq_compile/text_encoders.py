@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 
 from omniq_compile.checkpoint_folder import read_config
@@ -23,6 +22,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantize_
 from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving import make_savable
+from omniq_compile.without_values import parameters_without_values
 
 logger = logging.getLogger("omniq")
 
@@ -87,7 +87,7 @@ def _load_stored(
     stored = dict(about.quantization_config)
     del about.quantization_config
     about.dtype = dtype
-    with accelerate.init_empty_weights(include_buffers=False):
+    with parameters_without_values():
         model = cls(about)
     set_dtypes(model, dtype, _kept_in_float32(model, dtype), stored_buffers=False)
     model.tie_weights()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
+import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from tiny_flux import OPTIONS, inputs, tiny_flux
+from torch import nn
 
+import omniq_compile as omniq
 from omniq_compile.weights import resident_bytes
 
 
@@ -62,3 +67,29 @@ def test_two_methods_of_one_model_do_not_mix() -> None:
                 assert torch.equal(call(**given)[0], alone[method])
         assert 0 not in held.values()
         assert resident_bytes() - before == sum(held.values())
+
+
+def test_loads_that_overlap_leave_other_modules_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second load builds its model while the first begins, and ends after it."""
+    tiny_flux(num_layers=1).save_pretrained(tmp_path)
+    make, both, one_is_done = FluxTransformer2DModel.from_config, Barrier(2), Event()
+
+    def overlapping(config: Any) -> Any:
+        turn, model = both.wait(), make(config)
+        if turn == 1:
+            one_is_done.wait()
+        return model
+
+    def load(_: int) -> nn.Module:
+        try:
+            return omniq.load_model(tmp_path, options=OPTIONS)
+        finally:
+            one_is_done.set()
+
+    monkeypatch.setattr(FluxTransformer2DModel, "from_config", overlapping)
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(load, range(2)))
+    assert not any(p.is_meta for model in loaded for p in model.parameters())
+    assert not nn.Linear(2, 2).weight.is_meta
