@@ -248,11 +248,15 @@ def _is_own(folder: Path) -> bool:
 def component_class(library: str, kind: str, folder: Path) -> Any:
     """Return the class of a component, from the library that model_index.json names.
 
+    A library may be one of diffusers' own pipelines, where a class has no other home: LTX-2's
+    ``["ltx2", "LTX2TextConnectors"]``.
+
     Raises:
         OptionError: it cannot be imported.
     """
     try:
-        return getattr(importlib.import_module(library), kind)
+        own = getattr(diffusers.pipelines, library, None)
+        return getattr(own or importlib.import_module(library), kind)
     except (ImportError, AttributeError) as error:
         raise OptionError(
             f"{folder} is a {kind} of {library!r}, which cannot be imported ({error}), so it "

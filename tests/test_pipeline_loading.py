@@ -12,7 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import error
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTX2Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
 
 import omniq_compile as omniq
@@ -162,6 +169,31 @@ def test_unknown_components(wan: Path, quantization: Any, words: str) -> None:
     with pytest.raises(OptionError) as raised:
         load(wan, quantization)
     assert words in str(raised.value)
+
+
+def test_a_component_whose_class_lives_in_its_pipelines_module(tmp_path: Path) -> None:
+    """model_index.json says ``["ltx2", "LTX2TextConnectors"]`` of it."""
+    of_each = {
+        "num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 1,
+        "num_learnable_registers": None,
+    }  # fmt: skip
+    sizes = {f"{k}_connector_{n}": x for k in ("video", "audio") for n, x in of_each.items()}
+    connectors = LTX2TextConnectors(
+        caption_channels=64, text_proj_in_factor=2, rope_double_precision=False, **sizes
+    ).to(torch.bfloat16)
+    absent = dict.fromkeys(
+        ["vae", "audio_vae", "text_encoder", "tokenizer", "transformer", "vocoder"]
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    LTX2Pipeline(scheduler=scheduler, connectors=connectors, **absent).save_pretrained(
+        tmp_path / "plain"
+    )
+    options = {"connectors": {"method": "int8", "min_features": 64}}
+    pipe = omniq.from_pretrained(tmp_path / "plain", options, **absent)
+    assert methods(pipe) == {"connectors": {"int8"}}
+    pipe.save_pretrained(tmp_path / "stored")
+    again = omniq.from_pretrained(tmp_path / "stored", **absent)
+    assert methods(again) == {"connectors": {"int8"}}
 
 
 def test_not_a_pipeline(tmp_path: Path) -> None:
