@@ -46,12 +46,21 @@ def check_complete(
     expected = dict(model.state_dict(keep_vars=True))
     held = {id(expected[name]) for name in names if name in expected}  # tied weights have one name
     missing = sorted(n for n in set(expected) - set(names) if id(expected[n]) not in held)
+    refuse_missing(model, missing, len(expected), place)
+    return expected
+
+
+def refuse_missing(model: Any, missing: list[str], of: int, place: Path | str) -> None:
+    """Raise where a model has tensors that no file holds.
+
+    Raises:
+        CheckpointError: it has.
+    """
     if missing:
         raise CheckpointError(
-            f"{place} lacks {len(missing)} of the {len(expected)} tensors of "
-            f"{type(model).__name__}: {_some(missing)}."
+            f"{place} lacks {len(missing)} of the {of} tensors of {type(model).__name__}: "
+            f"{_some(missing)}."
         )
-    return expected
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from omniq_compile.lowering.errors import WeightError
+from omniq_compile.fitting import check_shape
+from omniq_compile.lowering.errors import CheckpointError, WeightError
 from omniq_compile.quantize_weights import quantized_parameter
 from omniq_compile.safetensors_files import release_free_memory
 from omniq_compile.state import join_parts, part_owners
@@ -27,9 +28,9 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         self.quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], *_: Any, full_layer_name: str, **__: Any
+        self, input_dict: dict[str, Any], *_: Any, full_layer_name: str, model: Any, **__: Any
     ) -> dict[str, Any]:
-        """Return the weight by its name, quantized.
+        """Return the weight by its name, quantized; transformers checks no shape of such a one.
 
         Where that cannot be it is returned as it is: an error here would become a line of
         transformers' own report, so that the quantizer raises it when all is loaded.
@@ -41,8 +42,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             layer = full_layer_name.removesuffix(".weight")
             options = self.quantizer.quantization_config.options
             try:
+                like = model.get_parameter(full_layer_name)
+                check_shape(full_layer_name, weight, like, model.name_or_path)
                 weight = quantized_parameter(layer, weight, options)
-            except WeightError as error:
+            except (CheckpointError, WeightError) as error:
                 self.quantizer.error = error
         return {full_layer_name: weight}
 

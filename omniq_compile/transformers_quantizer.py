@@ -7,7 +7,8 @@ Imported while transformers is (see `registration`), so that a load imports the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omniq_compile.foreign import OWN
-from omniq_compile.lowering.errors import CheckpointError, OptionError, WeightError
+from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.recorded_options import Method, RecordedConfig
@@ -49,8 +50,9 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Take the configuration, and whether the weights are stored quantized."""
         super().__init__(quantization_config, **kwargs)
         self.stored: Mapping[str, Any] = {}
-        self.error: WeightError | None = None
+        self.error: OmniqError | None = None
         self._planned: set[str] = set()
+        self._on_one_device = True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Check what can be before anything is read; called again when all devices are known.
@@ -83,11 +85,14 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
     ) -> None:
+        if isinstance(device_map, Mapping):
+            self._on_one_device = len(set(device_map.values())) < 2
         if self.pre_quantized:
             paths = [Path(file) for file in checkpoint_files]
             files = SafetensorsFiles(paths[0].parent, files=paths)
             self.stored = _checked(model, files, self.quantization_config.about)
         else:
+            _refuse_foreign(checkpoint_files or ())
             self._plan(model, device_map if isinstance(device_map, Mapping) else {"": "cpu"})
 
     def _plan(self, model: Any, devices: Mapping[str, Any]) -> None:
@@ -133,6 +138,9 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         vars(model.config).pop("transformers_weights", None)
         if self.error is not None:
             raise self.error
+        # accelerate makes parameters anew where a model lies on several devices, without the mark.
+        if not self.pre_quantized and self._on_one_device:
+            _check_loaded(model)
         model.requires_grad_(False)
         if not self.pre_quantized:
             # What no file holds by its own name, such as a copy of another weight.
@@ -183,6 +191,39 @@ def _checked(model: Any, files: SafetensorsFiles, about: Mapping[str, Any]) -> M
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     check_files(model, files, weights, tied)
     return weights
+
+
+def _refuse_foreign(checkpoint_files: Iterable[str]) -> None:
+    """Check full-precision weights before they are read: transformers casts any code to a weight.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds weights that somebody else quantized.
+    """
+    from omniq_compile.foreign import refuse_foreign
+
+    paths = [Path(file) for file in checkpoint_files]
+    if paths and all(path.suffix == ".safetensors" for path in paths):
+        files = SafetensorsFiles(paths[0].parent, files=paths)
+        refuse_foreign(files.folder, {}, files)
+
+
+def _check_loaded(model: Any) -> None:
+    """Check that each parameter was loaded: transformers gives others random values, with a report.
+
+    Raises:
+        CheckpointError: the files lack one that the model's class does not allow to be missing.
+    """
+    from omniq_compile.fitting import refuse_missing
+
+    allowed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    parameters = dict(model.named_parameters())
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if not getattr(parameter, "_is_hf_initialized", False)
+        and not any(re.search(pattern, name) for pattern in allowed)
+    ]
+    refuse_missing(model, missing, len(parameters), model.name_or_path)
 
 
 def _register() -> None:

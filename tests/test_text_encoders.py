@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -155,6 +156,42 @@ def test_refusals(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(omniq.WeightError, match=r"encoder\.block\.1.*wo.*holds NaN or Inf"):
         load_quantized(cls, tmp_path / "broken", OPTIONS)
+
+
+WO = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(WO), f"lacks 1 of the .* tensors of T5EncoderModel: {WO}"),
+        (lambda t: t.pop("encoder.final_layer_norm.weight"), "lacks 1 of the .*final_layer_norm"),
+        (lambda t: t.update({WO: t[WO][:32].clone()}), rf"{WO}' of .* shape \[32, 96\]"),
+        (lambda t: t.update({WO: t[WO].to(torch.float8_e4m3fn)}), f"{WO}' is stored as F8_E4M3"),
+        (lambda t: t.update({f"{WO}_scale": torch.ones(1)}), "are quantized already"),
+    ],
+)
+def test_a_checkpoint_that_transformers_would_fill_up_or_cast_is_refused(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    """transformers gives random values to what is missing, and takes any codes for weights."""
+    t5().to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(omniq.CheckpointError, match=words):
+        load_quantized(transformers.T5EncoderModel, tmp_path, OPTIONS)
+
+
+def test_a_stored_language_model_keeps_its_generation_config(tmp_path: Path) -> None:
+    model = qwen_with_tied_head().to(torch.bfloat16)
+    model.generation_config.update(do_sample=True, repetition_penalty=1.5, eos_token_id=[3, 4])
+    model.save_pretrained(tmp_path / "plain")
+    streamed = load_quantized(type(model), tmp_path / "plain", OPTIONS)
+    save_quantized(streamed, tmp_path / "stored")
+    stored = load_quantized(type(model), tmp_path / "stored", None)
+    expected = transformers.GenerationConfig.from_pretrained(tmp_path / "plain").to_dict()
+    assert stored.generation_config.to_dict() == expected
 
 
 # Peak of memory that is the process's own: transformers keeps its files mapped while it loads, and
