@@ -94,6 +94,8 @@ def _load_stored(
     fill_stored(model, SafetensorsFiles(folder, variant), dtype, {"": device}, folder)
     model.tie_weights()
     model.requires_grad_(False)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
     model = model.to(device).eval()
     make_savable(model, stored)
     return model
