@@ -10,7 +10,6 @@ over. Imported while diffusers is (see `registration`), so that a load imports t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.lowering.errors import CheckpointError, OptionError
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.own_method import OwnMethod
 from omniq_compile.recorded_options import Method, RecordedConfig
 from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving_checks import dequantize_weights, refuse_adapters
@@ -258,8 +258,7 @@ def describe(model: Any, about: Mapping[str, Any]) -> None:
     """
     model.hf_quantizer = OmniqQuantizer(DiffusersConfig.from_dict(about))
     model.omniq_quantization = dict(about)
-    # Unlike a closure or a bound method, it comes back right from copying and pickling.
-    model.save_config = partial(_save_config, model)
+    model.save_config = OwnMethod(_save_config, model)
 
 
 def _save_config(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,20 @@ def test_a_text_encoder_that_was_quantized_in_place_is_saved_alone(
         encoder.save_pretrained(tmp_path / "c", safe_serialization=False)
     with pytest.raises(CheckpointError, match="Save it to a folder, and upload"):
         encoder.save_pretrained(tmp_path / "c", push_to_hub=True)
+
+
+def test_a_quantized_transformer_is_freed_with_its_last_name(folder: Path) -> None:
+    """As a plain one is, without the garbage collector."""
+    model = omniq.load_model(folder, options=SMALL)
+    assert stored_options(model) is not None
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_without_omniq_transformers_does_not_go_on_with_random_weights(
