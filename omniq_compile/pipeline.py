@@ -94,10 +94,9 @@ def from_pretrained(
         own = _is_own(place / name)
         if name in pipeline_arguments or (options is None and not own):
             continue
-        cls = component_class(library, kind, place / name)
-        load = load_model if issubclass(cls, ModelMixin) else load_quantized
-        loaded[name] = load(
-            cls,
+        loaded[name] = load_component(
+            library,
+            kind,
             place / name,
             options=options,
             dtype=dtype,
@@ -243,6 +242,23 @@ def _is_stage(name: str, kind: str) -> bool:
 def _is_own(folder: Path) -> bool:
     stored = read_config(folder).get("quantization_config")
     return isinstance(stored, Mapping) and stored.get("quant_method") == OWN
+
+
+def load_component(library: str, kind: str, folder: Path, **loading: Any) -> Any:
+    """Load a quantized component, by `load_model` or, of transformers, by `load_quantized`.
+
+    Args:
+        library: that model_index.json names.
+        kind: the class that it names.
+        folder: of the component.
+        loading: arguments that both functions take.
+
+    Raises:
+        OptionError: the class cannot be imported; and what both functions raise.
+    """
+    cls = component_class(library, kind, folder)
+    load = load_model if issubclass(cls, ModelMixin) else load_quantized
+    return load(cls, folder, **loading)
 
 
 def component_class(library: str, kind: str, folder: Path) -> Any:

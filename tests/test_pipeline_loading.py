@@ -192,8 +192,11 @@ def test_a_component_whose_class_lives_in_its_pipelines_module(tmp_path: Path) -
     pipe = omniq.from_pretrained(tmp_path / "plain", options, **absent)
     assert methods(pipe) == {"connectors": {"int8"}}
     pipe.save_pretrained(tmp_path / "stored")
-    again = omniq.from_pretrained(tmp_path / "stored", **absent)
-    assert methods(again) == {"connectors": {"int8"}}
+    arguments = ["quantize", str(tmp_path / "plain"), "--out", str(tmp_path / "command")]
+    assert main([*arguments, "--quantization", json.dumps(options)]) == 0
+    for name in ("stored", "command"):
+        again = omniq.from_pretrained(tmp_path / name, **absent)
+        assert methods(again) == {"connectors": {"int8"}}
 
 
 def test_not_a_pipeline(tmp_path: Path) -> None:

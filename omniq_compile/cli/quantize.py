@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
     from omniq_compile.hub_download import hub_arguments, whole_folder
     from omniq_compile.loading import load_model
-    from omniq_compile.pipeline import check_components, component_class, components_with
+    from omniq_compile.pipeline import check_components, components_with, load_component
     from omniq_compile.saving import write_aside
-    from omniq_compile.text_encoders import load_quantized
 
     loading = loading_arguments(arguments)
     variant = loading.pop("variant", None)
@@ -68,16 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
                 # Where `default` stands for it, a component that has nothing to quantize may.
                 asked = config.everywhere is not None or name in config.components
                 own = {**loading, "variant": variant if name in with_variant else None}
-                if components[name][0] == "diffusers":
-                    model: Any = load_model(source / name, options=options, **own)
-                    _report(console, name, model, options, asked)
-                    model.save_pretrained(folder / name)
-                else:
-                    cls = component_class(*components[name], source / name)
-                    model = load_quantized(cls, source / name, options, **own)
-                    _report(console, name, model, options, asked)
-                    model.save_pretrained(folder / name)
-                    _copy_rest(source / name, folder / name)
+                model = load_component(*components[name], source / name, options=options, **own)
+                _report(console, name, model, options, asked)
+                model.save_pretrained(folder / name)
+                _copy_rest(source / name, folder / name)
 
     else:
         options = build_quant_config(quantization).everywhere
