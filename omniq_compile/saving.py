@@ -70,6 +70,10 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
         raise CheckpointError(
             f"{folder} has no name, which a new folder is made under. Give one, such as quantized."
         )
+    if (
+        folder.is_symlink()
+    ):  # to where there is room for it: the link stays, and what it names is made
+        folder = folder.resolve()
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
     if folder.exists() and not overwrite and any(folder.iterdir()):

@@ -134,3 +134,18 @@ def test_a_folder_without_a_name_is_refused(
     with pytest.raises(CheckpointError, match="has no name"):
         write_aside(Path(folder), writer("new"), overwrite=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_the_folder_that_it_names_is_made(there: bool, tmp_path: Path) -> None:
+    """Such as one to a larger disk."""
+    large = tmp_path / "large" / "quantized"
+    if there:
+        large.mkdir(parents=True)
+        (large / "old").touch()
+    link = tmp_path / "link"
+    link.symlink_to(large)
+    write_aside(link, lambda folder: (folder / "new").touch(), overwrite=True)
+    assert link.is_symlink()
+    assert [file.name for file in large.iterdir()] == ["new"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"large", "link"}
