@@ -89,7 +89,7 @@ def _load_stored(
     about.dtype = dtype
     with parameters_without_values():
         model = cls(about)
-    set_dtypes(model, dtype, _kept_in_float32(model, dtype), stored_buffers=False)
+    set_dtypes(model, dtype, kept_in_float32(model, dtype), stored_buffers=False)
     model.tie_weights()
     fill_stored(model, SafetensorsFiles(folder, variant), dtype, {"": device}, folder)
     model.tie_weights()
@@ -101,7 +101,7 @@ def _load_stored(
     return model
 
 
-def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+def kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
     """Return the modules that transformers' own loading keeps in float32 for a dtype."""
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype is torch.float16:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from omniq_compile.filling import is_inside
 from omniq_compile.fitting import check_shape
 from omniq_compile.lowering.errors import CheckpointError, WeightError
 from omniq_compile.quantize_weights import quantized_parameter
 from omniq_compile.safetensors_files import release_free_memory
 from omniq_compile.state import join_parts, part_owners
+from omniq_compile.text_encoders import kept_in_float32
 
 if TYPE_CHECKING:
     from omniq_compile.transformers_quantizer import OmniqHfQuantizer
@@ -72,7 +75,10 @@ class Join(ConversionOps):  # type: ignore[misc]
         }
         about = self.hf_quantizer.stored[full_layer_name]
         weight = join_parts(full_layer_name, about, parts)
-        weight = weight.with_parts(weight.parts, model.get_parameter(full_layer_name).dtype)
+        dtype = model.get_parameter(full_layer_name).dtype
+        if is_inside(full_layer_name, kept_in_float32(model, dtype)):
+            dtype = torch.float32  # such as T5's wo, whose results float16 does not hold
+        weight = weight.with_parts(weight.parts, dtype)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
 
 

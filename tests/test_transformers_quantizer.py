@@ -73,16 +73,17 @@ def test_stored_and_online_are_what_omniq_loads(
     assert same(cls.from_pretrained(tmp_path / "again"), expected) == linears
 
 
-def test_the_dtype_is_respected(plain: Path, tmp_path: Path) -> None:
-    """With T5's wo in float32 where the rest is float16, as transformers has it."""
-    ignored = OPTIONS | {"ignored_layers": ["k", "wo"]}
+@pytest.mark.parametrize(("kept", "linears"), [(["k", "wo"], 8), (["k"], 10)])
+def test_the_dtype_is_respected(kept: list[str], linears: int, plain: Path, tmp_path: Path) -> None:
+    """With T5's wo, quantized or not, in float32 where the rest is float16."""
+    ignored = OPTIONS | {"ignored_layers": kept}
     load_quantized(T5, plain, ignored).save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         expected = load_quantized(T5, tmp_path, None, dtype)
         model = T5.from_pretrained(tmp_path, dtype=dtype)
         found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         assert found == {name: tensor.dtype for name, tensor in expected.state_dict().items()}
-        assert same(model, expected) == 8
+        assert same(model, expected) == linears
     assert T5.from_pretrained(tmp_path).dtype is torch.bfloat16  # what config.json says
 
 
