@@ -157,14 +157,27 @@ def fill_quantized(
         CheckpointError: the files are damaged or do not fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
+    names = _names_now(model, files.tensors)
     filling = QuantizingFill(model, config, devices)
-    expected = check_names(model, set(files.tensors), place)
+    expected = check_names(model, set(names.values()), place)
     with _progress(files.nbytes) as advance:
-        for name, tensor in files.read([n for n in files.tensors if n in expected]):
+        for stored, tensor in files.read([n for n, now in names.items() if now in expected]):
+            name = names[stored]
             check_shape(name, tensor, expected[name], place)
             advance(name, tensor.nbytes)
             filling.put(name, tensor, expected[name])
     return filling.report(place)
+
+
+def _names_now(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return what a model of diffusers calls the tensors of its files now, by their names there.
+
+    The VAE of an old checkpoint has ``query`` for ``to_q``. diffusers lets a model rename the keys
+    of a dict of its tensors, and leave out parts that they lack; here it is one of their names.
+    """
+    names = {name: name for name in stored}
+    model._fix_state_dict_keys_on_load(names)
+    return {name: now for now, name in names.items()}
 
 
 def _loaded(
