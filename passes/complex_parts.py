@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.expression import MOVES, any_written
-from omniq_compile.passes.metadata import add_call, call_fake, fill_values
+from omniq_compile.passes.metadata import add_call, call_fake, fill_values, looks_alike
 
 _VIEWS_OF_PAIRS = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
 
@@ -47,17 +46,6 @@ def _is_complex64(value: Any) -> bool:
         and value.dtype is torch.complex64
         and not value.is_conj()
         and not value.is_neg()
-    )
-
-
-def looks_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Say whether tensors have equal sizes, and strides too, which views of them rely on."""
-    return one.dim() == other.dim() and all(
-        statically_known_true(size == other_size)
-        and (statically_known_true(size == 1) or statically_known_true(stride == other_stride))
-        for size, other_size, stride, other_stride in zip(
-            one.shape, other.shape, one.stride(), other.stride(), strict=True
-        )
     )
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 # Private, checked on torch 2.11 to 2.13.
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.lowering import ops
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -64,3 +65,14 @@ def fake_mode(arguments: Any) -> Any:
         if hasattr(argument, "fake_mode"):
             return argument.fake_mode
     return nullcontext()
+
+
+def looks_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether tensors have equal sizes, and strides too, which views of them rely on."""
+    return one.dim() == other.dim() and all(
+        statically_known_true(size == other_size)
+        and (statically_known_true(size == 1) or statically_known_true(stride == other_stride))
+        for size, other_size, stride, other_stride in zip(
+            one.shape, other.shape, one.stride(), other.stride(), strict=True
+        )
+    )

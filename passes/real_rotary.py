@@ -15,14 +15,9 @@ import torch
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.complex_parts import (
-    ComplexParts,
-    is_plain,
-    is_view_of_pairs,
-    looks_alike,
-)
+from omniq_compile.passes.complex_parts import ComplexParts, is_plain, is_view_of_pairs
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.metadata import add_call
+from omniq_compile.passes.metadata import add_call, looks_alike
 
 # Exported models are made of torch.ops.aten.
 _AS_REAL = (torch.view_as_real, torch.ops.aten.view_as_real.default)

@@ -14,7 +14,7 @@ from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
-from omniq_compile.passes.metadata import fake_mode, fill_values
+from omniq_compile.passes.metadata import fake_mode, fill_values, looks_alike
 from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, Site
 
 QUANTIZE = torch.ops.omniq.quantize.default
@@ -38,7 +38,7 @@ def rewrite(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
                 b: Any = _quantize(graph, site, product.b)
             else:
                 b = _bind(gm, site, bound)
-            result = _gemm(graph, site, product, a, b)
+            result = _laid_out(graph, site, _gemm(graph, site, product, a, b))
         result.meta["omniq_name"] = site.node.name
         site.node.replace_all_uses_with(result)
         graph.erase_node(site.node)
@@ -97,6 +97,25 @@ def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> 
         if not _is_one(product.beta):
             term = _create(graph, site, "call_function", torch.mul, (term, product.beta))
         result = _create(graph, site, "call_function", torch.add, (result, term))
+    return result
+
+
+def _laid_out(graph: fx.Graph, site: Site, result: fx.Node) -> fx.Node:
+    """Lay a result out in memory as the site's own: the model may take views of it."""
+    wanted = dynamo.value(site.node)
+    if looks_alike(dynamo.value(result), wanted):
+        return result
+    strides = [dynamo.traced_size(stride) for stride in wanted.stride()]
+    order = list(range(len(strides)))
+    if None not in strides:
+        order.sort(key=lambda axis: -strides[axis])
+    moved = order != sorted(order)
+    if moved:
+        result = _create(graph, site, "call_method", "permute", (result, tuple(order)))
+    result = _create(graph, site, "call_method", "contiguous", (result,))
+    if moved:
+        back = tuple(order.index(axis) for axis in range(len(order)))
+        result = _create(graph, site, "call_method", "permute", (result, back))
     return result
 
 

@@ -208,7 +208,25 @@ def test_a_spelling_is_one_site_that_multiplies_the_dequantized_operands(row: Ca
     )
     assert result.shape == exact.shape
     assert error(result, exact) < 5e-7
-    assert 1e-4 < error(result, model(x)) < 0.03
+    eager = model(x)
+    assert 1e-4 < error(result, eager) < 0.03
+    assert result.stride() == eager.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "name", ["at_left_3d", "at_left_batched", "mm_left", "inner_left", "addmm_left"]
+)
+def test_a_result_may_be_viewed_as_the_product_may(name: str, dynamic: bool) -> None:
+    row = CASES[name]
+    x, tensors = _operands(row, torch.float32)
+    model = Holder(lambda *operands: row.function(*operands).view(-1), **tensors)
+    call = torch.compile(model, backend="omniq", options=OPTIONS, dynamic=dynamic)
+    weight, *bias = tensors.values()
+    exact = row.function(
+        dequantized(x, *row.x_sums), dequantized(weight, *row.w_sums), *(b.double() for b in bias)
+    )
+    assert error(call(x), exact.reshape(-1)) < 5e-7
 
 
 BF16 = ("linear_bias", "at_left_3d", "matmul", "mm", "bmm", "inner", "addmm_scaled", "baddbmm_row")
