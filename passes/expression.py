@@ -83,8 +83,10 @@ def is_in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     target = node.target
-    if node.kwargs.get("out") is not None or _argument(node, "inplace"):
+    if argument(node, "out") is not None or argument(node, "inplace"):
         return True
+    if argument(node, "max_norm") is not None:
+        return True  # an embedding, which scales the rows of its weight that it reads
     if isinstance(target, torch._ops.OpOverload):
         return _writes(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -95,15 +97,21 @@ def is_in_place(node: fx.Node) -> bool:
     return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def argument(node: fx.Node, name: str) -> Any:
     """Return an argument of a Python function by its name, however it was passed."""
     if name in node.kwargs:
         return node.kwargs[name]
     if not inspect.isfunction(node.target):
         return None
-    names = list(inspect.signature(node.target).parameters)
+    names = _positional_names(node.target)
     position = names.index(name) if name in names else len(node.args)
     return node.args[position] if position < len(node.args) else None
+
+
+@cache
+def _positional_names(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _writes(operator: torch._ops.OpOverload) -> bool:

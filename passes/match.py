@@ -37,7 +37,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         product = _read(node)
         if product is not None:
-            if node.kwargs.get("out") is not None:
+            if expression.argument(node, "out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
             if dynamo.is_batched(node):

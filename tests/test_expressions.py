@@ -199,6 +199,8 @@ WRITES: dict[str, Callable[[torch.Tensor], object]] = {
     "as_strided": lambda w: torch.as_strided(w, (2, 3), (1, 1)).fill_(9.0),
     "tensor_split": lambda w: w.tensor_split(3)[1].fill_(9.0),
     "out": lambda w: torch.mul(w, 1.5, out=w),
+    "out_position": lambda w: F.normalize(w, 2.0, -1, 1e-12, w),
+    "embedding": lambda w: F.embedding(torch.arange(5), w, max_norm=1.0),
     "in_place_argument": lambda w: F.relu(w, inplace=True),
     "in_place_position": lambda w: F.relu(w, True),
     "foreach": lambda w: torch._foreach_mul_([w], 1.5),

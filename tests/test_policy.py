@@ -71,6 +71,7 @@ INTO: dict[str, Callable[..., torch.Tensor]] = {
     "linalg": torch.linalg.matmul,
     "inner": lambda x, y, out: torch.inner(x, y.T.contiguous(), out=out),
     "addmm": lambda x, y, out: torch.addmm(x[:, :1], x, y, out=out),
+    "position": lambda x, y, out: torch.tensordot(x, y, 1, out),
 }
 
 

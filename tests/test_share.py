@@ -128,6 +128,7 @@ WRITES: dict[str, Callable[[torch.Tensor], object]] = {
     "through_a_view": lambda x: x[:, 3:9].zero_(),
     "through_data": lambda x: x.data.mul_(2),
     "out": lambda x: torch.mul(x, 2, out=x),
+    "out_position": lambda x: F.normalize(x, 2.0, -1, 1e-12, x),
     "in_place_argument": lambda x: F.silu(x, inplace=True),
     "in_place_position": lambda x: F.relu(x, True),
     "foreach": lambda x: torch._foreach_mul_([x], 2.0),
