@@ -24,10 +24,14 @@ def _rank(node: fx.Node) -> int:
 
 Reader = Callable[[fx.Node], Product | None]
 
+# What torch.ops.aten calls the first argument.
+_INPUT = {"self": "input"}
+
 
 def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     """Bind positional and keyword arguments to the names that the operator gives them."""
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    keywords = {_INPUT.get(name, name): value for name, value in node.kwargs.items()}
+    return dict(zip(names, node.args, strict=False)) | keywords
 
 
 def _linear(node: fx.Node) -> Product:
@@ -90,7 +94,7 @@ def _inner(node: fx.Node) -> Product:
 def _added(node: fx.Node) -> Product:
     """addmm and baddbmm: ``beta * input + alpha * (a @ b)``."""
     names = ("input", "a", "b")
-    aliases = {"mat1": "a", "mat2": "b", "batch1": "a", "batch2": "b"}
+    aliases = {"mat1": "a", "mat2": "b", "batch1": "a", "batch2": "b", **_INPUT}
     bound: dict[str, Any] = dict(zip(names, node.args, strict=False))
     bound |= {aliases.get(k, k): v for k, v in node.kwargs.items()}
     product = _product(bound["a"], bound["b"])

@@ -176,6 +176,13 @@ CASES = {
         "tensordot", torch.tensordot, (3, 7, 2, 19), (2, 3), (2, 19, 23), (0, 1), (21, 38, 23)
     ),
     "operator": case("linear", torch.ops.aten.linear, w=W, w_sums=LAST),
+    "operator_keywords": case("mm", lambda x, w: torch.ops.aten.mm(self=x, mat2=w)),
+    "operator_added_keywords": case(
+        "addmm", lambda x, w, b: torch.ops.aten.addmm.default(self=b, mat1=x, mat2=w), bias=(19,)
+    ),
+    "operator_einsum_keyword": case(
+        "einsum", lambda x, w: torch.ops.aten.einsum("mk,kn->mn", tensors=[x, w])
+    ),
 }  # fmt: skip
 
 
