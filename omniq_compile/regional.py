@@ -114,7 +114,7 @@ class _Regions:
             # own call; checked on torch 2.11 and 2.13. Copies of a module leave it behind.
             block._compiled_call_impl = partial(self._first_call, name, block)  # type: ignore[assignment]
 
-    def _first_call(self, name: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _first_call(self, name: str, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         place = self._order.setdefault(name, len(self._order))
         config = block_config(self._config, name, block, place)
         if config not in self._backends:

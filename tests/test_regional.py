@@ -111,6 +111,19 @@ def test_a_full_name_is_known_inside_its_block() -> None:
     assert graphs() == 2
 
 
+def test_a_block_may_have_arguments_of_any_name() -> None:
+    class Named(Block):
+        def forward(self, x: torch.Tensor, name: str, block: int) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) * (block + len(name))
+
+    blocks = nn.ModuleList([Named(), Named()]).eval().requires_grad_(False)
+    x = torch.randn(7, 64)
+    expected = [block(x, name="late", block=2) for block in blocks]
+    omniq_compile.compile(blocks, OPTIONS | INT8)
+    for block, exact in zip(blocks, expected, strict=True):
+        assert torch.allclose(block(x, name="late", block=2), exact, atol=0.2)
+
+
 def test_one_pattern_for_every_block_is_one_policy() -> None:
     model, x = tower(), torch.randn(7, 38)
     omniq_compile.compile(model, OPTIONS | {"method": "int8", "ignored_layers": ["net.1"]})
