@@ -62,7 +62,7 @@ def program(gm: fx.GraphModule, title: str = "") -> str:
 
     The text defines ``forward(...)`` with the graph's inputs as arguments, in order; running it
     needs nothing but ``import torch``, this package's operators, and, for graphs with attributes,
-    ``self``.
+    ``self``. Only NumPy's functions have to be put in by hand.
     """
     return module_text([function(gm)], title)
 
@@ -243,6 +243,9 @@ def _imports(names: dict[str, Any], body: str) -> list[str]:
             lines.append(f"import {thing.__name__} as {name}")
         elif isinstance(thing, float):
             lines.append(f"from math import {name}")
+        elif not hasattr(thing, "__qualname__") and callable(thing):
+            # What Dynamo makes of NumPy's functions are objects, which cannot be imported.
+            lines.append(f"# {name}: {thing!r}")
         elif getattr(thing, "__module__", None):
             lines.append(f"from {thing.__module__} import {thing.__qualname__} as {name}")
     return lines

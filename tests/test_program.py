@@ -232,6 +232,18 @@ def test_names_that_python_or_torch_own_are_avoided() -> None:
     assert texts[1].count("torch.ops.omniq.gemm.default(") == 3
 
 
+def test_functions_of_numpy_are_named_in_comments() -> None:
+    model = Holder(lambda x, w: F.linear(torch.from_numpy(x.numpy() * 2), w), w=torch.randn(19, 38))
+    ((gm, _),) = traced(model, torch.randn(7, 38))
+    for graph in stages(gm)[0].values():
+        text = program(graph)
+        compile(text, "program", "exec")
+        (line,) = (line for line in text.splitlines() if line.startswith("# "))
+        name, _, what = line.removeprefix("# ").partition(": ")
+        assert "mul" in what
+        assert f" = {name}(" in text
+
+
 def test_symbolic_sizes_are_arguments() -> None:
     model = Holder(lambda x, w: F.linear(x, w).reshape(x.shape[0] * 19), w=torch.randn(19, 38))
     x = torch.randn(7, 38)
