@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -42,10 +43,22 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 product = replace(product, unsupported="it writes into out=")
             if dynamo.is_batched(node):
                 product = replace(product, unsupported="it runs under vmap")
+            if kinds := _kinds_of_tensors(product):
+                product = replace(product, unsupported=f"it multiplies a {' and a '.join(kinds)}")
             site = _site(node, product, node in casting)
             node.meta["omniq_site"] = site
             sites.append(site)
     return sites
+
+
+def _kinds_of_tensors(product: Product) -> list[str]:
+    """Name the classes of operands that are made of other tensors: kernels read none but ours."""
+    values = [dynamo.value(operand.node) for operand in (product.a, product.b)]
+    return [
+        type(value).__name__
+        for value in values
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, QuantizedTensor)
+    ]
 
 
 def _read(node: fx.Node) -> Product | None:

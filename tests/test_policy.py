@@ -64,6 +64,15 @@ def test_a_near_miss_is_one_site_kept_bitwise(name: str) -> None:
     assert torch.equal(result, model(x))
 
 
+def test_a_tensor_made_of_others_is_not_quantized() -> None:
+    rows = [torch.randn(3, 38), torch.randn(5, 38)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    model = Holder(F.linear, w=torch.randn(19, 38))
+    result, (site,) = run(model, x)
+    assert (site.decision.method, site.decision.reason) == (None, "it multiplies a NestedTensor")
+    assert torch.equal(result.values(), model(x).values())
+
+
 # name: a product of an activation [7, 38] and another operand [38, 19] that takes out=
 INTO: dict[str, Callable[..., torch.Tensor]] = {
     "matmul": torch.matmul,
