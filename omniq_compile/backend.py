@@ -52,7 +52,7 @@ def omniq(
     Raises:
         OptionError: unknown options or mode, a mode that the compiler does not read, a device
             without kernels, or a layer pattern that needs the name of a block compiled on its own.
-        GradientError: gradients are enabled and an input requires them.
+        GradientError: gradients are enabled and an input requires them, or the model enables them.
         WeightError: an input is on the meta device.
     """
     config = QuantConfig.from_options(options).with_mode(mode)
@@ -100,6 +100,7 @@ def _compile_for_steps(
     context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
+    _refuse_inner_gradients(context.sites)
     decided(config, context.sites)
     _log(context, seconds)
     if traced:
@@ -165,6 +166,18 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
             "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
             "gradients off with model.requires_grad_(False)."
+        )
+
+
+def _refuse_inner_gradients(sites: Sequence[Site]) -> None:
+    """Refuse a model that turns gradients on itself: those through codes would be wrong."""
+    wanting = [s.layer for s in sites if s.gradients and s.decision.method is not None]
+    if wanting:
+        raise GradientError(
+            f"omniq is for inference, and this model asks for gradients of {len(wanting)} layers, "
+            f"such as {wanting[0]!r}, inside torch.enable_grad(). Keep these layers with "
+            "'ignored_layers', or turn the gradients of parameters off with "
+            "model.requires_grad_(False) where no others are asked for."
         )
 
 

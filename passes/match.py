@@ -119,6 +119,7 @@ def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
         around=dynamo.modules_around(node),
         stored=_stored(weight),
         autocast=autocast,
+        gradients=dynamo.first_value(node).requires_grad,
     )
 
 

@@ -72,7 +72,8 @@ class Site:
 
     ``around`` are the (dotted name, class) of each module it was traced in, outermost first, the
     root left out. ``stored`` is the weight, without values, where it is a parameter that is
-    quantized already. ``autocast`` says that it was on, which casts both operands.
+    quantized already. ``autocast`` says that it was on, which casts both operands, and
+    ``gradients`` that the model asks for them here, whatever its caller does.
     """
 
     node: fx.Node
@@ -86,6 +87,7 @@ class Site:
     around: tuple[tuple[str, str], ...] = ()
     stored: QuantizedTensor | None = None
     autocast: bool = False
+    gradients: bool = False
     decision: Decision = field(default_factory=lambda: Decision(None, "not decided"))
 
     @property

@@ -30,6 +30,33 @@ def test_a_call_with_gradients_says_how_to_turn_them_off() -> None:
         assert remedy in message
 
 
+class Guidance(nn.Module):
+    """The gradient of a layer's result, which a caller under no_grad gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(64, 64).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.score(y).square().sum(), y)[0]
+
+
+def test_gradients_that_the_model_turns_on_are_refused() -> None:
+    model, x = Guidance(), torch.randn(3, 64)
+    options = {"method": "int8", "min_features": 1, "compiler": "eager"}
+    with torch.no_grad():
+        with pytest.raises(BackendCompilerFailed) as caught:
+            torch.compile(model, backend="omniq", options=options)(x)
+        assert isinstance(caught.value.inner_exception, GradientError)
+        assert "'score'" in str(caught.value.inner_exception)
+        torch._dynamo.reset()
+        kept = options | {"ignored_layers": ["score"]}
+        result = torch.compile(model, backend="omniq", options=kept)(x)
+    assert torch.equal(result, model(x))
+
+
 def test_an_activation_that_requires_gradients_is_refused_too() -> None:
     model = nn.Linear(38, 19).requires_grad_(False)
     with pytest.raises(BackendCompilerFailed, match="and 1 inputs"):
