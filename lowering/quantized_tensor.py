@@ -69,9 +69,11 @@ class QuantizedTensor(TensorOfParts):
         if isinstance(parts, QuantizedTensor):
             shape, dtype, parts = parts.shape, parts.dtype, parts.parts
         assert shape is not None
-        tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=parts[0].device
-        )
+        # One made under inference_mode could not be detached there, nor written to later.
+        with torch.inference_mode(False):
+            tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=parts[0].device
+            )
         # C++ that asks for its memory (`to_dlpack`) gets an error, and not a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(tensor)
         return tensor
@@ -185,8 +187,14 @@ class QuantizedTensor(TensorOfParts):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Keep the parts through moves and copies; do anything else on the values."""
+        kwargs = kwargs or {}
+        if func not in _HANDLERS:
+            # Under inference_mode no autograd took operators such as `to` apart before this.
+            result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         handler: Callable[..., Any] = _HANDLERS.get(func, _on_values)
-        return handler(func, *args, **(kwargs or {}))
+        return handler(func, *args, **kwargs)
 
 
 def _same_parts(func: Any, tensor: QuantizedTensor, **_: Any) -> QuantizedTensor:
@@ -252,7 +260,9 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     def value(tensor: QuantizedTensor) -> torch.Tensor:
         if id(tensor) not in values:
-            values[id(tensor)] = tensor.dequantize()
+            # Under inference_mode too, a view of what is no inference tensor may not be one.
+            with torch.inference_mode(False), torch.no_grad():
+                values[id(tensor)] = tensor.dequantize()
             owners[id(values[id(tensor)])] = tensor
         return values[id(tensor)]
 

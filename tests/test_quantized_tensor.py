@@ -275,3 +275,43 @@ def test_a_module_that_holds_one(method: str) -> None:
     assert layer.float().weight.dtype is torch.float32
     assert type(layer.to("meta").weight) is QuantizedTensor
     assert layer.to_empty(device="cpu").weight.codes.device.type == "cpu"
+
+
+@by_method
+def test_moves_under_inference_mode_keep_the_parts(method: str) -> None:
+    q, x = omniq.quantize(weight(), method), torch.randn(3, 70, dtype=torch.bfloat16)
+    layer = nn.Linear(70, 50, bias=False)
+    layer.weight = nn.Parameter(q, requires_grad=False)
+    with torch.no_grad():
+        product, values = nn.functional.linear(x, q), q.dequantize()
+    with torch.inference_mode():
+        assert q.to("cpu") is q
+        moved = (
+            q.to("meta"),
+            q.detach(),
+            q.clone(),
+            copy.deepcopy(q),
+            layer.state_dict()["weight"],
+        )
+        assert {type(other) for other in moved} == {QuantizedTensor}
+        assert q.to(torch.float32).dtype is torch.float32
+        assert torch.equal(nn.functional.linear(x, q), product)
+        for view in (lambda t: t[3:5], lambda t: t.view(-1), lambda t: t.chunk(2)[1]):
+            assert torch.equal(view(q), view(values))
+        layer.to(torch.float16)
+    assert type(layer.weight) is QuantizedTensor
+    assert layer.weight.dtype is torch.float16
+    assert all(oracle.same_bits(a, b) for a, b in zip(layer.weight.parts, q.parts, strict=True))
+    with torch.inference_mode():
+        assert type(layer.to("meta").weight) is QuantizedTensor
+    assert layer.weight.device.type == "meta"
+
+
+def test_one_made_under_inference_mode_can_be_written_later() -> None:
+    w, other = weight(), weight()
+    with torch.inference_mode():
+        q = omniq.quantize(w, "int8")
+    before = q._version
+    q.copy_(other)
+    assert q._version > before
+    assert torch.equal(q.dequantize(), omniq.quantize(other, "int8").dequantize())
