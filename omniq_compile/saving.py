@@ -70,9 +70,8 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
         raise CheckpointError(
             f"{folder} has no name, which a new folder is made under. Give one, such as quantized."
         )
-    if (
-        folder.is_symlink()
-    ):  # to where there is room for it: the link stays, and what it names is made
+    # The link stays, and the new folder is made where it leads, on the disk that has room for it.
+    if folder.is_symlink():
         folder = folder.resolve()
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")

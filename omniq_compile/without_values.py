@@ -36,7 +36,8 @@ def parameters_without_values() -> Iterator[None]:
 @cache
 def _hook_in() -> None:
     """Register once and for good: another thread may be going through the hooks at any time."""
-    register_module_parameter_registration_hook(_without_values)
+    # Its documentation says that a hook may return a parameter; its annotation does not.
+    register_module_parameter_registration_hook(_without_values)  # type: ignore[arg-type]
 
 
 def _without_values(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:

@@ -14,10 +14,11 @@ from omniq_compile.passes.sites import Operand, Product
 
 def read_einsum(node: fx.Node) -> Product | None:
     """Read ``einsum(equation, x, y)``; None where it is no product of two tensors."""
-    keywords = (node.kwargs[name] for name in ("equation", "tensors") if name in node.kwargs)
-    equation, *operands = (*node.args, *keywords)
+    given = [*node.args]
+    given += [node.kwargs[name] for name in ("equation", "tensors") if name in node.kwargs]
+    equation, operands = given[0], given[1:]
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
+        operands = [*operands[0]]
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     x, y = operands

@@ -105,10 +105,11 @@ def _laid_out(graph: fx.Graph, site: Site, result: fx.Node) -> fx.Node:
     wanted = dynamo.value(site.node)
     if looks_alike(dynamo.value(result), wanted):
         return result
+    order = list(range(wanted.dim()))
     strides = [dynamo.traced_size(stride) for stride in wanted.stride()]
-    order = list(range(len(strides)))
-    if None not in strides:
-        order.sort(key=lambda axis: -strides[axis])
+    known = [stride for stride in strides if stride is not None]
+    if len(known) == len(order):
+        order.sort(key=lambda axis: -known[axis])
     moved = order != sorted(order)
     if moved:
         result = _create(graph, site, "call_method", "permute", (result, tuple(order)))
