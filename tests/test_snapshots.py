@@ -30,6 +30,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.program import program
+from omniq_compile.passes.sites import Site
 from omniq_compile.testing import GraphSnapshot
 
 TARGETS = [Target(device, arch) for device, archs in ARCHITECTURES.items() for arch in archs]
@@ -66,9 +67,16 @@ def family(name: str) -> list[fx.GraphModule]:
     return [gm for gm, _ in traced(model, **inputs)]
 
 
+@cache
+def sites(name: str) -> list[Site]:
+    return [site for gm in family(name) for site in find_sites(gm)]
+
+
 def stage(gm: fx.GraphModule, config: QuantConfig, target: Target, name: str) -> str:
-    context = Context(config, target, stages={})
-    pipeline.run(gm, pipeline.build(config), context)
+    context, passes = Context(config, target, stages={}), pipeline.build(config)
+    # What comes after the stage takes longest.
+    last = [step.ends for step in passes].index(name)
+    pipeline.run(gm, passes[: last + 1], context)
     assert context.stages is not None
     return program(context.stages[name])
 
@@ -98,7 +106,7 @@ def test_family(name: str, method: str, graph_snapshot: GraphSnapshot) -> None:
     config, graphs = options(method), family(name)
     lines = ["# The kernels that each target chooses, and for how many products:"]
     for target in TARGETS:
-        lines.append(f"#   {target}: {kernels(graphs, config, target)}")
+        lines.append(f"#   {target}: {kernels(sites(name), config, target)}")
     # Which kernel it is on this target is said above, and does not change the graph.
     programs = [stage(gm, config, Target("cpu", "generic"), "quantized") for gm in graphs]
     short = [re.sub(rf"  {method}: \w+$", "", text, flags=re.M) for text in programs]
@@ -118,12 +126,10 @@ def written(text: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def kernels(graphs: list[fx.GraphModule], config: QuantConfig, target: Target) -> str:
+def kernels(sites: list[Site], config: QuantConfig, target: Target) -> str:
+    policy.decide(sites, config, target)
     chosen: Counter[str] = Counter()
-    for gm in graphs:
-        sites = find_sites(gm)
-        policy.decide(sites, config, target)
-        for site in sites:
-            kernel: Any = site.decision.kernel
-            chosen[kernel.name if kernel else f"kept, {site.decision.reason}"] += 1
+    for site in sites:
+        kernel: Any = site.decision.kernel
+        chosen[kernel.name if kernel else f"kept, {site.decision.reason}"] += 1
     return ", ".join(f"{name} x {count}" for name, count in chosen.items())
