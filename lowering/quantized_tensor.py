@@ -122,13 +122,22 @@ class QuantizedTensor(TensorOfParts):
 
         Assigning another `QuantizedTensor` of the same format replaces the parts by its own, which
         may be on another device: so offloading moves a weight. Assigning any other tensor
-        quantizes its values into the parts.
+        quantizes its values into the parts, which have a place for this shape alone.
+
+        Raises:
+            WeightError: assigned was a tensor of another shape and not of the same format.
         """
         return self.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if not isinstance(value, QuantizedTensor) or value.format != self.format:
+            # copy_ alone would repeat one row of values for all.
+            if value.shape != self.shape:
+                raise WeightError(
+                    f"a weight of shape {list(self.shape)} that is stored as {self.format} cannot "
+                    f"take data of shape {list(value.shape)}. Make a new parameter of it."
+                )
             self.copy_(value)
             return
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]

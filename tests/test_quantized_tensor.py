@@ -315,3 +315,12 @@ def test_one_made_under_inference_mode_can_be_written_later() -> None:
     q.copy_(other)
     assert q._version > before
     assert torch.equal(q.dequantize(), omniq.quantize(other, "int8").dequantize())
+
+
+@pytest.mark.parametrize("shape", [(1, 70), (), (0,), (70, 50)])
+def test_assigned_data_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
+    q = omniq.quantize(weight(), "int8")
+    before = q.dequantize()
+    with pytest.raises(WeightError, match=r"shape \[50, 70\].*cannot take data of shape"):
+        q.data = torch.ones(shape, dtype=q.dtype)
+    assert torch.equal(q.dequantize(), before)
