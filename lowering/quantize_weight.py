@@ -32,9 +32,10 @@ def check_weight(weight: torch.Tensor) -> None:
     """Check that a tensor can be quantized as a weight, but for its values.
 
     Raises:
-        WeightError: it is not a floating matrix, or is empty.
+        WeightError: it is not a matrix of at least 16-bit floating numbers, or is empty.
     """
-    if not weight.is_floating_point():
+    # Codes of 8 bits are floating too, and mean nothing without their scales.
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise WeightError(
             f"cannot quantize a tensor of {weight.dtype}: a weight is of float32, bfloat16 or "
             "float16. Is it quantized already?"

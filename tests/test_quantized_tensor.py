@@ -109,6 +109,7 @@ def test_options_change_the_format() -> None:
         (weight(), "int8", {"weight_block_size": [1, 2]}, "is for method fp8"),
         (weight(), "fp8", {"weight_block_size": [0, 2]}, "such as [128, 128]"),
         (torch.ones(3, 4, dtype=torch.int8), "int8", {}, "torch.int8"),
+        (torch.ones(3, 4).to(torch.float8_e4m3fn), "int8", {}, "torch.float8_e4m3fn"),
         (torch.ones(4), "int8", {}, "a weight is [..., N, K]"),
         (torch.ones(0, 4), "mxfp4", {}, "shape [0, 4]"),
         (torch.ones(4, 0), "fp8", {}, "shape [4, 0]"),
