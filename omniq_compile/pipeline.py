@@ -201,6 +201,11 @@ def check_components(
         named = any(key.split(".")[0] == name for key in config.components)
         if named or (config.everywhere is not None and is_transformer(name)):
             _check_complete(place / name)
+        if config.components.get(name, ...) is None and _is_own(place / name):
+            raise OptionError(
+                f"{place / name} is stored quantized, and None asks for {name!r} in BF16. Leave "
+                "it out to load it as it is stored, or give the folder it was quantized from."
+            )
     config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
     return components
 

@@ -42,13 +42,16 @@ def first_value(node: fx.Node) -> Any:
     return found[0] if isinstance(found, tuple) and found else found
 
 
-def is_batched(node: fx.Node) -> bool:
-    """Say whether ``vmap`` hides an axis of the tensor, which custom operators have no rule for."""
+def is_transformed(node: fx.Node) -> bool:
+    """Say whether ``torch.func`` wraps the tensor, as ``vmap`` does to hide an axis.
+
+    Custom operators have no rule for it.
+    """
     return _is_wrapped(value(node))
 
 
 def unwrapped(found: Any) -> Any:
-    """Return the tensor that ``vmap`` computes with, which alone has memory; others as they are."""
+    """Return the tensor that ``torch.func`` computes with, which alone has memory."""
     while _is_wrapped(found):
         found = torch._C._functorch.get_unwrapped(found)
     return found

@@ -41,8 +41,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             if expression.argument(node, "out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
-            if dynamo.is_batched(node):
-                product = replace(product, unsupported="it runs under vmap")
+            if dynamo.is_transformed(node):
+                product = replace(product, unsupported="it runs under torch.func, such as vmap")
             if kinds := _kinds_of_tensors(product):
                 product = replace(product, unsupported=f"it multiplies a {' and a '.join(kinds)}")
             site = _site(node, product, node in casting)

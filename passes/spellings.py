@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ def _added(node: fx.Node) -> Product:
     )
 
 
+def _added_into(node: fx.Node) -> Product:
+    """``input.addmm_(a, b)``, and the same of others."""
+    return replace(_added(node), unsupported="it writes into its input")
+
+
 def _other(node: fx.Node) -> Product:
     """Products of a vector, of more than two tensors, or summed over a batch, in one call."""
     operands = node.all_input_nodes
@@ -151,11 +157,13 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("inner", (torch.inner, "inner"), _inner),
     ("addmm", (torch.addmm, "addmm"), _added),
     ("baddbmm", (torch.baddbmm, "baddbmm"), _added),
+    ("addmm_", ("addmm_",), _added_into),
+    ("baddbmm_", ("baddbmm_",), _added_into),
     ("einsum", (torch.einsum, torch.functional.einsum), read_einsum),
     ("tensordot", (torch.tensordot,), read_tensordot),
     ("mv", (torch.mv, "mv"), _other),
-    ("addmv", (torch.addmv, "addmv"), _other),
-    ("addbmm", (torch.addbmm, "addbmm"), _other),
+    ("addmv", (torch.addmv, "addmv", "addmv_"), _other),
+    ("addbmm", (torch.addbmm, "addbmm", "addbmm_"), _other),
     ("bilinear", (torch.nn.functional.bilinear, torch.bilinear), _other),
     ("multi_dot", (torch.linalg.multi_dot, torch.chain_matmul), _other),
     ("attention", (torch.nn.functional.multi_head_attention_forward,), _attention),

@@ -36,6 +36,25 @@ def test_products_of_other_than_two_matrices_are_kept_and_named() -> None:
         assert torch.equal(actual, expected)
 
 
+def test_products_that_are_added_into_a_tensor_are_kept_and_named() -> None:
+    w, stack = torch.randn(38, 38), torch.randn(3, 38, 38)
+
+    def function(x: torch.Tensor, w: torch.Tensor, stack: torch.Tensor) -> Any:
+        y, z = torch.zeros_like(x), torch.ones(38, 38)
+        y.baddbmm_(x, stack, beta=2)
+        return y, z.addmm_(x[0].T @ x[1], w)
+
+    model, x = Holder(function, w=w, stack=stack), torch.randn(3, 7, 38)
+    result, found = run(model, x)
+    assert [(s.spelling, s.kind, s.decision.reason) for s in found] == [
+        ("baddbmm_", Kind.WEIGHT, "it writes into its input"),
+        ("@", Kind.ACTIVATION, found[1].decision.reason),
+        ("addmm_", Kind.WEIGHT, "it writes into its input"),
+    ]
+    for actual, expected in zip(result, model(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_what_torch_computes_in_one_call_is_kept_and_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

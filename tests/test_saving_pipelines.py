@@ -48,6 +48,8 @@ def test_a_pipeline_with_a_quantized_text_encoder_is_saved_and_loaded_again(
     third = omniq.from_pretrained(tmp_path / "third")
     assert same(third.text_encoder, pipe.text_encoder) == 7
     assert "quantization_config" not in again.text_encoder.config.to_dict()
+    with pytest.raises(OptionError, match=r"None asks for .text_encoder. in BF16\. Leave it out"):
+        omniq.from_pretrained(tmp_path / "saved", {"text_encoder": None}, variant=variant)
 
 
 def test_a_text_encoder_that_was_quantized_in_place_is_saved_alone(
