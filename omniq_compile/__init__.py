@@ -1,15 +1,10 @@
 """omniq: a torch.compile backend that quantizes diffusion transformers online."""
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from omniq_compile.checkout import find_beside
 from omniq_compile.registration import register_when_imported
-
-# In a checkout `passes` and `lowering` stand beside this folder, and Python started there imports
-# this folder, whatever is installed: an installed omniq would break `import torch` by it.
-if not os.path.isdir(os.path.join(__path__[0], "lowering")):
-    __path__.append(os.path.dirname(__path__[0]))
 
 if TYPE_CHECKING:
     from omniq_compile.components import PipelineQuantConfig, build_quant_config
@@ -37,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+find_beside()
 register_when_imported()
 
 # Nothing is imported before it is used: pytest and torch import parts of this package in every

@@ -24,7 +24,7 @@ import sys
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as them
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as those
 print(them["omniq"].__name__, those["omniq"].__name__)
-print("waiting:", sum("omniq" in type(finder).__module__ for finder in sys.meta_path))
+print("waiting:", sum("registration" in type(finder).__module__ for finder in sys.meta_path))
 """
 
 

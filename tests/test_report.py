@@ -105,7 +105,7 @@ def test_a_terminal_shows_a_table_in_which_markup_is_text(report: omniq.Report) 
 def run(tmp_path: Path, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", MODEL], cwd=tmp_path, env=os.environ | environment,
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     return done.stderr
 
