@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
+from omniq_compile.quality import comparison
 
 pytest.importorskip("skimage")
 pytest.importorskip("transformers")
@@ -115,6 +116,23 @@ def test_text_to_image(tmp_path: Path) -> None:
     assert len(row["trajectory"]) == 2
     assert all(0 < distance < 0.1 for distance in row["trajectory"])
     assert 0.9 < row["ssim"] <= 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_what_metrics_take_is_no_memory_of_the_quantized_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = comparison.picture_metrics
+
+    def measure_large(reference: Any, picture: Any) -> Any:
+        # As the metrics of a video take: its frames in float64, a few times.
+        assert torch.ones(300_000_000, dtype=torch.uint8).any()
+        return measure(reference, picture)
+
+    monkeypatch.setattr(comparison, "picture_metrics", measure_large)
+    assert compare(DIGITS, tmp_path / "out", *ON_DIGITS, "--seeds", "0") == 0
+    peak = result_in(tmp_path / "out")["quantized"]["peak_bytes"]
+    assert peak is None or peak < 200_000_000
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -123,16 +123,12 @@ def compare(setting: Setting, work: Path, on_step: OnStep) -> Comparison:
     import omniq_compile.pipeline  # noqa: F401
 
     result = Comparison()
-    _run(setting, None, result.bf16, work, on_step, lambda seed, made: None)
-    distance: list[tuple[Distance | None, str]] = []
-
-    def judge(seed: int, made: Generation) -> None:
-        if not distance:
-            distance.append(load_lpips(made.pictures.shape[1:3]))
-        result.seeds.append(_seed_row(work, seed, made, distance[0][0]))
-
-    _run(setting, setting.config, result.quantized, work, on_step, judge)
-    result.lpips_reason = distance[0][1]
+    _run(setting, None, result.bf16, work, on_step)
+    _run(setting, setting.config, result.quantized, work, on_step)
+    # Only now, as what metrics take of memory is no side's.
+    size = pictures_in(work, "quantized", setting.seeds[0]).shape[1:3]
+    distance, result.lpips_reason = load_lpips(size)
+    result.seeds = [_seed_row(work, seed, distance) for seed in setting.seeds]
     if not any(row["trajectory"] for row in result.seeds):
         result.trajectory_reason = (
             "the pipeline's call takes no callback_on_step_end that is given latents"
@@ -146,7 +142,6 @@ def _run(
     side: Side,
     work: Path,
     on_step: OnStep,
-    judge: Callable[[int, Generation], None],
 ) -> None:
     """Load one side, generate every seed, keep what it made in ``work``, and free it."""
     name = "bf16" if config is None else "quantized"
@@ -162,7 +157,6 @@ def _run(
             on_step(name, place, -1)
             side.seconds.append(made.seconds)
             _save(work / f"{name}_{seed}.safetensors", made)
-            judge(seed, made)
 
     release(setting.device)
     side.peak_bytes = peak_of_call(run, setting.device)
@@ -249,26 +243,33 @@ def pictures_in(work: Path, name: str, seed: int) -> Pictures:
     return pictures
 
 
-def _seed_row(work: Path, seed: int, made: Generation, lpips: Distance | None) -> dict[str, Any]:
-    reference = pictures_in(work, "bf16", seed)
+def _seed_row(work: Path, seed: int, lpips: Distance | None) -> dict[str, Any]:
+    reference, made = (pictures_in(work, side, seed) for side in ("bf16", "quantized"))
+    # Before pictures are paired, as it words shapes that differ.
+    together = picture_metrics(reference, made)
     rows = []
-    for index, (expected, picture) in enumerate(zip(reference, made.pictures, strict=True)):
+    for index, (expected, picture) in enumerate(zip(reference, made, strict=True)):
         row = {"index": index, **picture_metrics(expected, picture)}
         row["lpips"] = lpips(expected, picture) if lpips else None
         rows.append(row)
     distances = [row["lpips"] for row in rows if row["lpips"] is not None]
     return {
         "seed": seed,
-        **picture_metrics(reference, made.pictures),
+        **together,
         "lpips": float(np.mean(distances)) if distances else None,
-        "trajectory": _trajectory(work, seed, made.latents),
+        "trajectory": _trajectory(work, seed),
         "pictures": rows,
     }
 
 
-def _trajectory(work: Path, seed: int, latents: Sequence[torch.Tensor]) -> list[float]:
-    with safe_open(work / f"bf16_{seed}.safetensors", "pt") as file:
-        return [
-            relative_l2(file.get_tensor(f"latents.{i}").float().numpy(), x.float().numpy())
-            for i, x in enumerate(latents)
-        ]
+def _trajectory(work: Path, seed: int) -> list[float]:
+    with (
+        safe_open(work / f"bf16_{seed}.safetensors", "pt") as bf16,
+        safe_open(work / f"quantized_{seed}.safetensors", "pt") as quantized,
+    ):
+        steps = sum(name.startswith("latents.") for name in quantized.keys())  # noqa: SIM118
+        pairs = (
+            [file.get_tensor(f"latents.{step}").float().numpy() for file in (bf16, quantized)]
+            for step in range(steps)
+        )
+        return [relative_l2(*pair) for pair in pairs]
