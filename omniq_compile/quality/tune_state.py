@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from omniq_compile.checkpoint_folder import pipeline_components
 from omniq_compile.hub_download import index_folder
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.compare_result import write_json
@@ -73,7 +74,7 @@ def name_of_set(kept: Collection[str]) -> str:
 
 
 def fingerprint(folder: str, hub: Mapping[str, Any]) -> list[list[Any]]:
-    """Return what a pipeline is known by: its files, with their sizes and times.
+    """Return what a pipeline is known by: its own files, with their sizes and times.
 
     Of a hub id it is the folder that its files are downloaded into, which is named by the commit:
     the branch may have moved on since an earlier run.
@@ -88,6 +89,12 @@ def fingerprint(folder: str, hub: Mapping[str, Any]) -> list[list[Any]]:
     root = Path(folder)
     if not root.is_dir():
         return [[folder, index_folder(folder, hub).name]]
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc")
-    stats = [(p.relative_to(root).as_posix(), p.stat()) for p in files]
+    # Beside its components and code lies what is no part of it, such as this run's own results.
+    parts = {"model_index.json", *pipeline_components(root)}
+    files = [
+        (p.relative_to(root), p)
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.suffix != ".pyc"
+    ]
+    stats = [(n.as_posix(), p.stat()) for n, p in files if n.parts[0] in parts or n.suffix == ".py"]
     return [[folder], *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
