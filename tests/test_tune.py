@@ -246,6 +246,8 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert json.loads(state.read_text())["measured"].items() > left.items()
     assert tune(tmp_path / "whole", "--target-psnr", "52", folder=folder) == 0
     assert saved(tmp_path / "killed") == saved(tmp_path / "whole")
+    files = {file.name for file in (tmp_path / "killed").iterdir()}
+    assert files == {"quality.png", "state.json", "tuned.json"}
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = saved(tmp_path / "whole")
     assert {row["kept"] for row in found["layers"]} == {True, False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -113,16 +114,20 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print(f"going on from {state.resumed} measurements in {out}", soft_wrap=True)
     columns = (SpinnerColumn(), TextColumn("{task.completed} done"), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=None)
+    work = make_folder(out / ".work", empty=True)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("", total=None)
 
-        def on_work(what: str) -> None:
-            progress.update(bar, advance=1, description=what)
+            def on_work(what: str) -> None:
+                progress.update(bar, advance=1, description=what)
 
-        found = tune(
-            setting, goal, state, out, on_work,
-            most_measurements=arguments.measurements, most_calls=arguments.calls,
-        )  # fmt: skip
+            found = tune(
+                setting, goal, state, work, on_work,
+                most_measurements=arguments.measurements, most_calls=arguments.calls,
+            )  # fmt: skip
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     method = arguments.method
     quality_plot(out / "quality.png", found, goal, f"{method}: quality for bytes")
     write_json(out / "tuned.json", _content(setting, goal, found))
