@@ -166,6 +166,15 @@ def test_a_gate_is_not_passed_by_quantizing_nothing(
     assert why in error
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_a_folder_is_named_as_it_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compared[int8]"
+    assert compare(DIGITS, out, *ON_DIGITS, "--seeds", "0") == 0
+    assert f"passed; wrote {out}\n" in capsys.readouterr().err
+
+
 def test_keeping_every_layer_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -190,7 +191,7 @@ def _print(console: Console, content: dict[str, Any], out: Path) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, value in content["metrics"].items():
         if value["mean"] is None:
-            table.add_row(name, "not measured", content["not_measured"][name])
+            table.add_row(name, "not measured", escape(content["not_measured"][name]))
         else:
             table.add_row(name, f"{value['mean']:.4f}", f"{value['worst']:.4f}")
     for name, key in (("BF16", "bf16"), ("quantized", "quantized")):
@@ -207,4 +208,5 @@ def _print(console: Console, content: dict[str, Any], out: Path) -> None:
     console.print(
         f"gate {gate['name']}: {'passed' if gate['passed'] else 'FAILED'}; wrote {out}",
         soft_wrap=True,
+        markup=False,
     )

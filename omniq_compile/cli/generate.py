@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             given.setdefault("callback_on_step_end", step)
         result = call_worded(pipe, given)
     for path in save_result(result, arguments.out):
-        console.print(f"wrote {path}")
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Tries --out first, before the work.
     write_aside(arguments.out, write, overwrite=arguments.overwrite)
-    console.print(f"wrote {arguments.out}")
+    console.print(f"wrote {arguments.out}", soft_wrap=True, markup=False)
     return 0
 
 

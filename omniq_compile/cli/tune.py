@@ -111,7 +111,9 @@ def _run(arguments: argparse.Namespace) -> int:
     state = TuneState(out / "state.json", about, restart=arguments.restart)
     console = Console(stderr=True)
     if state.resumed:
-        console.print(f"going on from {state.resumed} measurements in {out}", soft_wrap=True)
+        console.print(
+            f"going on from {state.resumed} measurements in {out}", soft_wrap=True, markup=False
+        )
     columns = (SpinnerColumn(), TextColumn("{task.completed} done"), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     work = make_folder(out / ".work", empty=True)
@@ -169,5 +171,6 @@ def _print(found: Any, out: Path, console: Console) -> None:
         f"BF16 {found.nbytes_bf16:,}); PSNR of the worst seed {min(found.seed_psnr):.2f} dB, "
         f"by real generation; wrote {out}",
         soft_wrap=True,
+        markup=False,
     )
     print(json.dumps(found.quantization))
