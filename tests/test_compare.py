@@ -175,6 +175,18 @@ def test_a_folder_is_named_as_it_is_called(
     assert f"passed; wrote {out}\n" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_a_plot_of_the_result_that_is_replaced_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare(DIGITS, tmp_path / "out", *ON_DIGITS, "--seeds", "0") == 0
+    monkeypatch.setattr(comparison, "_trajectory", lambda *_: [])
+    again = [*ON_DIGITS, "--seeds", "0", "--overwrite"]
+    assert compare(DIGITS, tmp_path / "out", *again) == 0
+    assert "trajectory_plot" not in result_in(tmp_path / "out")
+    assert not (tmp_path / "out" / "trajectory.png").exists()
+
+
 def test_keeping_every_layer_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

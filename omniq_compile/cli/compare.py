@@ -177,6 +177,7 @@ def _draw(out: Path, work: Path, result: Any, content: dict[str, Any], method: s
         ),
         "pictures": [[seed, index] for seed, index, _ in chosen],
     }
+    (out / "trajectory.png").unlink(missing_ok=True)  # of a result that is replaced
     trajectories = {r["seed"]: r["trajectory"] for r in result.seeds if r["trajectory"]}
     if trajectories:
         trajectory_plot(out / "trajectory.png", trajectories, f"{method}: drift of the latents")
