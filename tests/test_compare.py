@@ -8,6 +8,7 @@ import math
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.quality import comparison
+from omniq_compile.quality.generation import warm_up
 
 pytest.importorskip("skimage")
 pytest.importorskip("transformers")
@@ -116,6 +118,31 @@ def test_text_to_image(tmp_path: Path) -> None:
     assert len(row["trajectory"]) == 2
     assert all(0 < distance < 0.1 for distance in row["trajectory"])
     assert 0.9 < row["ssim"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({}, 2),
+        ({"strength": 0.3}, 2),
+        ({"strength": 1.0}, 2),
+        ({"strength": 0.05, "num_inference_steps": 30}, 1),
+        ({"num_inference_steps": 3}, 1),
+    ],
+)
+def test_a_pipeline_is_warmed_up_that_makes_a_share_of_its_steps(
+    given: dict[str, Any], made: int
+) -> None:
+    steps = []
+
+    class Pipeline:
+        # As diffusers' pipelines that begin with a picture count them.
+        def __call__(self, num_inference_steps: int = 50, strength: float = 0.4, **_: Any) -> Any:
+            steps.append(int(num_inference_steps * strength))
+            return SimpleNamespace(images=torch.zeros(1, 8, 8, 3))
+
+    warm_up(Pipeline(), given, 0)
+    assert steps == [made]
 
 
 @pytest.mark.usefixtures("uncompiled")

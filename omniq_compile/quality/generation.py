@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -86,8 +87,16 @@ def generate(
 def warm_up(pipe: Any, arguments: Mapping[str, Any], seed: int) -> float:
     """Call a pipeline so that everything is compiled; returns the seconds that took."""
     given = dict(arguments)
-    if "num_inference_steps" in inspect.signature(pipe.__call__).parameters:
-        given["num_inference_steps"] = min(WARM_UP_STEPS, given.get("num_inference_steps", 2))
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "num_inference_steps" in accepted:
+        steps = WARM_UP_STEPS
+        # Of the steps of a pipeline that begins with a picture only this share is made.
+        strength = given.get(
+            "strength", accepted["strength"].default if "strength" in accepted else 1
+        )
+        if isinstance(strength, (int, float)) and 0 < strength < 1:
+            steps = math.ceil(steps / strength)
+        given["num_inference_steps"] = min(steps, given.get("num_inference_steps", steps))
     return generate(pipe, given, seed, keep_latents=False).seconds
 
 
