@@ -50,8 +50,8 @@ def compile(
 
     Raises:
         OptionError: no module, unknown options, arguments or mode, a mode that the compiler does
-            not read, a model without repeated blocks or one that is compiled as a whole, or so many
-            different policies that PyTorch would stop compiling.
+            not read, a model without repeated blocks or one that is compiled as a whole, or more
+            different policies for a class of blocks than PyTorch compiles of one function.
     """
     check_model(model, "compile")
     _check_arguments(compile_arguments)
@@ -107,7 +107,7 @@ class _Regions:
         self._arguments = compile_arguments
         self._order: dict[str, int] = {}
         self._backends: dict[Any, Any] = {}
-        self._functions: dict[type, FunctionType] = {}
+        self._functions: dict[tuple[type, QuantConfig], FunctionType] = {}
         self._check_count(blocks)
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
@@ -122,7 +122,9 @@ class _Regions:
             self._backends[config] = partial(compile_graph, config=config, decided=self._kept.add)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
-            self._own_function(type(block)), backend=self._backends[config], **self._arguments
+            self._own_function(type(block), config),
+            backend=self._backends[config],
+            **self._arguments,
         )
         block._compiled_call_impl = partial(compiled, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
@@ -131,16 +133,18 @@ class _Regions:
             self._kept.warn(self._model)
         return result
 
-    def _own_function(self, kind: type) -> FunctionType:
-        """Return what calls a block of one class, the same function for each of them.
+    def _own_function(self, kind: type, config: QuantConfig) -> FunctionType:
+        """Return what calls a block of one class and policy, the same function for each of them.
 
-        Dynamo skips the `_call_impl` of classes that are torch's own, such as `nn.Sequential`, and
-        counts recompilations per code object, which all classes would share.
+        Dynamo skips the `_call_impl` of classes that are torch's own, such as `nn.Sequential`. And
+        it counts recompilations per code object: where policies shared one, a few resolutions of
+        each would reach its limit, from which on blocks run as they are, without an error.
         """
-        if kind not in self._functions:
+        key = kind, config
+        if key not in self._functions:
             code = _run_block.__code__.replace(co_name=f"run_{kind.__name__}")
-            self._functions[kind] = FunctionType(code, globals(), _run_block.__name__)
-        return self._functions[kind]
+            self._functions[key] = FunctionType(code, globals(), _run_block.__name__)
+        return self._functions[key]
 
     def _check_count(self, blocks: dict[str, nn.Module]) -> None:
         policies = {
@@ -153,7 +157,7 @@ class _Regions:
             if count > limit:
                 raise OptionError(
                     f"the options give {count} different policies to blocks of {kind.__name__}, "
-                    f"and PyTorch compiles a block at most {limit} times "
+                    f"each compiled on its own, and omniq_compile.compile takes at most {limit} "
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )

@@ -166,6 +166,19 @@ def test_too_many_policies_are_an_error() -> None:
         omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ignored})
 
 
+def test_policies_do_not_use_up_one_anothers_recompilations() -> None:
+    model = tower()
+    exact = copy.deepcopy(model)
+    ignored = ["late.0.net.0", "late.1.net.1"]
+    omniq_compile.compile(model, OPTIONS | INT8 | {"ignored_layers": ignored})
+    # Static sizes, a symbolic number of rows, and two ranks more: three policies of four graphs.
+    with torch._dynamo.config.patch(recompile_limit=4):
+        for shape in ((7, 38), (9, 38), (2, 5, 38), (1, 2, 3, 38)):
+            x = torch.randn(shape)
+            assert not torch.equal(model(x), exact(x)), f"nothing is quantized for {shape}"
+    assert graphs() == 12
+
+
 def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "omniq"):
         omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ["erly.0"]})
