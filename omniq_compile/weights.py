@@ -185,7 +185,10 @@ class BoundWeights:
 def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight:
     """Return the weight that any graph has made of some parameters, or make it."""
     sources = _sources(parameters)
-    identity = (row.key, *map(id, sources))
+    # Dynamo traces a parameter of another shape, dtype or order of axes anew: its memory may be the
+    # same, as after ``parameter.data = parameter.data.T``, and its weight is another.
+    looks = ((id(s), s.dtype, s.shape, s.stride()) for s in sources)
+    identity = (row.key, *looks)
     with _lock:
         weight = _shared.get(identity)
         if weight is None or not weight.is_current(sources):

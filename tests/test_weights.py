@@ -105,6 +105,28 @@ def test_a_changed_weight_is_quantized_anew(change: Any, mode: Any) -> None:
         assert_near(residual(fast, x), expected)
 
 
+def transpose(weight: nn.Parameter) -> None:
+    weight.data = weight.data.t()
+
+
+def reinterpret(weight: nn.Parameter) -> None:
+    weight.data = weight.data.view(torch.float16)
+
+
+def take_fewer_rows(weight: nn.Parameter) -> None:
+    weight.data = weight.data[:64]
+
+
+@pytest.mark.parametrize("change", [transpose, reinterpret, take_fewer_rows])
+def test_the_same_memory_seen_in_another_way_is_another_weight(change: Any) -> None:
+    layer = nn.Linear(96, 96, bias=False, dtype=torch.bfloat16)
+    fast, x = compiled(layer), torch.randn(7, 96)
+    fast(x.bfloat16())
+    change(layer.weight)
+    x = x.to(layer.weight.dtype)
+    assert_near(fast(x).float(), layer(x).float())
+
+
 def test_a_weight_made_under_inference_mode_is_followed_too() -> None:
     with torch.inference_mode():
         block, x = Block(), torch.randn(3, 5, 96)
