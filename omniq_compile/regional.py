@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import weakref
 from collections.abc import Mapping
 from functools import partial
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -143,7 +144,9 @@ class _Regions:
         key = kind, config
         if key not in self._functions:
             code = _run_block.__code__.replace(co_name=f"run_{kind.__name__}")
-            self._functions[key] = FunctionType(code, globals(), _run_block.__name__)
+            function = FunctionType(code, globals(), _run_block.__name__)
+            weakref.finalize(function, _forget_compiled, code).atexit = False
+            self._functions[key] = function
         return self._functions[key]
 
     def _check_count(self, blocks: dict[str, nn.Module]) -> None:
@@ -161,6 +164,16 @@ class _Regions:
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )
+
+
+def _forget_compiled(code: CodeType) -> None:
+    """Free what Dynamo compiled of a code object, and the quantized weights in it.
+
+    It keeps them also when nothing can call them any more, as after another `compile` of a model.
+    """
+    from torch._dynamo.eval_frame import remove_from_cache  # private, of torch 2.11 to 2.13
+
+    remove_from_cache(code)
 
 
 def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
