@@ -69,7 +69,7 @@ def run_on_meta(
     meta device would write it out.
 
     Raises:
-        OmniqError: the model needs values to run.
+        OmniqError: the model needs values to run, or other inputs.
     """
     run = MetaRun()
     watch = _Watch(model, run)
@@ -80,6 +80,11 @@ def run_on_meta(
     except (RuntimeError, NotImplementedError) as error:
         raise OmniqError(
             f"{type(model).__name__} cannot run without values, on the meta device: {error}"
+        ) from error
+    except Exception as error:  # such as an input that this configuration wants, and others do not
+        raise OmniqError(
+            f"{type(model).__name__} refused the inputs that were made up for it: "
+            f"{type(error).__name__}: {error}"
         ) from error
     finally:
         for hook in hooks:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import omniq_compile as omniq
 from omniq_compile import folded_trace, report
-from omniq_compile.cli.families import FAMILIES
+from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
@@ -85,6 +85,44 @@ def test_work_and_weights_are_those_of_a_model_that_runs(name: str) -> None:
     assert plan.weight_bytes_before == stored(model)
     omniq.quantize_(model, {"method": "int8", "min_features": 1})
     assert plan.weight_bytes_after == stored(model)
+
+
+VARIANTS = [
+    ("QwenImageTransformer2DModel", {"use_additional_t_cond": True, "use_layer3d_rope": True}),
+    ("QwenImageTransformer2DModel", {"zero_cond_t": True}),
+    ("WanTransformer3DModel", {"image_dim": 64, "added_kv_proj_dim": 128}),
+    (
+        "WanTransformer3DModel",
+        {"image_dim": 64, "added_kv_proj_dim": 128, "pos_embed_seq_len": 514},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_a_configuration_gets_the_inputs_that_it_wants(name: str, settings: dict[str, Any]) -> None:
+    config = preset_config(name, "tiny", width=128) | settings
+    model = transformer_class(name).from_config(config).bfloat16().eval()
+    inputs = make_inputs(model, image_tokens=36, text_tokens=512)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    plan, _ = planned(model, inputs, method="int8")
+    assert plan.flops == counter.get_total_flops()
+    # No layer is left out, which would be weights that a load quantizes and a plan does not.
+    assert all(row.M for row in plan.rows)
+    omniq.quantize_(model, {"method": "int8", "min_features": 1})
+    assert plan.weight_bytes_after == stored(model)
+
+
+def test_inputs_that_a_model_refuses_are_an_error() -> None:
+    class Wants(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            if y is None:
+                raise ValueError("y must be provided")
+            return x + y
+
+    with pytest.raises(OmniqError, match=r"Wants refused the inputs .* y must be provided"):
+        run_on_meta(Wants(), {"x": torch.empty(2, device="meta")}, {})
 
 
 def stored(model: nn.Module) -> int:

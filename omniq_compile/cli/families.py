@@ -67,6 +67,9 @@ PRESETS = {
 }
 
 
+# A picture of 224 x 224 in patches of 14 x 14, and one token for all of it.
+CLIP_TOKENS = 257
+
 # In the four rows below the text is as wide as released, but never wider than twice the model,
 # so that a narrow model is cheap in all its parts.
 
@@ -97,6 +100,8 @@ def _qwen_inputs(model: Any, size: InputSize) -> dict[str, Any]:
     # Releases of diffusers before 0.37 want the text's lengths.
     if "txt_seq_lens" in inspect.signature(model.forward).parameters:
         inputs["txt_seq_lens"] = [size.text_tokens] * size.batch
+    if getattr(config, "use_additional_t_cond", False):  # of Qwen-Image-Layered: no RGB picture
+        inputs["additional_t_cond"] = torch.zeros(size.batch, dtype=torch.long)
     return inputs
 
 
@@ -114,7 +119,7 @@ def _wan_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
 def _wan_inputs(model: Any, size: InputSize) -> dict[str, Any]:
     config, (rows, columns) = model.config, size.grid
     frames, patch_rows, patch_columns = config.patch_size
-    return {
+    inputs = {
         "hidden_states": size.normal(
             size.batch,
             config.in_channels,
@@ -126,6 +131,13 @@ def _wan_inputs(model: Any, size: InputSize) -> dict[str, Any]:
         "encoder_hidden_states": size.normal(size.batch, size.text_tokens, config.text_dim),
         "return_dict": False,
     }
+    if config.image_dim is not None:
+        # CLIP's tokens of the first picture; with positions, which are of two, of the last one too.
+        both = config.pos_embed_seq_len
+        inputs["encoder_hidden_states_image"] = size.normal(
+            size.batch * (2 if both else 1), both // 2 if both else CLIP_TOKENS, config.image_dim
+        )
+    return inputs
 
 
 def _z_image_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
