@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from omniq_compile.cli import main
+from omniq_compile.cli.families import preset_config
 from omniq_compile.cli.plan import Size, _render
 from omniq_compile.cli.random_models import random_model
 from omniq_compile.planning import Plan, PlanRow
@@ -39,6 +40,24 @@ def test_the_table_shows_kinds_decisions_and_totals(
     nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert f"weights: {nbytes / 2**20:.1f} MiB -> " in out
     assert "activations, estimated:" in out
+
+
+def test_the_wide_latents_of_wan_have_the_tokens_of_its_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As WanPipeline calls Wan2.2-TI2V-5B: its VAE shrinks a side 16 times, and a patch twice."""
+    settings = preset_config("WanTransformer3DModel", "tiny")
+    config = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | settings))
+    code, out, _ = plan(capsys, str(file), "--method", "int8", "--frames", "5")
+    assert code == 0
+    assert "1280 x 704, 5 frames" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    tokens = 2 * (704 // 32) * (1280 // 32)
+    assert f" {tokens} x 192 x 512 " in rows["blocks.*.ffn.net.0.proj"]
+    assert f" {tokens} x 192 x 1152 " in rows["condition_embedder.time_proj"]
+    assert plan(capsys, str(file), "--method", "int8", "--height", "720")[0] == 2
 
 
 def test_rows_and_totals_are_in_one_unit() -> None:

@@ -67,6 +67,9 @@ PRESETS = {
 }
 
 
+# Channels of the latents of Wan2.2-TI2V-5B, whose VAE shrinks a side 16 times and not 8.
+WIDE_LATENTS = 48
+
 # A picture of 224 x 224 in patches of 14 x 14, and one token for all of it.
 CLIP_TOKENS = 257
 
@@ -127,7 +130,13 @@ def _wan_inputs(model: Any, size: InputSize) -> dict[str, Any]:
             rows * patch_rows,
             columns * patch_columns,
         ),
-        "timestep": torch.full((size.batch,), 500),
+        # The pipeline of the wide latents gives each token a step of its own.
+        "timestep": torch.full(
+            (size.batch, size.frames * rows * columns)
+            if config.out_channels == WIDE_LATENTS
+            else (size.batch,),
+            500,
+        ),
         "encoder_hidden_states": size.normal(size.batch, size.text_tokens, config.text_dim),
         "return_dict": False,
     }

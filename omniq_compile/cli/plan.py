@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from omniq_compile.cli.families import FAMILIES, InputSize
+from omniq_compile.cli.families import FAMILIES, WIDE_LATENTS, InputSize
 from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
 from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
@@ -30,6 +30,7 @@ from omniq_compile.unmatched import warn_unmatched_in
 # A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
 # the first frame and shrinks the others 4 times.
 PIXELS_PER_TOKEN = 16
+PIXELS_PER_TOKEN_OF_WIDE_LATENTS = 32
 FRAMES_PER_LATENT = 4
 
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hub_arguments(parser)
     add_option_arguments(parser)
     parser.add_argument("--target", help="plan for this target, present or not (cuda:sm_90)")
-    parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720)")
+    parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720 or 704)")
     parser.add_argument("--width", type=int, help="pixels (default: 1024, for video 1280)")
     parser.add_argument("--frames", type=int, help="of a video (default: 81)")
     parser.add_argument("--text-tokens", type=int, default=512, help="of the prompt (default: 512)")
@@ -95,14 +96,16 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     video = "3D" in model.class_name
     if arguments.frames is not None and not video:
         raise OptionError(f"--frames is for video, and {model.class_name} draws images")
-    default = (720, 1280, 81) if video else (1024, 1024, 1)
+    pixels_per_token = _pixels_per_token(model)
+    # As near to 720 as whole tokens come: 720, or 704.
+    default = (720 // pixels_per_token * pixels_per_token, 1280, 81) if video else (1024, 1024, 1)
     given = (arguments.height, arguments.width, arguments.frames)
     height, width, frames = (d if g is None else g for g, d in zip(given, default, strict=True))
     size = Size(height, width, frames, arguments.text_tokens)
     for name, pixels in (("--height", size.height), ("--width", size.width)):
-        if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
+        if pixels < pixels_per_token or pixels % pixels_per_token:
             raise OptionError(
-                f"{name} {pixels} is not a multiple of {PIXELS_PER_TOKEN} pixels, and at least one"
+                f"{name} {pixels} is not a multiple of {pixels_per_token} pixels, and at least one"
             )
     if size.frames < 1 or (size.frames - 1) % FRAMES_PER_LATENT:
         raise OptionError(
@@ -113,11 +116,18 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     return size
 
 
+def _pixels_per_token(model: ModelConfig) -> int:
+    """Return the side of what a token shows: a VAE of many channels shrinks a side 16 times."""
+    wide = model.arguments.get("out_channels") == WIDE_LATENTS
+    return PIXELS_PER_TOKEN_OF_WIDE_LATENTS if wide else PIXELS_PER_TOKEN
+
+
 def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -> Plan:
     with torch.device("meta"):
         built = build_model(model)
     warn_unmatched_in(built, config)
-    grid = (size.height // PIXELS_PER_TOKEN, size.width // PIXELS_PER_TOKEN)
+    pixels_per_token = _pixels_per_token(model)
+    grid = (size.height // pixels_per_token, size.width // pixels_per_token)
     latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
     drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, None, latent_frames)
     inputs = to_meta(FAMILIES[model.class_name].inputs(built, drawn))
