@@ -6,15 +6,18 @@ import functools
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 from diffusers import FluxPipeline, WanPipeline
+from PIL import Image
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
-from omniq_compile.cli.generate import returns_video
+from omniq_compile.cli.generate import returns_video, save_result
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
 
@@ -85,3 +88,31 @@ def test_picture_pipelines_are_known(name: str) -> None:
     assert returns_video(getattr(diffusers, name)) is False
     assert returns_video(type("Own", (getattr(diffusers, name),), {})) is False
     assert returns_video(diffusers.AudioLDM2Pipeline) is None
+
+
+def test_every_video_is_saved_in_a_file_of_its_own(tmp_path: Path) -> None:
+    videos = np.zeros((2, 3, 8, 8, 3), dtype=np.float32)
+    videos[1, :, :, :, 0] = np.array([0.25, 0.5, 1.0]).reshape(3, 1, 1)
+    paths = save_result(SimpleNamespace(frames=videos), tmp_path / "fox.gif")
+    assert paths == [tmp_path / "fox_0.gif", tmp_path / "fox_1.gif"]
+    for path, red in zip(paths, (0, 255), strict=True):
+        with Image.open(path) as gif:
+            gif.seek(gif.n_frames - 1)
+            assert gif.convert("RGB").getpixel((4, 4))[0] == red
+    assert save_result(SimpleNamespace(frames=videos[1:]), tmp_path / "x.gif") == [
+        tmp_path / "x.gif"
+    ]
+
+
+def test_a_video_is_as_long_in_either_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+    monkeypatch.setattr(
+        "diffusers.utils.export_to_video", lambda *_, fps=10, **__: rates.append(fps)
+    )
+    frames = np.random.default_rng(0).random((1, 3, 8, 8, 3), dtype=np.float32)
+    for name in ("fox.mp4", "fox.gif"):
+        save_result(SimpleNamespace(frames=frames), tmp_path / name)
+    with Image.open(tmp_path / "fox.gif") as gif:
+        assert rates == [pytest.approx(1000 / gif.info["duration"], rel=0.05)]

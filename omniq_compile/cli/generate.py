@@ -43,6 +43,7 @@ from omniq_compile.pipeline_call import (
 from omniq_compile.saving import stored_options
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
+FRAMES_PER_SECOND = 16  # Wan's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +150,7 @@ def check_encoder(out: Path) -> None:
 
 
 def save_result(result: Any, out: Path) -> list[Path]:
-    """Save what a pipeline returned: pictures, one a file, or the frames of a video.
+    """Save what a pipeline returned: pictures or videos, one a file.
 
     Raises:
         OmniqError: it returned neither.
@@ -160,13 +161,14 @@ def save_result(result: Any, out: Path) -> list[Path]:
     if frames is None and images is None:
         raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
     try:
-        if frames is not None:
-            return [_save_video([_picture(frame) for frame in frames[0]], out)]
-        pictures = [_picture(image) for image in images]
-        many = len(pictures) > 1
-        paths = [out.with_stem(f"{out.stem}_{i}") if many else out for i in range(len(pictures))]
-        for picture, path in zip(pictures, paths, strict=True):
-            picture.save(path)
+        made = images if frames is None else frames
+        many = len(made) > 1
+        paths = [out.with_stem(f"{out.stem}_{i}") if many else out for i in range(len(made))]
+        for one, path in zip(made, paths, strict=True):
+            if frames is None:
+                _picture(one).save(path)
+            else:
+                _save_video([_picture(frame) for frame in one], path)
         return paths
     except OptionError:
         raise  # it is a ValueError too
@@ -183,12 +185,12 @@ def _picture(image: Any) -> Image.Image:
     return Image.fromarray((array.squeeze() * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def _save_video(frames: list[Image.Image], out: Path) -> Path:
+def _save_video(frames: list[Image.Image], out: Path) -> None:
     check_ending(out, video=True)
     if out.suffix == ".mp4":
         from diffusers.utils import export_to_video
 
-        export_to_video(frames, str(out))
+        export_to_video(frames, str(out), fps=FRAMES_PER_SECOND)
     else:
-        frames[0].save(out, save_all=True, append_images=frames[1:], duration=62, loop=0)
-    return out
+        duration = 1000 // FRAMES_PER_SECOND
+        frames[0].save(out, save_all=True, append_images=frames[1:], duration=duration, loop=0)
