@@ -18,6 +18,7 @@ from PIL import Image
 import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.cli.generate import returns_video, save_result
+from omniq_compile.quality.generation import pictures_of
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
 
@@ -116,3 +117,16 @@ def test_a_video_is_as_long_in_either_format(
         save_result(SimpleNamespace(frames=frames), tmp_path / name)
     with Image.open(tmp_path / "fox.gif") as gif:
         assert rates == [pytest.approx(1000 / gif.info["duration"], rel=0.05)]
+
+
+@pytest.mark.parametrize("as_pillow", [False, True])
+def test_layers_of_a_picture_are_pictures(as_pillow: bool, tmp_path: Path) -> None:
+    """As QwenImageLayeredPipeline returns them: a list, or an array, for each picture."""
+    values = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1).repeat(8, 2).repeat(8, 3)
+    values = values.repeat(4, 4)
+    images: list[Any] = list(values.astype(np.float32) / 255)
+    if as_pillow:
+        images = [[Image.fromarray(layer) for layer in picture] for picture in values]
+    assert pictures_of(SimpleNamespace(images=images)).shape == (6, 8, 8, 4)
+    paths = save_result(SimpleNamespace(images=images), tmp_path / "fox.png")
+    assert [Image.open(path).getpixel((0, 0)) for path in paths] == [(n,) * 4 for n in range(6)]

@@ -161,7 +161,7 @@ def save_result(result: Any, out: Path) -> list[Path]:
     if frames is None and images is None:
         raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
     try:
-        made = images if frames is None else frames
+        made = _in_a_row(images) if frames is None else frames
         many = len(made) > 1
         paths = [out.with_stem(f"{out.stem}_{i}") if many else out for i in range(len(made))]
         for one, path in zip(made, paths, strict=True):
@@ -174,6 +174,15 @@ def save_result(result: Any, out: Path) -> list[Path]:
         raise  # it is a ValueError too
     except (OSError, ValueError) as error:
         raise OptionError(f"--out {out} cannot be written: {error}.") from error
+
+
+def _in_a_row(images: Any) -> list[Any]:
+    """Return pictures one after the other; pipelines of layers return those of each picture."""
+    row: list[Any] = []
+    for image in images:
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        row.extend(image if several else [image])
+    return row
 
 
 def _picture(image: Any) -> Image.Image:

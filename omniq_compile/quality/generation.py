@@ -113,9 +113,10 @@ def pictures_of(result: Any) -> Pictures:
     if made is None:
         raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
     array = _array(made)
-    if video:
-        if array.ndim < 4:
-            raise OmniqError(f"frames of shape {list(array.shape)} are no videos.")
+    if video and array.ndim < 4:
+        raise OmniqError(f"frames of shape {list(array.shape)} are no videos.")
+    # Pipelines of layers return those of each picture, as others do the frames of each video.
+    if video or array.ndim == 5:
         array = array.reshape(-1, *array.shape[2:])
     if array.ndim == 3:
         array = array[..., None]
