@@ -18,7 +18,7 @@ class OwnMethod:
     """
 
     def __init__(self, function: Callable[..., Any], owner: Any) -> None:
-        """Take a function that can be pickled, and its first argument."""
+        """Take a function, picklable where its owner is with it, and its first argument."""
         self._function = function
         self._owner = weakref.ref(owner)
 
@@ -30,8 +30,9 @@ class OwnMethod:
         """
         owner = self._owner()
         if owner is None:
+            name = getattr(self._function, "__name__", "a method")
             raise OmniqError(
-                f"{self._function.__name__.removeprefix('_')} is called on a model that is gone. "
+                f"{name.removeprefix('_')} is called on a model that is gone. "
                 "Keep the model by a name while it is called; of a copy, by copy.deepcopy."
             )
         return self._function(owner, *args, **kwargs)

@@ -18,6 +18,7 @@ from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.own_method import OwnMethod
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
 from omniq_compile.passes.patterns import first_match
@@ -113,7 +114,7 @@ class _Regions:
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
             # own call; checked on torch 2.11 and 2.13. Copies of a module leave it behind.
-            block._compiled_call_impl = partial(self._first_call, name, block)  # type: ignore[assignment]
+            block._compiled_call_impl = OwnMethod(partial(self._first_call, name), block)  # type: ignore[assignment]
 
     def _first_call(self, name: str, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         place = self._order.setdefault(name, len(self._order))
@@ -127,7 +128,7 @@ class _Regions:
             backend=self._backends[config],
             **self._arguments,
         )
-        block._compiled_call_impl = partial(compiled, block)  # type: ignore[assignment]
+        block._compiled_call_impl = OwnMethod(compiled, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
         # A model that is kept whole is so by no option, which a user could change.
         if len(self._order) == self._count and not self._config.keep_all:

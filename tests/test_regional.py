@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -191,6 +192,25 @@ def test_compiling_anew_frees_the_weights_of_before() -> None:
         gc.collect()
         held.append(resident_bytes() - before)
     assert held[0] == held[1] == held[2] > 0
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_deleted_model_is_freed_at_once(ran: bool) -> None:
+    model, x = tower(), torch.randn(7, 38)
+    omniq_compile.compile(model, OPTIONS | INT8)
+    gc.collect()
+    before = resident_bytes()
+    gc.disable()
+    try:
+        if ran:
+            model(x)
+            assert resident_bytes() > before
+        gone = weakref.ref(model), *map(weakref.ref, model.parameters())
+        del model
+        assert not any(reference() is not None for reference in gone)
+        assert resident_bytes() == before
+    finally:
+        gc.enable()
 
 
 def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
