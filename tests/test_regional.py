@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import pickle
-import weakref
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from torch._dynamo.utils import counters
 import omniq_compile
 from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.regional import module_blocks
-from omniq_compile.weights import resident_bytes
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}
 INT8 = {"method": "int8"}
@@ -180,37 +177,6 @@ def test_policies_do_not_use_up_one_anothers_recompilations() -> None:
             x = torch.randn(shape)
             assert not torch.equal(model(x), exact(x)), f"nothing is quantized for {shape}"
     assert graphs() == 12
-
-
-def test_compiling_anew_frees_the_weights_of_before() -> None:
-    model, x = tower(), torch.randn(7, 38)
-    gc.collect()
-    before, held = resident_bytes(), []
-    for method in ("int8", "fp8", "int8"):
-        omniq_compile.compile(model, OPTIONS | {"method": method})
-        model(x)
-        gc.collect()
-        held.append(resident_bytes() - before)
-    assert held[0] == held[1] == held[2] > 0
-
-
-@pytest.mark.parametrize("ran", [False, True])
-def test_a_deleted_model_is_freed_at_once(ran: bool) -> None:
-    model, x = tower(), torch.randn(7, 38)
-    omniq_compile.compile(model, OPTIONS | INT8)
-    gc.collect()
-    before = resident_bytes()
-    gc.disable()
-    try:
-        if ran:
-            model(x)
-            assert resident_bytes() > before
-        gone = weakref.ref(model), *map(weakref.ref, model.parameters())
-        del model
-        assert not any(reference() is not None for reference in gone)
-        assert resident_bytes() == before
-    finally:
-        gc.enable()
 
 
 def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
