@@ -102,8 +102,9 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     if dense.is_contiguous():
         K = dense.shape[-1] if order else 1
         sample = dense.view(-1)[:: _step(sample.numel() // max(1, K), K)]
-    else:
+    elif sample.dim() > 1:
         sample = sample.diagonal(0, -2, -1)
+    # Of one axis with gaps, such as a row that a weight is stacked of, all is compared.
     return sample.view(_BIT_PATTERNS[sample.element_size()])
 
 

@@ -127,6 +127,26 @@ def test_the_same_memory_seen_in_another_way_is_another_weight(change: Any) -> N
     assert_near(fast(x).float(), layer(x).float())
 
 
+class Stacked(nn.Module):
+    """Multiplies by a matrix whose rows are parameters with gaps in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList(nn.Parameter(torch.randn(192)[::2]) for _ in range(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.stack(list(self.rows)).t()
+
+
+def test_a_weight_of_rows_with_gaps_is_followed_too() -> None:
+    model, x = Stacked(), torch.randn(5, 96)
+    fast = compiled(model)
+    assert_near(fast(x), model(x))
+    for row in model.rows:
+        row.data *= -2
+    assert_near(fast(x), model(x))
+
+
 def test_a_weight_made_under_inference_mode_is_followed_too() -> None:
     with torch.inference_mode():
         block, x = Block(), torch.randn(3, 5, 96)
