@@ -46,8 +46,12 @@ class denoise_step:
     def __call__(
         self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Step on: what diffusers calls as ``callback_on_step_end``."""
-        _current.set(step + 1)
+        """Step on: what diffusers calls as ``callback_on_step_end``.
+
+        After a pipeline's last step the next call begins anew, as for a second picture.
+        """
+        is_last = step + 1 == getattr(pipeline, "num_timesteps", None)
+        _current.set(self._step if is_last else step + 1)
         return callback_kwargs
 
 

@@ -1,0 +1,18 @@
+"""The step that is published for a pipeline's calls of its transformer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from omniq_compile import denoise_step
+from omniq_compile.denoise import current_step
+
+
+def test_each_call_of_a_pipeline_counts_its_steps_anew() -> None:
+    pipeline, seen = SimpleNamespace(num_timesteps=3), []
+    with denoise_step(0) as step:
+        for _ in range(2):
+            for i in range(3):
+                seen.append(current_step())
+                step(pipeline, i, None, {})
+    assert seen == [0, 1, 2, 0, 1, 2]
