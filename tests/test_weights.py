@@ -117,7 +117,18 @@ def take_fewer_rows(weight: nn.Parameter) -> None:
     weight.data = weight.data[:64]
 
 
-@pytest.mark.parametrize("change", [transpose, reinterpret, take_fewer_rows])
+# Dynamo 2.11 traces a parameter anew for another dtype, and not for other sizes or strides.
+from_212 = pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo 2.11 sees no change")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(transpose, marks=from_212),
+        reinterpret,
+        pytest.param(take_fewer_rows, marks=from_212),
+    ],
+)
 def test_the_same_memory_seen_in_another_way_is_another_weight(change: Any) -> None:
     layer = nn.Linear(96, 96, bias=False, dtype=torch.bfloat16)
     fast, x = compiled(layer), torch.randn(7, 96)
