@@ -18,7 +18,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from omniq_compile.foreign import OWN
+from omniq_compile.fitting import refuse_missing
+from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -199,8 +200,6 @@ def _refuse_foreign(checkpoint_files: Iterable[str]) -> None:
     Raises:
         CheckpointError: a file is damaged, or holds weights that somebody else quantized.
     """
-    from omniq_compile.foreign import refuse_foreign
-
     paths = [Path(file) for file in checkpoint_files]
     if paths and all(path.suffix == ".safetensors" for path in paths):
         files = SafetensorsFiles(paths[0].parent, files=paths)
@@ -213,8 +212,6 @@ def _check_loaded(model: Any) -> None:
     Raises:
         CheckpointError: the files lack one that the model's class does not allow to be missing.
     """
-    from omniq_compile.fitting import refuse_missing
-
     allowed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     parameters = dict(model.named_parameters())
     missing = [
