@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+# Private, checked on torch 2.11 to 2.13.
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
 from omniq_compile.lowering.errors import WeightError
@@ -149,6 +153,10 @@ class QuantizedTensor(TensorOfParts):
         form, parts = get_format(self.format), self.parts
         if type(parts[0]) is torch.Tensor:
             return dequantize_rows(parts, form, self.shape, dtype)
+        if isinstance(parts[0], FakeTensor) and get_proxy_mode() is None:
+            # Dynamo asks how the result of a linear looks: of values that nobody records, computing
+            # them takes as long as the rest of its tracing.
+            return parts[0].new_empty(self.shape, dtype=dtype)
         return form.dequantize(parts)[..., : self.shape[-1]].to(dtype)  # in a traced graph
 
     def with_parts(self, parts: Parts, dtype: torch.dtype | None = None) -> QuantizedTensor:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -198,6 +199,21 @@ def test_json_round_trip():
     result = run_bench(SMALL, console(), [recording(BASELINE, []), failing("bad", 0)])
     assert BenchResult.from_json(result.to_json()) == result
     assert '"speedup_median_of_rounds": 1.0' in result.to_json()
+
+
+def test_json_of_an_output_that_is_not_finite():
+    """Which readers of JSON other than Python's refuse where it is written as a bare NaN."""
+    other = Measurement("omniq int8", [1.0], error_to_eager=math.nan, error_to_float32=math.inf)
+    result = BenchResult(SMALL, {}, [Measurement(BASELINE, [1.0]), other])
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    written = json.loads(result.to_json(), parse_constant=refuse)
+    assert written["measurements"][1]["error_to_eager"] == "NaN"
+    read = BenchResult.from_json(result.to_json()).measurements[1]
+    assert math.isnan(read.error_to_eager)
+    assert read.error_to_float32 == math.inf
 
 
 def parse(*arguments):

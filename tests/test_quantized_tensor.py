@@ -16,6 +16,9 @@ from conftest import dequantized, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor, WeightError
@@ -325,3 +328,45 @@ def test_assigned_data_of_another_shape_is_an_error(shape: tuple[int, ...]) -> N
     with pytest.raises(WeightError, match=r"shape \[50, 70\].*cannot take data of shape"):
         q.data = torch.ones(shape, dtype=q.dtype)
     assert torch.equal(q.dequantize(), before)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the operations on plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = not any(issubclass(t, QuantizedTensor) for t in types)
+        self.count += plain
+        return func(*args, **(kwargs or {})) if plain else NotImplemented
+
+
+@by_method
+def test_how_a_result_looks_is_known_without_values(method: str) -> None:
+    """What Dynamo asks of each linear: a model of a thousand would take minutes."""
+    q, x = omniq.quantize(weight(), method), torch.randn(3, 70, dtype=torch.bfloat16)
+    expected = nn.functional.linear(x, q)
+    with FakeTensorMode() as mode:
+        fake_q, fake_x = mode.from_tensor(q), mode.from_tensor(x)
+        with _Counted() as counted:
+            found = nn.functional.linear(fake_x, fake_q)
+            values = fake_q.dequantize()
+    assert counted.count <= 6
+    for fake, real in ((found, expected), (values, q.dequantize())):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@by_method
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_traced_program_computes_the_values(method: str, mode: Any) -> None:
+    """However its operations are recorded."""
+    q, other = omniq.quantize(weight(), method), omniq.quantize(weight(), method)
+    x = torch.randn(3, 70, dtype=torch.bfloat16)
+
+    def function(x: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, q.with_parts(parts))
+
+    program = make_fx(function, tracing_mode=mode)(x, *q.parts)
+    assert torch.equal(program(x, *other.parts), nn.functional.linear(x, other))

@@ -11,6 +11,7 @@ import torch
 
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.strict_json import to_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINE = "Inductor"
@@ -178,7 +179,7 @@ class BenchResult:
                 "speedup_median_of_rounds": by_round,
                 "speedup_of_medians": of_medians,
             }
-        return json.dumps({**asdict(self), "summary": summary}, indent=2)
+        return to_json({**asdict(self), "summary": summary}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> BenchResult:
@@ -187,4 +188,8 @@ class BenchResult:
         data.pop("summary", None)
         data["config"] = BenchConfig(**data["config"])
         data["measurements"] = [Measurement(**m) for m in data["measurements"]]
+        for m in data["measurements"]:
+            for name in ("error_to_float32", "error_to_eager"):
+                value = getattr(m, name)
+                setattr(m, name, None if value is None else float(value))
         return cls(**data)

@@ -34,6 +34,7 @@ from omniq_compile.cli.families import preset_config, transformer_class
 from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.meta_run import to_meta
+from omniq_compile.strict_json import to_json
 
 PACKAGES = ("triton", "torchao", "diffusers")
 
@@ -73,7 +74,7 @@ class SuiteResult:
         data = asdict(self)
         for case, result in zip(data["cases"], self.cases, strict=True):
             case["bench"] = json.loads(result.bench.to_json()) if result.bench else None
-        return json.dumps(data, indent=2)
+        return to_json(data, indent=2)
 
 
 def run_suite(

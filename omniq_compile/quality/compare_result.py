@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from omniq_compile.given_images import by_argument
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.comparison import Comparison, Setting, Side
 from omniq_compile.quality.gate import Gate
+from omniq_compile.strict_json import to_json
 
 VERSION = 1
 
@@ -95,27 +95,15 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all; infinite and NaN become ``"Infinity"`` and ``"NaN"``.
-
-    JSON has no such numbers; ``float()`` of Python and ``Number()`` of JavaScript read the text.
+    """Write what `to_json` makes of the content, whole or not at all.
 
     Raises:
         OptionError: it cannot be written.
     """
-    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    text = to_json(content, indent=1)
     aside = file.with_name(f".{file.name}.partial")
     try:
         aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, file)
     except OSError as error:
         raise OptionError(f"{file} cannot be written: {error}.") from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
