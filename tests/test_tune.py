@@ -27,6 +27,7 @@ from omniq_compile import OptionError, QuantConfig
 from omniq_compile.cli import main
 from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.passes.patterns import first_match
+from omniq_compile.quality import tuning
 from omniq_compile.quality.layer_units import (
     Layer,
     as_patterns,
@@ -344,6 +345,14 @@ def test_errors_have_exit_code_2(
     command = [x for p in pairs for x in (["--argument", p] if not p.startswith("--") else [p])]
     assert main(["tune", folder, "--trust-remote-code", *command]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_too_few_bytes_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "generate", lambda *a, **k: pytest.fail("it generated"))
+    assert tune(tmp_path / "out", "--max-bytes", "1000000") == 2
+    assert "with every layer quantized the weights take" in capsys.readouterr().err
 
 
 def test_a_pipeline_that_is_quantized_already_cannot_be_tuned(

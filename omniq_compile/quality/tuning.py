@@ -86,8 +86,8 @@ class Tuned:
 class _Subject:
     """A pipeline in BF16 whose layers can be quantized for a while, and its reference pictures."""
 
-    def __init__(self, setting: Setting, work: Path, most_calls: int, on_work: OnWork) -> None:
-        self.setting, self.work = setting, work
+    def __init__(self, setting: Setting, work: Path, on_work: OnWork) -> None:
+        self.setting, self.work, self.on_work = setting, work, on_work
         on_work("loading in BF16")
         self.pipe = load_pipeline(setting, None)
         models = models_of(self.pipe)
@@ -104,13 +104,17 @@ class _Subject:
         self.nbytes_bf16 = sum(state_bytes(models[name]) for name in self.configs)
         self.switches = {n: Switches(models[n], config) for n, config in self.configs.items()}
         self.calls: list[Call] = []
+
+    def make_references(self, most_calls: int) -> None:
+        """Generate with BF16, and record calls of each model."""
+        models, setting = models_of(self.pipe), self.setting
         with recording([models[name] for name in self.configs], most_calls) as self.calls:
             for seed in setting.seeds:
-                on_work(f"BF16, seed {seed}")
+                self.on_work(f"BF16, seed {seed}")
                 made = generate(self.pipe, setting.call, seed, keep_latents=False)
                 save_file(
                     {"pictures": np.ascontiguousarray(made.pictures)},
-                    work / f"bf16_{seed}.safetensors",
+                    self.work / f"bf16_{seed}.safetensors",
                 )
 
     def nbytes(self, kept: Collection[str]) -> int:
@@ -231,11 +235,6 @@ class _Search:
     def _for_bytes(self, limit: int) -> Kept:
         """Return the set of the highest PSNR found within a number of bytes."""
         nbytes = self.subject.nbytes
-        if nbytes(()) > limit:
-            raise OptionError(
-                f"--max-bytes {limit:,} cannot be met: with every layer quantized the weights take "
-                f"{nbytes(()):,} bytes."
-            )
         prefix = max((p for p in self.path if nbytes(p) <= limit), key=len)
         filled = prefix
         for key in sorted(self.errors, key=lambda k: (-self.density(k), k)):
@@ -282,7 +281,13 @@ def tune(
     """
     _check(setting, goal)
     release(setting.device)
-    subject = _Subject(setting, work, most_calls, on_work)
+    subject = _Subject(setting, work, on_work)
+    if goal.max_bytes is not None and subject.nbytes(()) > goal.max_bytes:
+        raise OptionError(
+            f"--max-bytes {goal.max_bytes:,} cannot be met: with every layer quantized the weights "
+            f"take {subject.nbytes(()):,} bytes."
+        )
+    subject.make_references(most_calls)
     search = _Search.begin(subject, state, on_work, most_measurements)
     candidates = search.candidates(goal)
     search.draw_curve(curve)
