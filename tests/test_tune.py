@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import dequantized, error
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import OptionError, QuantConfig
@@ -160,6 +162,32 @@ def test_a_single_bad_layer_of_a_large_model_is_found() -> None:
     asked.clear()
     assert layer_errors(many, measure, most=1000) == true
     assert len(asked) == len(many)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("most", [45, 1000])
+def test_a_layer_that_breaks_the_output_is_kept_first(value: float, most: int) -> None:
+    """Of a model measured layer by layer, and by kinds and blocks."""
+    many, bad = layers(30, "abcdefgh"), "transformer.blocks.17.e"
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad(), recording([model], most=1) as calls:
+        model(torch.randn(3, 4))
+
+    def measure(name: str, group: Any) -> float:
+        change = value if bad in {layer.key for layer in group} else 0.01 * len(group)
+        with torch.no_grad():
+            model.weight[0, 0] += change
+            error = calls[0].error()
+            model.weight[0, 0] = 1
+        return error
+
+    with torch.no_grad():
+        model.weight[0, 0] = 1
+        calls[0].expected.copy_(model(*calls[0].args).flatten())
+    errors = layer_errors(many, measure, most)
+    assert all(math.isfinite(error) for error in errors.values())
+    (first,) = path_of_keeping(many, errors, most_policies=100)[1]
+    assert first == bad
 
 
 def test_the_path_keeps_the_best_first_within_the_policies_that_pytorch_compiles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+# The largest error there is. NaN would be neither more nor less than others, and infinities are
+# NaN when two of them are divided.
+BROKEN = 1e30
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,16 @@ class Call:
     expected: torch.Tensor
 
     def error(self) -> float:
-        """Call again; returns ``||out - expected||**2 / ||expected||**2``, in float64."""
+        """Call again; returns ``||out - expected||**2 / ||expected||**2``, in float64.
+
+        An output that is not finite has `BROKEN`.
+        """
         with torch.no_grad():
             out = flat_output(self.model(*self.args, **self.kwargs))
         expected = self.expected.double()
         difference = out.double() - expected
-        return float(difference.square().sum() / expected.square().sum().clamp_min(1e-300))
+        error = float(difference.square().sum() / expected.square().sum().clamp_min(1e-300))
+        return error if math.isfinite(error) else BROKEN
 
 
 def flat_output(output: Any) -> torch.Tensor:
