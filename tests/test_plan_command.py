@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from omniq_compile.cli import main
-from omniq_compile.cli.families import preset_config
+from omniq_compile.cli.families import FAMILIES, InputSize, preset_config
 from omniq_compile.cli.plan import Size, _render
 from omniq_compile.cli.random_models import random_model
 from omniq_compile.planning import Plan, PlanRow
@@ -58,6 +59,40 @@ def test_the_wide_latents_of_wan_have_the_tokens_of_its_pipeline(
     assert f" {tokens} x 192 x 512 " in rows["blocks.*.ffn.net.0.proj"]
     assert f" {tokens} x 192 x 1152 " in rows["condition_embedder.time_proj"]
     assert plan(capsys, str(file), "--method", "int8", "--height", "720")[0] == 2
+
+
+def test_pictures_given_to_an_edit_count(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("FluxTransformer2DModel:tiny", "--method", "int8", "--height", "64", "--width", "96")
+    flops = []
+    for pictures in (1, 3):
+        code, out, _ = plan(capsys, *model, "--pictures", str(pictures), "--text-tokens", "5")
+        assert code == 0
+        row = next(line for line in out.splitlines() if ".ff.net.0.proj" in line)
+        assert f" {24 * pictures} x 192 x 768 " in row
+        flops.append(out)
+    assert "; 3 pictures of 96 x 64, 5 text tokens" in flops[1]
+    assert "; 96 x 64, 5 text tokens" in flops[0]
+
+
+def test_several_pictures_are_placed_as_pipelines_place_them() -> None:
+    """As FluxKontextPipeline does, and as QwenImageEditPlusPipeline names their sizes."""
+    from diffusers import FluxKontextPipeline
+
+    drawn = InputSize(1, (4, 6), 5, torch.float32, torch.Generator().manual_seed(0), pictures=2)
+    for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+        model = random_model(name, "tiny", dtype=torch.float32)
+        inputs = FAMILIES[name].inputs(model, drawn)
+        assert inputs["hidden_states"].shape[1] == 2 * 4 * 6
+        with torch.no_grad():
+            (out,) = model(**inputs)
+        assert out.shape == inputs["hidden_states"].shape
+        if "img_ids" in inputs:
+            ids = FluxKontextPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
+            given = ids.clone()
+            given[..., 0] = 1
+            assert torch.equal(inputs["img_ids"], torch.cat([ids, given]))
+        else:
+            assert inputs["img_shapes"] == [[(1, 4, 6), (1, 4, 6)]]
 
 
 def test_rows_and_totals_are_in_one_unit() -> None:
@@ -117,6 +152,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["WanTransformer3DModel", "--frames", "0"], ["--frames 0 is not one more than"]),
         (["WanTransformer3DModel", "--frames", "8"], ["--frames 8 is not one more than"]),
         (["FluxTransformer2DModel", "--text-tokens", "0"], ["--text-tokens 0"]),
+        (["FluxTransformer2DModel", "--pictures", "0"], ["--pictures 0 must be at least 1"]),
+        (["ZImageTransformer2DModel", "--pictures", "2"],
+         ["--pictures is for QwenImageTransformer2DModel and FluxTransformer2DModel"]),
         (["FluxTransformer2DModel", "--target", "gpu"], ["unknown target device 'gpu'"]),
         (["FluxTransformer2DModel", "--out", "no/such/folder", "--text-tokens", "8", "--height",
           "32", "--width", "32"], ["cannot write 'no/such/folder': No such file or directory"]),

@@ -20,8 +20,9 @@ from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 class InputSize:
     """The size of the inputs to draw.
 
-    `grid` is the image's (rows, columns) in tokens, `frames` how many of them a video has. Without
-    a generator the tensors have no values, and take no memory at any size.
+    `grid` is the image's (rows, columns) in tokens, `frames` how many of them a video has,
+    `pictures` how many of one size are in the sequence: with those given to an edit, or of layers.
+    Without a generator the tensors have no values, and take no memory at any size.
     """
 
     batch: int
@@ -30,6 +31,7 @@ class InputSize:
     dtype: torch.dtype
     generator: torch.Generator | None
     frames: int = 1
+    pictures: int = 1
 
     def normal(self, *shape: int) -> torch.Tensor:
         if self.generator is None:
@@ -43,12 +45,13 @@ class Family:
     """One transformer class: its released width, and how to size it and call it.
 
     config(width, head_dim, num_blocks) gives the constructor's arguments, inputs(model, size)
-    the keyword arguments of forward.
+    the keyword arguments of forward; several_pictures says whether it reads `InputSize.pictures`.
     """
 
     width: int
     config: Callable[[int, int, int], dict[str, Any]]
     inputs: Callable[[Any, InputSize], dict[str, Any]]
+    several_pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,15 @@ def _qwen_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
 def _qwen_inputs(model: Any, size: InputSize) -> dict[str, Any]:
     config, (rows, columns) = model.config, size.grid
     inputs = {
-        "hidden_states": size.normal(size.batch, rows * columns, config.in_channels),
+        "hidden_states": size.normal(
+            size.batch, size.pictures * rows * columns, config.in_channels
+        ),
         "encoder_hidden_states": size.normal(
             size.batch, size.text_tokens, config.joint_attention_dim
         ),
         # No text mask: the pipeline drops one that masks nothing.
         "timestep": torch.full((size.batch,), 0.5, dtype=size.dtype),
-        "img_shapes": [[(1, rows, columns)]] * size.batch,
+        "img_shapes": [[(1, rows, columns)] * size.pictures] * size.batch,
         "return_dict": False,
     }
     # Releases of diffusers before 0.37 want the text's lengths.
@@ -194,11 +199,13 @@ def _flux_config(width: int, head_dim: int, num_blocks: int) -> dict[str, Any]:
 
 def _flux_inputs(model: Any, size: InputSize) -> dict[str, Any]:
     config, (rows, columns) = model.config, size.grid
-    position = torch.cartesian_prod(
-        torch.zeros(1).long(), torch.arange(rows), torch.arange(columns)
-    )
+    # The first coordinate tells a picture that is drawn, 0, from those that are given, 1.
+    given = [min(number, 1) for number in range(size.pictures)]
+    position = torch.cartesian_prod(torch.tensor(given), torch.arange(rows), torch.arange(columns))
     inputs = {
-        "hidden_states": size.normal(size.batch, rows * columns, config.in_channels),
+        "hidden_states": size.normal(
+            size.batch, size.pictures * rows * columns, config.in_channels
+        ),
         "encoder_hidden_states": size.normal(
             size.batch, size.text_tokens, config.joint_attention_dim
         ),
@@ -215,10 +222,10 @@ def _flux_inputs(model: Any, size: InputSize) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "QwenImageTransformer2DModel": Family(3072, _qwen_config, _qwen_inputs),
+    "QwenImageTransformer2DModel": Family(3072, _qwen_config, _qwen_inputs, several_pictures=True),
     "WanTransformer3DModel": Family(5120, _wan_config, _wan_inputs),
     "ZImageTransformer2DModel": Family(3840, _z_image_config, _z_image_inputs),
-    "FluxTransformer2DModel": Family(3072, _flux_config, _flux_inputs),
+    "FluxTransformer2DModel": Family(3072, _flux_config, _flux_inputs, several_pictures=True),
 }
 
 

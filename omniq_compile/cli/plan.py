@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720 or 704)")
     parser.add_argument("--width", type=int, help="pixels (default: 1024, for video 1280)")
     parser.add_argument("--frames", type=int, help="of a video (default: 81)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=1,
+        help="in one call, of this size: the one drawn and those given to an edit, or layers "
+        "(default: 1)",
+    )
     parser.add_argument("--text-tokens", type=int, default=512, help="of the prompt (default: 512)")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there, not to the terminal")
@@ -86,10 +93,13 @@ class Size:
     width: int
     frames: int
     text_tokens: int
+    pictures: int = 1
 
     def __str__(self) -> str:
         frames = f", {self.frames} frames" if self.frames > 1 else ""
-        return f"{self.width} x {self.height}{frames}, {self.text_tokens} text tokens, batch 1"
+        pictures = f"{self.pictures} pictures of " if self.pictures > 1 else ""
+        pixels = f"{pictures}{self.width} x {self.height}{frames}"
+        return f"{pixels}, {self.text_tokens} text tokens, batch 1"
 
 
 def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
@@ -101,7 +111,7 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     default = (720 // pixels_per_token * pixels_per_token, 1280, 81) if video else (1024, 1024, 1)
     given = (arguments.height, arguments.width, arguments.frames)
     height, width, frames = (d if g is None else g for g, d in zip(given, default, strict=True))
-    size = Size(height, width, frames, arguments.text_tokens)
+    size = Size(height, width, frames, arguments.text_tokens, arguments.pictures)
     for name, pixels in (("--height", size.height), ("--width", size.width)):
         if pixels < pixels_per_token or pixels % pixels_per_token:
             raise OptionError(
@@ -110,6 +120,14 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     if size.frames < 1 or (size.frames - 1) % FRAMES_PER_LATENT:
         raise OptionError(
             f"--frames {size.frames} is not one more than a multiple of {FRAMES_PER_LATENT}"
+        )
+    if size.pictures < 1:
+        raise OptionError(f"--pictures {size.pictures} must be at least 1")
+    if size.pictures > 1 and not FAMILIES[model.class_name].several_pictures:
+        several = " and ".join(name for name, row in FAMILIES.items() if row.several_pictures)
+        raise OptionError(
+            f"--pictures is for {several}, and {model.class_name} takes no second one into its "
+            "sequence"
         )
     if size.text_tokens < 1:
         raise OptionError(f"--text-tokens {size.text_tokens} must be at least 1")
@@ -129,7 +147,7 @@ def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -
     pixels_per_token = _pixels_per_token(model)
     grid = (size.height // pixels_per_token, size.width // pixels_per_token)
     latent_frames = (size.frames - 1) // FRAMES_PER_LATENT + 1
-    drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, None, latent_frames)
+    drawn = InputSize(1, grid, size.text_tokens, torch.bfloat16, None, latent_frames, size.pictures)
     inputs = to_meta(FAMILIES[model.class_name].inputs(built, drawn))
     return plan_model(built, inputs, config, target)[0]
 
