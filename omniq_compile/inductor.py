@@ -35,15 +35,28 @@ def compile(
     _store_operands_once()
     _divide_sums()
     kernel_accesses.remember()
-    # A compiled graph has launches of omniq's kernels in it, and its key in PyTorch's caches, of
-    # which the user's tag is a part, has only the names of their operators.
-    config: Any = torch.compiler.config
-    tag = f"{config.cache_key_tag} omniq {_own_code()}"
-    with config.patch(cache_key_tag=tag), _rows_in_registers():
+    with _rows_in_registers():
         compiled: Callable[..., Any] = torch._inductor.compile(
-            gm, list(inputs), options=dict(settings)
+            gm, list(inputs), options={**settings, **_known_by_own_code(settings)}
         )
     return compiled
+
+
+# What AOTInductor writes beside a packaged model; elsewhere only the caches read it.
+_METADATA = "aot_inductor.metadata"
+
+
+def _known_by_own_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a setting that tells graphs of this code of omniq's from others in PyTorch's caches.
+
+    A compiled graph has launches of omniq's kernels in it, and its key has only the names of their
+    operators. PyTorch's own tag, ``torch.compiler.config.cache_key_tag``, is not for that: which
+    block sizes of Inductor's kernels were fastest is kept by it too, and Inductor's workers, which
+    do not get it, keep them by another name than they are looked up by. A first call whose program
+    lies in the cache would time them again.
+    """
+    given = settings.get(_METADATA, torch._inductor.config.aot_inductor.metadata)
+    return {_METADATA: {**given, "omniq": _own_code()}}
 
 
 @cache

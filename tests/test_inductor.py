@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -33,6 +35,32 @@ def test_a_changed_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
         assert compile_once() == (1, 0)
         with torch.compiler.config.patch(cache_key_tag="the user's"):
             assert compile_once() == (0, 1)
+
+
+@pytest.mark.parametrize("given", [{}, {"aot_inductor.metadata": {"by": "the user"}}])
+def test_what_workers_do_not_get_is_left_alone(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest block sizes of a kernel are kept under PyTorch's tag, in a worker "".
+
+    Where a compile changed it in this process, each process would time all of them again.
+    """
+    seen = []
+
+    def record(gm: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        worker = "from torch.compiler.config import cache_key_tag; print(repr(cache_key_tag))"
+        out = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True)
+        seen.append((repr(torch.compiler.config.cache_key_tag), out.stdout.strip(), options))
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", record)
+    gm = torch.fx.symbolic_trace(torch.nn.Linear(4, 4))
+    inductor.compile(gm, [torch.randn(2, 4)], given)
+    ((here, in_a_worker, options),) = seen
+    assert here == in_a_worker == "''"
+    assert (
+        given.get("aot_inductor.metadata", {}).items() <= options["aot_inductor.metadata"].items()
+    )
 
 
 def test_the_digest_is_of_every_file_that_makes_launches(
