@@ -63,15 +63,15 @@ def test_the_wide_latents_of_wan_have_the_tokens_of_its_pipeline(
 
 def test_pictures_given_to_an_edit_count(capsys: pytest.CaptureFixture[str]) -> None:
     model = ("FluxTransformer2DModel:tiny", "--method", "int8", "--height", "64", "--width", "96")
-    flops = []
+    shown = []
     for pictures in (1, 3):
         code, out, _ = plan(capsys, *model, "--pictures", str(pictures), "--text-tokens", "5")
         assert code == 0
         row = next(line for line in out.splitlines() if ".ff.net.0.proj" in line)
         assert f" {24 * pictures} x 192 x 768 " in row
-        flops.append(out)
-    assert "; 3 pictures of 96 x 64, 5 text tokens" in flops[1]
-    assert "; 96 x 64, 5 text tokens" in flops[0]
+        shown.append(out)
+    assert "; 3 pictures of 96 x 64, 5 text tokens" in shown[1]
+    assert "; 96 x 64, 5 text tokens" in shown[0]
 
 
 def test_several_pictures_are_placed_as_pipelines_place_them() -> None:

@@ -15,14 +15,15 @@ import omniq_compile as omniq
 from omniq_compile import OptionError
 
 
+def measure_one(setting: Any, goal: Any, state: Any, *_: Any, **__: Any) -> None:
+    state.put("some layer", [1.0])
+    raise OptionError(f"stopped after {state.resumed}")
+
+
 @pytest.mark.parametrize("out", [".", "tuned"])
 def test_a_run_goes_on_in_the_folder_of_its_pipeline(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure_one(setting: Any, goal: Any, state: Any, work: Path, *_: Any, **__: Any) -> None:
-        state.put("some layer", [1.0])
-        raise OptionError(f"stopped after {state.resumed}")
-
     monkeypatch.setattr("omniq_compile.quality.tuning.tune", measure_one)
     shutil.copytree(DIGITS, tmp_path / "pipeline")
     monkeypatch.chdir(tmp_path / "pipeline")
@@ -43,10 +44,6 @@ def test_what_another_version_measured_is_not_taken_over(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def measure_one(setting: Any, goal: Any, state: Any, *_: Any, **__: Any) -> None:
-        state.put("some layer", [1.0])
-        raise OptionError(f"stopped after {state.resumed}")
-
     monkeypatch.setattr("omniq_compile.quality.tuning.tune", measure_one)
     for resumed in range(2):
         assert tune(tmp_path, "--target-psnr", "52") == 2

@@ -165,8 +165,8 @@ class BenchResult:
         pairs = zip(base.graph_seconds, other.graph_seconds, strict=True)
         return statistics.median(b / o for b, o in pairs)
 
-    def to_json(self) -> str:
-        """Return everything as JSON, and under "summary" the statistics that follow from it."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, and under "summary" the statistics that follow from it."""
         summary = {}
         for m in self.measurements:
             by_round, of_medians = self.speedups(m.name) or (None, None)
@@ -179,7 +179,11 @@ class BenchResult:
                 "speedup_median_of_rounds": by_round,
                 "speedup_of_medians": of_medians,
             }
-        return to_json({**asdict(self), "summary": summary}, indent=2)
+        return {**asdict(self), "summary": summary}
+
+    def to_json(self) -> str:
+        """Return `as_dict` as JSON."""
+        return to_json(self.as_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> BenchResult:

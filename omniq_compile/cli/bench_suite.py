@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import re
 import shlex
 import sys
@@ -73,7 +72,7 @@ class SuiteResult:
         """Return everything as JSON."""
         data = asdict(self)
         for case, result in zip(data["cases"], self.cases, strict=True):
-            case["bench"] = json.loads(result.bench.to_json()) if result.bench else None
+            case["bench"] = result.bench.as_dict() if result.bench else None
         return to_json(data, indent=2)
 
 

@@ -121,16 +121,15 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
         raise OptionError(
             f"--frames {size.frames} is not one more than a multiple of {FRAMES_PER_LATENT}"
         )
-    if size.pictures < 1:
-        raise OptionError(f"--pictures {size.pictures} must be at least 1")
+    for name, count in (("--pictures", size.pictures), ("--text-tokens", size.text_tokens)):
+        if count < 1:
+            raise OptionError(f"{name} {count} must be at least 1")
     if size.pictures > 1 and not FAMILIES[model.class_name].several_pictures:
         several = " and ".join(name for name, row in FAMILIES.items() if row.several_pictures)
         raise OptionError(
             f"--pictures is for {several}, and {model.class_name} takes no second one into its "
             "sequence"
         )
-    if size.text_tokens < 1:
-        raise OptionError(f"--text-tokens {size.text_tokens} must be at least 1")
     return size
 
 

@@ -87,7 +87,7 @@ class _Subject:
     """A pipeline in BF16 whose layers can be quantized for a while, and its reference pictures."""
 
     def __init__(self, setting: Setting, work: Path, on_work: OnWork) -> None:
-        self.setting, self.work, self.on_work = setting, work, on_work
+        self.setting, self.work = setting, work
         on_work("loading in BF16")
         self.pipe = load_pipeline(setting, None)
         models = models_of(self.pipe)
@@ -105,12 +105,12 @@ class _Subject:
         self.switches = {n: Switches(models[n], config) for n, config in self.configs.items()}
         self.calls: list[Call] = []
 
-    def make_references(self, most_calls: int) -> None:
+    def make_references(self, most_calls: int, on_work: OnWork) -> None:
         """Generate with BF16, and record calls of each model."""
         models, setting = models_of(self.pipe), self.setting
         with recording([models[name] for name in self.configs], most_calls) as self.calls:
             for seed in setting.seeds:
-                self.on_work(f"BF16, seed {seed}")
+                on_work(f"BF16, seed {seed}")
                 made = generate(self.pipe, setting.call, seed, keep_latents=False)
                 save_file(
                     {"pictures": np.ascontiguousarray(made.pictures)},
@@ -287,7 +287,7 @@ def tune(
             f"--max-bytes {goal.max_bytes:,} cannot be met: with every layer quantized the weights "
             f"take {subject.nbytes(()):,} bytes."
         )
-    subject.make_references(most_calls)
+    subject.make_references(most_calls, on_work)
     search = _Search.begin(subject, state, on_work, most_measurements)
     candidates = search.candidates(goal)
     search.draw_curve(curve)
