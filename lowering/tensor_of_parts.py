@@ -67,6 +67,12 @@ class TensorOfParts(torch.Tensor):
         return torch.empty(0, device=self.device).__dlpack_device__()
 
 
+def inner_tensors(tensor: Any) -> list[torch.Tensor]:
+    """Return what a tensor of any subclass that PyTorch traces is made of, such as a `DTensor`."""
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [thing for thing in inner if isinstance(thing, torch.Tensor)]
+
+
 def let_go(tensor: TensorOfParts) -> None:
     """Free what refers to a tensor weakly from a cycle that nothing reaches, as Dynamo leaves it.
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omniq_compile import weight_changes
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import as_stored
+from omniq_compile.lowering.tensor_of_parts import inner_tensors
 from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
 from omniq_compile.weight_changes import Stamp, comparisons_of, memory_of
@@ -65,7 +67,16 @@ class QuantizedWeight:
 
 def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors that hold the parameters' memory."""
-    return [s for p in parameters for s in (p.parts if isinstance(p, QuantizedTensor) else (p,))]
+    return [source for parameter in parameters for source in _memory(parameter)]
+
+
+def _memory(parameter: torch.Tensor) -> Sequence[torch.Tensor]:
+    if type(parameter) in (torch.Tensor, torch.nn.Parameter):
+        return (parameter,)
+    if isinstance(parameter, QuantizedTensor):
+        return parameter.parts
+    # Of a `DTensor` the part that this process has.
+    return inner_tensors(parameter) if is_traceable_wrapper_subclass(parameter) else (parameter,)
 
 
 class _Row:

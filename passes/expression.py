@@ -41,6 +41,7 @@ MOVES: frozenset[Any] = frozenset(
         "chunk", "clone", "contiguous", "detach", "flatten", "narrow", "permute", "reshape",
         "select", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "to", "transpose",
         "unbind", "unflatten", "unsqueeze", "view", "expand", "bfloat16", "half", "float",
+        "to_local",
         operator.getitem, getattr,
         torch.cat, torch.chunk, torch.clone, torch.concat, torch.flatten, torch.narrow,
         torch.permute, torch.reshape, torch.select, torch.split, torch.squeeze, torch.stack,

@@ -12,9 +12,10 @@ from torch import fx
 # Private, checked on torch 2.11 to 2.13.
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omniq_compile.lowering import ops
-from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.lowering.tensor_of_parts import inner_tensors
 from omniq_compile.passes import dynamo
 
 # Operators of ours that say what they return far faster than their dispatch would: it adds a
@@ -38,7 +39,15 @@ def fill_values(node: fx.Node) -> None:
 
 def add_call(of: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
     """Add a call that is part of what a node does, with that node's place in the model."""
-    node = of.graph.call_function(function, arguments)
+    return _added(of.graph.call_function(function, arguments), of)
+
+
+def add_method(of: fx.Node, name: str, *arguments: Any) -> fx.Node:
+    """Add a call of the first argument's method; see `add_call`."""
+    return _added(of.graph.call_method(name, arguments), of)
+
+
+def _added(node: fx.Node, of: fx.Node) -> fx.Node:
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in of.meta:
             node.meta[key] = of.meta[key]
@@ -60,8 +69,8 @@ def fake_mode(arguments: Any) -> Any:
     that does nothing.
     """
     for argument in torch.utils._pytree.tree_leaves(arguments):
-        if isinstance(argument, QuantizedTensor):
-            return fake_mode(argument.parts)
+        if is_traceable_wrapper_subclass(argument):
+            return fake_mode(inner_tensors(argument))
         if hasattr(argument, "fake_mode"):
             return argument.fake_mode
     return nullcontext()

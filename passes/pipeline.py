@@ -20,6 +20,7 @@ from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.policy import decide
 from omniq_compile.passes.real_rotary import real_rotary
 from omniq_compile.passes.rewrite import rewrite
+from omniq_compile.passes.shards import multiply_shards
 from omniq_compile.passes.share import share
 from omniq_compile.passes.sigmoid_gelu import sigmoid_gelu
 
@@ -57,6 +58,7 @@ def build(config: QuantConfig) -> list[Pass]:
 
     return [
         Pass("inline", lambda gm, context: inline(gm)),
+        Pass("shards", lambda gm, context: multiply_shards(gm)),
         Pass("match", match),
         Pass("policy", policy, ends="traced"),
         Pass("rewrite", rewrite),
