@@ -109,7 +109,7 @@ class _Regions:
         self._arguments = compile_arguments
         self._order: dict[str, int] = {}
         self._backends: dict[Any, Any] = {}
-        self._functions: dict[tuple[type, QuantConfig], FunctionType] = {}
+        self._functions: dict[Any, FunctionType] = {}
         self._check_count(blocks)
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
@@ -124,7 +124,7 @@ class _Regions:
             self._backends[config] = partial(compile_graph, config=config, decided=self._kept.add)
             logger.info("policy %d starts at block %s", len(self._backends), name)
         compiled = torch.compile(
-            self._own_function(type(block), config),
+            self._own_function(block, config),
             backend=self._backends[config],
             **self._arguments,
         )
@@ -135,14 +135,17 @@ class _Regions:
             self._kept.warn(self._model)
         return result
 
-    def _own_function(self, kind: type, config: QuantConfig) -> FunctionType:
-        """Return what calls a block of one class and policy, the same function for each of them.
+    def _own_function(self, block: nn.Module, config: QuantConfig) -> FunctionType:
+        """Return what calls blocks of one class, sizes and policy, the same function for each.
 
         Dynamo skips the `_call_impl` of classes that are torch's own, such as `nn.Sequential`. And
-        it counts recompilations per code object: where policies shared one, a few resolutions of
-        each would reach its limit, from which on blocks run as they are, without an error.
+        it counts recompilations per code object: where policies shared one, or the many sizes that
+        a UNet's blocks have, a few resolutions of each would reach its limit, from which on blocks
+        run as they are, without an error.
         """
-        key = kind, config
+        kind = type(block)
+        sizes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        key = kind, sizes, config
         if key not in self._functions:
             code = _run_block.__code__.replace(co_name=f"run_{kind.__name__}")
             function = FunctionType(code, globals(), _run_block.__name__)
