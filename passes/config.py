@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
+from omniq_compile.passes.option_checks import CHECKS, METHODS_OF, unknown_option
 
 # Narrower layers hold little of a transformer's work or memory, and their quantize and epilogue
 # loops weigh more beside the smaller GEMM. On a CPU with fast BF16 GEMMs int8 gains from 256 on
@@ -104,7 +104,7 @@ class QuantConfig:
         if isinstance(options, Mapping):
             for name in options:
                 if name not in CHECKS:
-                    raise OptionError(unknown("option", name, CHECKS))
+                    raise OptionError(unknown_option(name))
         if not isinstance(options, Mapping) or "method" not in options:
             given = "none" if options is None else repr(options)
             raise OptionError(

@@ -5,6 +5,7 @@ Adding an option is adding a field to `QuantConfig` and a row to `CHECKS`.
 
 from __future__ import annotations
 
+import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -163,6 +164,21 @@ def _steps(value: Any) -> tuple[int, ...]:
             f"[0, 1], not {value!r}."
         )
     return tuple(sorted(set(value)))
+
+
+def unknown_option(name: Any) -> str:
+    """Word the error for an option that there is not, which may be one of ``torch.compile``'s."""
+    if name in inspect.signature(torch.compile).parameters:
+        return (
+            f"{name!r} is an argument of torch.compile, and no option of omniq. Give it beside the "
+            f"options: torch.compile(model, backend='omniq', {name}=..., options=...)."
+        )
+    if name in torch._inductor.list_options():
+        return (
+            f"{name!r} is a setting of Inductor, and no option of omniq. Give it inside the option "
+            f"'inductor': {{'inductor': {{{name!r}: ...}}}}."
+        )
+    return unknown("option", name, CHECKS)
 
 
 CHECKS: dict[Any, Callable[[Any], Any]] = {

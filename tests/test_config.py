@@ -69,6 +69,8 @@ def test_steps_may_be_a_range() -> None:
                                  "Valid: method, ignored_layers,", "target."]),
         ({"zzz": 1}, ["unknown option 'zzz'. Valid: method,"]),
         ({3: 1}, ["unknown option 3"]),
+        ({"max_autotune": True}, ["a setting of Inductor", "{'inductor': {'max_autotune': ...}}"]),
+        ({"fullgraph": True}, ["an argument of torch.compile", "fullgraph=..., options=..."]),
         ({"method": "int9"}, ["unknown method 'int9'", "Did you mean 'int8'?", "Valid: int8"]),
         ({"method": ["int8"]}, ["unknown method ['int8']"]),
         ({"method": None}, ["unknown method None"]),
