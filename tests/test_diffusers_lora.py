@@ -72,6 +72,21 @@ def test_every_step_of_an_adapters_life_is_followed(compiled_first: bool) -> Non
     pair.check(moved=not compiled_first)
 
 
+@pytest.mark.parametrize("room", [8, 16])
+def test_an_adapter_that_is_swapped_in_place_is_followed_without_a_new_compile(room: int) -> None:
+    """Its matrices stay BF16 with room for rank 8, and with room for 16 are quantized."""
+    model = tiny_flux(num_layers=1)
+    model.enable_lora_hotswap(target_rank=room)
+    model.load_lora_adapter(lora(model, 1), prefix=None, adapter_name="one")
+    pair = Pair(model, torch.compile(model, backend="omniq", options=OPTIONS))
+    pair.check(moved=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, moved in ((2, True), (1, False)):
+            state = lora(tiny_flux(num_layers=1), seed)
+            model.load_lora_adapter(state, prefix=None, adapter_name="one", hotswap=True)
+            pair.check(moved)
+
+
 def test_small_matrices_of_an_adapter_stay_bf16_and_the_layer_does_not() -> None:
     model = tiny_flux()
     model.load_lora_adapter(lora(model, 1), prefix=None, adapter_name="one")
