@@ -94,7 +94,9 @@ def test_amax_counts_as_what_it_is_in_the_dtype_of_the_values(
     values = torch.ldexp(1 + torch.rand(5000), exponents)
     powers = torch.ldexp(torch.ones(5000), exponents)
     around = [torch.cat([powers, 1.8125 * powers]).nextafter(torch.tensor(to)) for to in (0.0, 1e9)]
-    # NaN of every sign and payload; nothing midway between two values of the dtype.
+    # Midway between a power and the value of the dtype below it, which is rounded to the power.
+    around.append(powers * (1 - torch.finfo(dtype).eps / 4))
+    # NaN of every sign and payload; nothing else midway between two values of the dtype.
     special = [0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x400000, 0]
     bits = torch.tensor(special, dtype=torch.int32).view(torch.float32)
     amax = torch.cat([values, powers, *around, bits])
