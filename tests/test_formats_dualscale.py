@@ -103,6 +103,27 @@ def test_no_division_of_a_gpu_changes_a_block_scale(
     assert torch.allclose(coarse, parts[2], rtol=1.2e-7, atol=0)
 
 
+@by_format
+@pytest.mark.parametrize("power", [0, -126])
+@pytest.mark.parametrize("bits", [16, 24])
+def test_a_block_of_float32_at_a_jump_is_scaled_as_defined(
+    format: Format, power: int, bits: int
+) -> None:
+    """Down to denormals, and by coarse scales of few bits and of many."""
+    significand = torch.randint(2 ** (bits - 1), 2**bits, (512, 1)) | 1
+    coarse = torch.ldexp(significand.float(), torch.tensor(power - bits + 1))
+    x = torch.zeros(512, mxfp4_dualscale.BLOCKS_A_RUN, mx.BLOCK)
+    x[:, 0, :1] = 6 * coarse
+    for block in range(1, mxfp4_dualscale.BLOCKS_A_RUN):
+        x[:, block, :1] = (4, 3.625)[block % 2] * coarse * 2.0 ** (1 - block)
+    x = x.flatten(-2)
+    divided = (x / (x[:, :1] / 6)).numpy()
+    codes, scale, _ = oracle.mx(divided, oracle.E2M1, format is mxfp4_dualscale.UOS_FORMAT)
+    parts = format.quantize(x)
+    assert np.array_equal(parts[1].numpy(), scale)
+    assert np.array_equal(parts[0].numpy(), oracle.pack(codes))
+
+
 def error(format: Format, x: torch.Tensor) -> float:
     """The relative error of each row, averaged, so that no row's magnitude decides."""
     difference = (format.dequantize(format.quantize(x)) - x).double()
