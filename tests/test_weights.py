@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from format_oracle import same_bits
 from torch import nn
 
 from omniq_compile import WeightError
+from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.formats.rows import dequantize_rows, quantize_rows
 from omniq_compile.weights import resident_bytes, statistics
 
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
@@ -235,12 +238,14 @@ def test_a_weight_that_is_not_finite_names_its_layer(bad: float, options: dict[s
         compiled(model, **options)(torch.randn(2, 96))
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (5000, 300), (3, 1700, 333)])
-def test_quantizing_some_rows_at_a_time_changes_nothing(shape: tuple[int, ...]) -> None:
-    from omniq_compile.lowering.formats import int8
-    from omniq_compile.lowering.formats.rows import quantize_rows
-
-    weight = torch.randn(*shape)
-    parts = quantize_rows(weight, int8.FORMAT)
-    for chunked, whole in zip(parts, int8.quantize(weight), strict=True):
-        assert torch.equal(chunked, whole)
+@pytest.mark.parametrize("format", ["int8", "fp8_block_128x96", "mxfp4_dualscale"])
+@pytest.mark.parametrize("shape", [(7, 5), (2000, 300), (2, 1700, 333)])
+def test_quantizing_some_rows_at_a_time_changes_nothing(
+    shape: tuple[int, ...], format: str
+) -> None:
+    form, weight = get_format(format), torch.randn(*shape)
+    parts, whole = quantize_rows(weight, form), form.quantize(weight)
+    for chunked, expected in zip(parts, whole, strict=True):
+        assert same_bits(chunked, expected)
+    values = dequantize_rows(whole, form, weight.shape, torch.float32)
+    assert torch.equal(values, form.dequantize(whole)[..., : shape[-1]])
