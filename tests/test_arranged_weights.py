@@ -161,9 +161,9 @@ def test_inputs_say_that_they_are_arranged(layout: Change) -> None:
     assert lowered["quantized"].count("as its kernel reads it") == 0
 
 
-def test_a_weight_that_two_kernels_read_stays_as_it_is(
-    layout: Change, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _two_layouts(layout: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let products of under 5 rows read a weight as it is stored, and others reversed."""
     layout(reversed_rows)
     (changed, *_), plain = registry.kernels_of("cpu"), registry.as_stored
     few = dataclasses.replace(
@@ -173,6 +173,19 @@ def test_a_weight_that_two_kernels_read_stays_as_it_is(
         refuse=lambda problem, scheme: None if problem.M < 5 else "many rows",
     )
     monkeypatch.setattr(registry, "kernels_of", lambda device: (few, changed))
+
+
+@pytest.mark.usefixtures("_two_layouts")
+def test_two_graphs_read_one_weight_in_a_layout_each() -> None:
+    net = model()
+    run = torch.compile(net, backend="omniq", options=OPTIONS, dynamic=False)
+    for rows in (3, 9, 3):
+        x = torch.randn(rows, K).bfloat16()
+        assert near(run(x), net(x))
+
+
+@pytest.mark.usefixtures("_two_layouts")
+def test_a_weight_that_two_kernels_read_stays_as_it_is() -> None:
     layer = nn.Linear(K, N, bias=False).bfloat16()
 
     class Twice(nn.Module):
