@@ -73,6 +73,16 @@ def test_it_is_the_gelu_and_more_precise_below_zero() -> None:
     assert error[0] < 0.01 * error[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_has_16_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.linspace(-4, 8, 4001).to(dtype)
+    ((gm, _),) = traced(tanh_gelu, x)
+    (found,) = lowered(gm, GPU)(x)
+    assert found.dtype is dtype
+    step = 1.01 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), tanh_gelu(x.double()), rtol=step / 2, atol=1e-7)
+
+
 def test_it_keeps_what_a_gelu_makes_of_infinities_and_nan() -> None:
     x = torch.tensor([torch.inf, torch.nan, -torch.inf, 0.0, -0.0, 3e38, -3e38])
     ((gm, _),) = traced(tanh_gelu, x)
