@@ -68,7 +68,10 @@ def test_each_row_errs_by_at_most_half_a_step() -> None:
 
 
 @by_kernel
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 64, 33), (5, 1, 3), (17, 1025, 40), (70, 3001, 9)])
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [(1, 64, 33), (5, 1, 3), (17, 1025, 40), (70, 3001, 9), (2, 1100, 1200)],
+)
 def test_the_integer_part_is_exact(kernel: Kernel, M: int, K: int, N: int) -> None:
     """Against numpy's int64 product, also where every code is at its limit."""
     use_int_mm = kernel.name == "cpu_s8_int_mm"
