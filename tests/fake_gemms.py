@@ -111,6 +111,7 @@ def _e8m0_shuffle(scale: Tensor) -> Tensor:
 
 
 def _gemm_a4w4(A: Tensor, B: Tensor, A_scale: Tensor, B_scale: Tensor, **_: Any) -> Tensor:
+    assert A.is_contiguous()
     rows, columns = B.shape
     tiles = B.view(torch.uint8).view(rows // 16, columns // 32, 2, 16, 16)
     weight = tiles.permute(0, 3, 1, 2, 4).reshape(rows, columns)

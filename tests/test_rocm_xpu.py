@@ -216,6 +216,34 @@ def test_mxfp4_numbers_through_aiter(
     assert [call.operator for call in recorder.calls] == operators
 
 
+def test_two_activations_multiply_through_aiter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second is not arranged before, as a weight is."""
+    fake_gemms.install_aiter(monkeypatch, tmp_path, "gfx950")
+    scheme = get_scheme("mxfp4")
+    x, y = torch.randn(5, 256, dtype=BF16), torch.randn(32, 256, dtype=BF16)
+    parts = [get_format("mxfp4").quantize(operand) for operand in (x, y)]
+    out = aiter.gemm(*parts, None, problem(x, y, b_is_weight=False), scheme)
+    assert error(out, reference.gemm(*parts, None, "mxfp4", "mxfp4", torch.float64)) < 3e-3
+
+
+def test_operands_of_other_strides_are_made_rows_for_aiter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_gemms.install_aiter(monkeypatch, tmp_path, "gfx950")
+    parts = get_format("mxfp4").quantize(torch.randn(40, 256))
+    weight = aiter.arrange(get_format("mxfp4").quantize(torch.randn(32, 256)))
+    columns = [part.t().contiguous().t() for part in parts]
+    expected = aiter.rocm_gemm_a4w4(*parts, *weight)
+    assert torch.equal(aiter.rocm_gemm_a4w4(*columns, *weight), expected)
+
+
+def test_a_bias_that_is_added_after_is_not_rounded_before() -> None:
+    out, bias = torch.tensor([-1.0], dtype=BF16), torch.tensor([1 + 2.0**-12])
+    assert mx.add_bias(out, bias).tolist() == [2.0**-12]
+
+
 def test_aiter_is_told_from_another_package_of_its_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -249,6 +277,7 @@ BLOCKS = get_scheme("fp8", weight_block_size=(128, 128))
         ("rocm:gfx942", INT8, {"b_rank": 3}, "no batch of matrices", "s8_float32"),
         ("rocm:gfx950", MXFP8, {"K": 160}, "K = 160 in blocks of 32 is not a", "mxfp8_bfloat16"),
         ("rocm:gfx950", MXFP8, {"N": 40}, "N = 40 is not a multiple of 16", "mxfp8_bfloat16"),
+        ("rocm:gfx950", MXFP8, {"b_rank": 3}, "no batch of matrices", "mxfp8_bfloat16"),
         ("rocm:gfx950", MXFP8, {"dtype": FP32}, "the result is float32", "mxfp8_float32"),
         ("rocm:gfx950", MXFP4, {"K": 160}, "K = 160 in blocks of 32 is not a", "mxfp4_bfloat16"),
         ("rocm:gfx950", MIXED, {}, "one element type, not mxfp4 (mxfp8 x mx", "mxfp4_bfloat16"),
