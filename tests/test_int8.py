@@ -144,9 +144,14 @@ def test_a_bad_token_stays_alone(kernel: Kernel) -> None:
     assert torch.equal(out[good], run(kernel, x[good], w))
 
 
-@by_kernel
-def test_a_k_that_could_overflow_int32_is_refused(kernel: Kernel) -> None:
+def test_a_k_that_could_overflow_int32_is_refused() -> None:
     largest = (2**31 - 1) // 127**2
-    assert kernel.refuse(Problem(1, largest, 1, 2, 2, torch.float32), SCHEME) is None
-    too_large = Problem(1, largest + 1, 1, 2, 2, torch.float32)
-    assert "overflow" in str(kernel.refuse(too_large, SCHEME))
+    for kernel in KERNELS:
+        assert kernel.refuse(Problem(1, largest, 1, 2, 2, torch.float32), SCHEME) is None
+        too_large = Problem(1, largest + 1, 1, 2, 2, torch.float32)
+        assert "overflow" in str(kernel.refuse(too_large, SCHEME))
+    for target in {target for target, _ in registry.table()}:
+        problem = Problem(64, 8 * largest, 64, 2, 2, torch.bfloat16)
+        found, why = registry.choose(SCHEME, target, problem)
+        assert found is None
+        assert "overflow" in why
