@@ -99,6 +99,16 @@ def test_a_problem_goes_to_the_first_kernel_that_takes_it(
     assert bool(said) == bool(why)
 
 
+@pytest.mark.parametrize("place", ["cuda:sm_100", "cuda:sm_120", "cuda:sm_89", "rocm:gfx942"])
+@pytest.mark.parametrize("M", [64, 4096])
+def test_blocks_of_32_are_not_cut_from_a_symbolic_k(place: str, M: int) -> None:
+    for method in ("mxfp8", "mxfp4", "mxfp4_dualscale"):
+        problem = Problem(M, "s0", 9216, 3, 2, BF16)  # type: ignore[arg-type]
+        kernel, why = registry.choose(get_scheme(method), Target.parse(place), problem)
+        assert kernel is None
+        assert f"K is symbolic (s0), and {method} cuts" in why
+
+
 def test_two_activations_are_not_decoded_as_a_weight() -> None:
     problem = Problem(9, 64, 64, 2, 2, BF16, b_is_weight=False)
     assert chosen("cuda:sm_90", MXFP4, problem)[0] == "cuda_mxfp4_bfloat16"
@@ -220,6 +230,8 @@ def test_what_is_timed_are_the_chosen_tile_and_others_that_fit(M: int, N: int) -
         for tile in others:
             assert tile.block_m < max(2 * M, first.block_m + 1)
             assert 4 * tile.block_m * tile.block_n >= first.block_m * first.block_n
+        unaligned = tiles.candidates(kernel, arch, M, N, processors=132, tma=False)
+        assert not any(tile.persistent for tile in unaligned)
     many = tiles.candidates("row_scaled", "sm_90", 4096, 3072, processors=132)
     assert {(t.block_m, t.block_n) for t in many} > {(128, 256), (256, 128), (128, 128)}
     assert {t.persistent for t in many} == {True, False}
@@ -263,6 +275,8 @@ def test_a_machine_without_triton_lowers_and_says_so_where_it_would_run(
     code = "import omniq_compile, sys; omniq_compile.kernels(); print('triton' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert chosen("cuda:sm_90", INT8, layer()) == ("cuda_s8_triton", "")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(
         sys.modules, "omniq_compile.lowering.triton_kernels.row_scaled_gemm", raising=False
