@@ -272,6 +272,18 @@ def test_what_a_stamp_was_made_of_is_freed(device: Device, pause: Any) -> None:
     assert_near(residual(fast, x), residual(block, x))
 
 
+def test_a_parameter_that_moved_is_not_read_for_another(device: Device, pause: Any) -> None:
+    tensors = [torch.ones(40, 30), torch.ones(40, 30)]
+    moved, other = (
+        weight_changes.comparisons_of([weight_changes.Stamp(tensor)])[0] for tensor in tensors
+    )
+    tensors[0].data = torch.empty(0)  # as where its model is off the device
+    pause()
+    weight_changes.entered()
+    assert not other.has_changed()
+    assert not moved.has_changed()  # what its memory tells is asked before
+
+
 @pytest.mark.parametrize(
     ("first", "then"), [("no_grad", "inference_mode"), ("inference_mode", "no_grad")]
 )
