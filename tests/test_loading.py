@@ -243,6 +243,13 @@ def shard(folder: Path, change: Callable[[dict[str, str]], Any] | None = None) -
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def repeat(folder: Path) -> None:
+    shard(folder)
+    parts = [safetensors.torch.load_file(folder / f"part-{i}.safetensors") for i in (0, 1)]
+    name, tensor = next(iter(parts[0].items()))
+    safetensors.torch.save_file(parts[1] | {name: tensor}, folder / "part-1.safetensors")
+
+
 def configure(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         about = json.loads((folder / "config.json").read_text())
@@ -277,6 +284,11 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})),
         "says 'other' is in part-0.safetensors, which does not hold it. Download the checkpoint",
     ),
+    (
+        lambda f: shard(f, lambda p: p.update({f"{Q}.weight": p[f"{Q}.bias"]})),
+        f"says '{Q}.weight' is in part-",
+    ),
+    (repeat, "part-0.safetensors and again in"),
     (
         lambda f: (
             shard(f),
