@@ -282,17 +282,18 @@ def test_a_model_of_one_float_dtype_is_quantized(dtype: torch.dtype) -> None:
     assert error(result, exact) < {torch.float32: 5e-7}.get(dtype, torch.finfo(dtype).eps / 2)
 
 
-def test_a_float32_layer_beside_bf16_is_kept() -> None:
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_a_float32_layer_beside_others_is_kept(low: torch.dtype) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.time, self.body = nn.Linear(38, 19), nn.Linear(38, 19).bfloat16()
+            self.time, self.body = nn.Linear(38, 19), nn.Linear(38, 19).to(low)
 
         def forward(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.time(t), self.body(x)
 
     model = Model().requires_grad_(False)
-    t, x = torch.randn(7, 38), torch.randn(7, 38).bfloat16()
+    t, x = torch.randn(7, 38), torch.randn(7, 38).to(low)
     result, (time, body) = run(model, t, x)
     assert time.decision.reason == "kept in float32 by the model, beside layers of lower precision"
     assert (time.decision.method, body.decision.method) == (None, "int8")
