@@ -9,8 +9,9 @@ import torch
 from conftest import OPTIONS, compiled
 from torch import nn
 
-from omniq_compile import denoise_step, explain
+from omniq_compile import QuantConfig, denoise_step, explain
 from omniq_compile.passes.patterns import first_match, matches, unmatched
+from omniq_compile.regional import block_config
 
 LAYER = "transformer_blocks.3.img_mlp.net.2"
 
@@ -119,6 +120,15 @@ def test_ignored_layers_keeps_exactly_these(patterns: list[str], kept: list[str]
     assert report.unmatched == {}
     if len(kept) == 4:
         assert torch.equal(compiled(model, ignored_layers=patterns)(x), model(x))
+
+
+def test_a_full_name_keeps_no_layer_of_its_block_that_ends_like_it() -> None:
+    block = nn.ModuleDict({"proj": nn.Linear(3, 3), "attn": nn.ModuleDict()})
+    block["attn"]["proj"] = nn.Linear(3, 3)
+    config = QuantConfig("int8", ignored_layers=("blocks.2.proj",))
+    kept = block_config(config, "blocks.2", block, 2).ignored_layers
+    assert first_match(kept, "proj") is not None
+    assert first_match(kept, "attn.proj") is None
 
 
 def test_a_product_without_a_weight_is_named_by_its_module_and_index() -> None:
