@@ -69,8 +69,16 @@ def _without_gradients() -> Iterator[None]:
         yield
 
 
+def weight(rows: int, columns: int) -> torch.Tensor:
+    """Draw one whose rows have scales that differ."""
+    return torch.randn(rows, columns) * torch.logspace(-1, 0, rows).unsqueeze(1)
+
+
 def model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(K, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, N)).bfloat16()
+    net = nn.Sequential(nn.Linear(K, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, N)).bfloat16()
+    for layer in net[::2]:
+        layer.weight.copy_(weight(*layer.weight.shape))
+    return net
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -91,7 +99,7 @@ def test_a_weight_is_arranged_once_until_it_changes(
     for _ in range(3):
         assert near(run(x), net(x))
     assert calls == [(HIDDEN, K), (N, HIDDEN)]
-    net[2].weight.copy_(torch.randn(N, HIDDEN))
+    net[2].weight.copy_(weight(N, HIDDEN))
     for _ in range(2):
         assert near(run(x), net(x))
     assert calls == [(HIDDEN, K), (N, HIDDEN), (N, HIDDEN)]
@@ -128,6 +136,8 @@ def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
     net.load_state_dict(other.state_dict())
     assert near(run(x), expected)
     assert len(calls) == 4
+    net[2].weight.scale.mul_(2)
+    assert near(run(x), net(x))
     del net, run, other
     assert held() == before
 
