@@ -282,6 +282,15 @@ def test_a_model_of_one_float_dtype_is_quantized(dtype: torch.dtype) -> None:
     assert error(result, exact) < {torch.float32: 5e-7}.get(dtype, torch.finfo(dtype).eps / 2)
 
 
+def test_activations_of_lower_precision_keep_no_float32_layer() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, w).bfloat16()
+        return y @ y.mT
+
+    layer, scores = sites(Holder(function, w=torch.randn(19, 38)), torch.randn(7, 38))
+    assert (layer.decision.method, scores.decision.method) == ("int8", None)
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_a_float32_layer_beside_others_is_kept(low: torch.dtype) -> None:
     class Model(nn.Module):
