@@ -365,6 +365,8 @@ def test_wrong_arguments(saved: Path, tmp_path: Path) -> None:
         omniq.load_model(QwenImageTransformer2DModel, options=OPTIONS)
     with pytest.raises(CheckpointError, match="is not a folder"):
         omniq.load_model(tmp_path / "nowhere", options=OPTIONS)
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.fp16\.safetensors"):
+        omniq.load_model(saved, options=OPTIONS, variant="fp16")
     stranger = type("QwenImageTransformer2DModel", (nn.Module,), {})
     with pytest.raises(OptionError, match=r"and then call omniq_compile\.quantize_"):
         omniq.load_model(stranger, saved, options=OPTIONS)
