@@ -238,6 +238,14 @@ def test_quantized_on_the_meta_device_as_a_plan() -> None:
     assert model.out.weight.nbytes == rows[-1].nbytes_after == 40 * 48 + 40 * 3
 
 
+def test_leading_blocks_are_told_from_others_whose_number_begins_like_theirs() -> None:
+    with torch.device("meta"):
+        model = Model(12)
+    rows = omniq.quantize_(model, options("mxfp4_dualscale", num_bf16_fallback_layers=2))
+    kept = [row.layer for row in rows if row.method is None]
+    assert kept == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
+
+
 def test_the_state_of_a_model_survives_safetensors(tmp_path: Any) -> None:
     from safetensors.torch import load_file, save_file
 
