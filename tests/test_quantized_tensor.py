@@ -237,6 +237,16 @@ def test_what_is_written_is_quantized_into_the_same_parts(method: str) -> None:
     assert error(q.dequantize(), other) < 2 * METHODS[method]
 
 
+@by_method
+def test_elements_are_written_beside_others_that_are_not_rounded(method: str) -> None:
+    q = omniq.quantize(weight(dtype=torch.bfloat16), method)
+    values = q.dequantize(torch.float32)
+    values[3:5] = 7.0
+    q[3:5] = 7.0
+    expected = omniq.quantize(values, method)
+    assert all(oracle.same_bits(a, b) for a, b in zip(q.parts, expected.parts, strict=True))
+
+
 def test_a_write_that_cannot_be_quantized_leaves_the_old_weight() -> None:
     w = weight()
     q = omniq.quantize(w, "int8")
