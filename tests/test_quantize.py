@@ -246,6 +246,14 @@ def test_leading_blocks_are_told_from_others_whose_number_begins_like_theirs() -
     assert kept == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
 
 
+def test_a_layer_that_no_kernel_takes_is_kept() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(133_145, 40), nn.Linear(40, 133_145))
+    rows = omniq.quantize_(model, options("int8", target="cpu:generic"))
+    assert [row.method for row in rows] == [None, "int8"]
+    assert "can overflow an int32 sum" in rows[0].reason
+
+
 def test_the_state_of_a_model_survives_safetensors(tmp_path: Any) -> None:
     from safetensors.torch import load_file, save_file
 
