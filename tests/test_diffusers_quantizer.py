@@ -19,6 +19,7 @@ from tiny_pipelines import save_text_to_image
 import omniq_compile as omniq
 from omniq_compile import DiffusersConfig, OptionError, WeightError
 from omniq_compile.cli.random_models import random_model
+from omniq_compile.filling import is_inside
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.saving import stored_options
@@ -138,6 +139,12 @@ def test_modules_kept_in_float32_are(tmp_path: Path) -> None:
     for loaded in (online, stored):
         assert dtypes(loaded) == dtypes(expected)
         assert same(loaded, expected) == count_quantized(expected) > 0
+
+
+def test_a_module_kept_in_float32_is_named_by_whole_parts() -> None:
+    names = ["norm.weight", "block.norm.weight", "block.time.proj", "norms.weight", "block.pronorm"]
+    names += ["block.time", "time.block.proj"]
+    assert [name for name in names if is_inside(name, ["norm", "time.proj"])] == names[:3]
 
 
 def test_options_are_checked_when_they_are_given() -> None:
