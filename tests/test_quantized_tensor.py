@@ -237,6 +237,13 @@ def test_what_is_written_is_quantized_into_the_same_parts(method: str) -> None:
     assert error(q.dequantize(), other) < 2 * METHODS[method]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_its_values_may_be_cast_to_what_is_no_float(dtype: torch.dtype) -> None:
+    q = omniq.quantize(weight(dtype=torch.float32) * 9, "int8")
+    assert torch.equal(q.to(dtype), q.dequantize().to(dtype))
+    assert type(q.to(dtype)) is torch.Tensor
+
+
 @by_method
 def test_elements_are_written_beside_others_that_are_not_rounded(method: str) -> None:
     q = omniq.quantize(weight(dtype=torch.bfloat16), method)
