@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import omniq_compile as omniq
+from omniq_compile.filling import fill_stored
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.safetensors_files import SafetensorsFiles
 from omniq_compile.saving_transformers import WEIGHTS, save_quantized
 from omniq_compile.text_encoders import load_quantized
 
@@ -138,6 +140,19 @@ def test_a_variant_is_read_from_its_own_files(alone: bool, tmp_path: Path) -> No
         (tmp_path / "stored_other" / WEIGHTS).rename(tmp_path / "stored" / WEIGHTS)
     stored = load_quantized(cls, tmp_path / "stored", None, variant="fp16")
     assert same(stored, expected) == 12
+
+
+def test_buffers_that_are_stored_keep_their_precision(tmp_path: Path) -> None:
+    """Of a model of transformers, which makes them itself: float32 stays, what is lower is cast."""
+    model = nn.Module()
+    model.register_buffer("exact", torch.zeros(3))
+    model.register_buffer("low", torch.zeros(3, dtype=torch.bfloat16))
+    stored = {"exact": torch.rand(3), "low": torch.rand(3).bfloat16()}
+    safetensors.torch.save_file(stored, tmp_path / WEIGHTS)
+    fill_stored(model, SafetensorsFiles(tmp_path), torch.float16, {"": "cpu"}, tmp_path)
+    assert torch.equal(model.exact, stored["exact"])
+    assert model.low.dtype is torch.float16
+    assert torch.equal(model.low, stored["low"].to(torch.float16))
 
 
 def test_refusals(tmp_path: Path) -> None:
