@@ -170,6 +170,17 @@ def test_a_weight_made_under_inference_mode_is_followed_too() -> None:
         assert_near(residual(fast, x), residual(block, x))
 
 
+def test_a_write_in_place_to_one_element_is_noticed() -> None:
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = compiled(block)
+    fast(x)
+    for column in range(3):  # of neighbours, a sample of values has one at most
+        quantized = statistics()["quantized"]
+        block.up.weight[0, column] = 1.0
+        fast(x)
+        assert statistics()["quantized"] == quantized + 1
+
+
 def test_an_unchanged_weight_is_quantized_once() -> None:
     block = Block()
     fast = compiled(block)
