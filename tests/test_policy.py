@@ -271,6 +271,17 @@ def test_autocast_is_known_where_it_begins_and_ends_in_the_graph(
                 compiled(model)(x)
 
 
+def test_autocast_casts_a_bias_that_is_scaled() -> None:
+    model = Holder(
+        lambda x, w, b: torch.addmm(b, x, w, beta=0.5), w=torch.randn(64, 96), b=torch.randn(96)
+    )
+    x = torch.randn(7, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, expected = compiled(model)(x), model(x)
+    assert result.dtype is expected.dtype is torch.bfloat16
+    assert 0 < error(result, expected) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_model_of_one_float_dtype_is_quantized(dtype: torch.dtype) -> None:
     w, x = torch.randn(19, 38, dtype=dtype), torch.randn(7, 38, dtype=dtype)
