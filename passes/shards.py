@@ -8,7 +8,7 @@ a linear that is kept gives the numbers that it gave before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,16 @@ def _linears(graph: fx.Graph) -> Iterator[_Linear]:
             continue
         bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
         operands = (bound["input"], bound["weight"], bound.get("bias"))
-        values = [dynamo.value(operand) for operand in operands if operand is not None]
-        if all(is_distributed(v) and _is_even(v) for v in (*values, dynamo.value(node))):
-            divisor = _divisor(dynamo.value(node), *values)
+        values = [dynamo.value(n) for n in (*operands, node) if n is not None]
+        if all(is_distributed(v) and _is_even(v) for v in values) and _is_plain(values):
+            divisor = _divisor(values[-1], *values[:-1])
             if divisor is not None:
                 yield _Linear(node, *operands, divisor)
+
+
+def _is_plain(values: Sequence[Any]) -> bool:
+    """Say whether the linear neither casts, as under autocast, nor has gradients."""
+    return len({v.dtype for v in values}) == 1 and not any(v.requires_grad for v in values)
 
 
 def is_distributed(value: Any) -> bool:

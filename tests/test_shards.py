@@ -195,6 +195,30 @@ def test_what_is_no_product_of_parts_is_kept(near_miss: str, mesh: Any) -> None:
     assert reasons(sites) == ["it multiplies a DTensor and a DTensor"]
 
 
+@torch.no_grad()
+def test_what_autocast_casts_is_kept(mesh: Any) -> None:
+    model, x = sharded_mlp(mesh), torch.randn(M, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        result, sites = run(model, x)
+    assert reasons(sites) == ["it multiplies a DTensor and a DTensor"] * 3
+    assert torch.equal(result, expected)
+
+
+def test_gradients_that_a_model_takes_itself_are_not_cut_off(mesh: Any) -> None:
+    model = sharded_mlp(mesh)
+
+    def force(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            given = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(model(given).sum(), given)
+        return gradient
+
+    x = torch.randn(M, K)
+    with torch.no_grad():
+        assert error(run(force, x)[0], force(x)) < 1e-6
+
+
 def test_inductor_compiles_it(mesh: Any) -> None:
     model, x = sharded_mlp(mesh), torch.randn(M, K)
     with torch.no_grad():
