@@ -187,12 +187,14 @@ def why_kept(rows: Sequence[LayerPlan]) -> str:
 
 def describe(rows: Sequence[LayerPlan], method: str) -> str:
     """Word a plan in one line: layers quantized and kept, weight bytes before and after."""
-    kept = sum(row.method is None for row in rows)
+    new = sum(row.method is not None for row in rows)
+    old = sum(row.method is None and row.nbytes_after < row.nbytes_before for row in rows)
     before = sum(row.nbytes_before for row in rows)
     after = sum(row.nbytes_after for row in rows)
     return (
-        f"{len(rows) - kept} linear layers to {method}, {kept} kept; "
-        f"weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+        f"{new} linear layers to {method}, "
+        + (f"{old} quantized already, " if old else "")
+        + f"{len(rows) - new - old} kept; weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
     )
 
 

@@ -108,6 +108,9 @@ def test_every_option_of_the_policy(caplog: pytest.LogCaptureFixture) -> None:
     assert type(model.blocks[0].up.weight) is nn.Parameter
     assert "'upp' matches no layer" in caplog.text
     assert "3 linear layers to mxfp4_dualscale, 4 kept" in caplog.text
+    with caplog.at_level(logging.INFO, "omniq"):
+        omniq.quantize_(model, given)
+    assert "0 linear layers to mxfp4_dualscale, 3 quantized already, 4 kept" in caplog.text
     with torch.no_grad():
         report = omniq.explain(model, [x], given)
     assert {s.layer for s in report.kept} == set(reasons)
