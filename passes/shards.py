@@ -75,8 +75,10 @@ def _linears(graph: fx.Graph) -> Iterator[_Linear]:
 
 
 def _is_plain(values: Sequence[Any]) -> bool:
-    """Say whether the linear neither casts, as under autocast, nor has gradients."""
-    return len({v.dtype for v in values}) == 1 and not any(v.requires_grad for v in values)
+    """Say whether a linear neither casts, as under autocast, nor has gradients; the last value is
+    its result, and parameters may want gradients that nobody asks for.
+    """
+    return len({v.dtype for v in values}) == 1 and not values[-1].requires_grad
 
 
 def is_distributed(value: Any) -> bool:

@@ -54,7 +54,7 @@ def mesh() -> Iterator[Any]:
 
 def sharded(model: nn.Module, mesh: Any, **styles: str) -> Any:
     plan = {name: STYLES[style]() for name, style in styles.items()}
-    return parallelize_module(model.requires_grad_(False), mesh, plan, src_data_rank=None)
+    return parallelize_module(model, mesh, plan, src_data_rank=None)
 
 
 class Mlp(nn.Module):
