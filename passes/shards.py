@@ -8,7 +8,7 @@ a linear that is kept gives the numbers that it gave before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,39 +39,24 @@ class Distribute:
         return _tensors().DTensor.from_local(local, like.device_mesh, self.placements)
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A linear of `DTensor`s.
-
-    Attributes:
-        divisor: over how many processes the products, and with them the bias, are summed.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    divisor: int
-
-
 def multiply_shards(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace the linears of evenly sharded tensors; ``gm`` is changed and returned."""
-    for found in list(_linears(gm.graph)):
-        _replace(gm.graph, found)
+    for node in list(gm.graph.nodes):
+        if node.target in _LINEARS and is_distributed(dynamo.value(node)):
+            operands = _operands(node)
+            values = [dynamo.value(n) for n in (*operands, node)]
+            if all(is_distributed(v) and _is_even(v) for v in values) and _is_plain(values):
+                divisor = _divisor(values[-1], *values[:-1])
+                if divisor is not None:
+                    _replace(gm.graph, node, operands, divisor)
     return gm
 
 
-def _linears(graph: fx.Graph) -> Iterator[_Linear]:
-    for node in graph.nodes:
-        if node.target not in _LINEARS or not is_distributed(dynamo.value(node)):
-            continue
-        bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        operands = (bound["input"], bound["weight"], bound.get("bias"))
-        values = [dynamo.value(n) for n in (*operands, node) if n is not None]
-        if all(is_distributed(v) and _is_even(v) for v in values) and _is_plain(values):
-            divisor = _divisor(values[-1], *values[:-1])
-            if divisor is not None:
-                yield _Linear(node, *operands, divisor)
+def _operands(linear: fx.Node) -> list[fx.Node]:
+    """Return the input, the weight and, where there is one, the bias."""
+    names = ("input", "weight", "bias")
+    bound = dict(zip(names, linear.args, strict=False)) | linear.kwargs
+    return [operand for name in names if isinstance(operand := bound.get(name), fx.Node)]
 
 
 def _is_plain(values: Sequence[Any]) -> bool:
@@ -133,20 +118,16 @@ def _divisor(out: Any, x: Any, weight: Any, bias: Any = None) -> int | None:
     return divisor
 
 
-def _replace(graph: fx.Graph, found: _Linear) -> None:
-    with graph.inserting_before(found.node):
-        x, weight = _part(found.node, found.x), _part(found.node, found.weight)
-        arguments = [x, weight]
-        if found.bias is not None:
-            bias = _part(found.node, found.bias)
-            if found.divisor > 1:
-                bias = add_call(found.node, torch.div, bias, found.divisor)
-            arguments.append(bias)
-        local = add_call(found.node, torch.nn.functional.linear, *arguments)
-        placements = tuple(dynamo.value(found.node).placements)
-        result = add_call(found.node, Distribute(placements), local, found.x)
-    found.node.replace_all_uses_with(result)
-    graph.erase_node(found.node)
+def _replace(graph: fx.Graph, node: fx.Node, operands: Sequence[fx.Node], divisor: int) -> None:
+    with graph.inserting_before(node):
+        parts = [_part(node, operand) for operand in operands]
+        if divisor > 1 and len(parts) > 2:
+            parts[2] = add_call(node, torch.div, parts[2], divisor)
+        local = add_call(node, torch.nn.functional.linear, *parts)
+        placements = tuple(dynamo.value(node).placements)
+        result = add_call(node, Distribute(placements), local, operands[0])
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _part(of: fx.Node, tensor: fx.Node) -> fx.Node:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OPTIONS, compiled, count, dequantized, error, run, traced
+from conftest import OPTIONS, Holder, compiled, count, dequantized, error, run, traced
 from torch import distributed, nn
 
 import omniq_compile
@@ -175,6 +175,21 @@ def test_a_split_batch_is_multiplied_by_a_whole_weight(mesh: Any) -> None:
     assert (
         error(result.to_local(), dequantized(own) @ dequantized(layer.weight).T + layer.bias) < 1e-6
     )
+
+
+@torch.no_grad()
+def test_a_linear_reads_the_distributed_result_of_another(mesh: Any) -> None:
+    own = torch.randn(M, K), torch.randn(46, K), torch.randn(N, 46)
+    placements = tensor.Replicate(), tensor.Shard(0), tensor.Shard(1)
+    x, *weights = (
+        tensor.DTensor.from_local(part, mesh, [placement])
+        for part, placement in zip(own, placements, strict=True)
+    )
+    linear = nn.functional.linear
+    model = Holder(lambda x, up, down: linear(linear(x, up), down), up=weights[0], down=weights[1])
+    result, sites = run(model, x)
+    assert reasons(sites) == [None, None]
+    assert 0 < error(result.to_local(), linear(linear(own[0], own[1]), own[2])) < 0.03
 
 
 # The first has 23 and 22 rows; to multiply in the second, `DTensor` gathers the batch first.
