@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omniq_compile.lowering.tensor_of_parts import inner_tensors
+
 
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and persistent buffers."""
@@ -51,8 +53,7 @@ def peak_rss() -> int:
 def _nbytes(tensor: Tensor) -> int:
     # A subclass may report the bytes of what it stands for; those inside it are the real ones.
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_nbytes(getattr(tensor, name)) for name in names)
+        return sum(map(_nbytes, inner_tensors(tensor)))
     return tensor.nbytes
 
 

@@ -18,6 +18,7 @@ from torch import distributed, nn
 import omniq_compile
 from omniq_compile import QuantConfig
 from omniq_compile.lowering.target import detect
+from omniq_compile.memory import state_bytes
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
@@ -232,6 +233,11 @@ def test_gradients_that_a_model_takes_itself_are_not_cut_off(mesh: Any) -> None:
     x = torch.randn(M, K)
     with torch.no_grad():
         assert error(run(force, x)[0], force(x)) < 1e-6
+
+
+def test_the_bytes_of_a_model_are_those_of_its_parts(mesh: Any) -> None:
+    halves = (K * 46 + 46) * 2 + 46 * N  # up, gate and down are split, down's bias is whole
+    assert state_bytes(sharded_mlp(mesh)) == 4 * (halves + N)
 
 
 def test_inductor_compiles_it(mesh: Any) -> None:
