@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omniq_compile.lowering.cpu import quantize as on_cpu
 from omniq_compile.lowering.errors import WeightError
@@ -11,7 +10,7 @@ from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.float_codes import E8M0_NAN
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import quantize_rows
-from omniq_compile.lowering.tensor_of_parts import TensorOfParts
+from omniq_compile.lowering.tensor_of_parts import foreign_kind
 
 
 def quantize_weight(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
@@ -37,9 +36,9 @@ def check_weight(weight: torch.Tensor) -> None:
         WeightError: it is not a matrix of at least 16-bit floating numbers, is empty, or is made of
             other tensors.
     """
-    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, TensorOfParts):
+    if kind := foreign_kind(weight):
         raise WeightError(
-            f"cannot quantize a {type(weight).__name__}, whose values other tensors hold: "
+            f"cannot quantize a {kind}, whose values other tensors hold: "
             "give the values as a plain tensor."
         )
     # Codes of 8 bits are floating too, and mean nothing without their scales.

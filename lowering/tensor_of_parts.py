@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omniq_compile.lowering.errors import WeightError
 
@@ -65,6 +66,12 @@ class TensorOfParts(torch.Tensor):
     def __dlpack_device__(self) -> Any:
         """Return the device of the dequantized values, which are never in pinned memory."""
         return torch.empty(0, device=self.device).__dlpack_device__()
+
+
+def foreign_kind(tensor: Any) -> str | None:
+    """Name the class of a tensor that is made of others and none of ours, such as a `DTensor`."""
+    foreign = is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, TensorOfParts)
+    return type(tensor).__name__ if foreign else None
 
 
 def inner_tensors(tensor: Any) -> list[torch.Tensor]:

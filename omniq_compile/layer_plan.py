@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import Target, detect, detectable
+from omniq_compile.lowering.tensor_of_parts import foreign_kind
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.policy import (
@@ -114,8 +114,8 @@ def _shared_with_others(model: nn.Module) -> dict[int, str]:
 def _keep(weight: torch.Tensor, config: QuantConfig, low_precision: bool) -> str | None:
     if isinstance(weight, QuantizedTensor):
         return f"quantized already, as {weight.format}"
-    if is_traceable_wrapper_subclass(weight):
-        return f"its weight is a {type(weight).__name__}, whose values other tensors hold"
+    if kind := foreign_kind(weight):
+        return f"its weight is a {kind}, whose values other tensors hold"
     if weight.dtype not in DTYPES:
         return f"dtype {str(weight.dtype).removeprefix('torch.')} is not quantized"
     if weight.dtype is torch.float32 and low_precision:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Problem
+from omniq_compile.lowering.tensor_of_parts import foreign_kind
 from omniq_compile.passes import dynamo, expression
 from omniq_compile.passes.expression import WeightExpression
 from omniq_compile.passes.layer_names import layer_name
@@ -54,11 +54,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 def _kinds_of_tensors(product: Product) -> list[str]:
     """Name the classes of operands that are made of other tensors: kernels read none but ours."""
     values = [dynamo.value(operand.node) for operand in (product.a, product.b)]
-    return [
-        type(value).__name__
-        for value in values
-        if is_traceable_wrapper_subclass(value) and not isinstance(value, QuantizedTensor)
-    ]
+    return [kind for kind in map(foreign_kind, values) if kind]
 
 
 def _read(node: fx.Node) -> Product | None:

@@ -39,15 +39,16 @@ def fill_values(node: fx.Node) -> None:
 
 def add_call(of: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
     """Add a call that is part of what a node does, with that node's place in the model."""
-    return _added(of.graph.call_function(function, arguments), of)
+    return placed(of.graph.call_function(function, arguments), of)
 
 
 def add_method(of: fx.Node, name: str, *arguments: Any) -> fx.Node:
     """Add a call of the first argument's method; see `add_call`."""
-    return _added(of.graph.call_method(name, arguments), of)
+    return placed(of.graph.call_method(name, arguments), of)
 
 
-def _added(node: fx.Node, of: fx.Node) -> fx.Node:
+def placed(node: fx.Node, of: fx.Node) -> fx.Node:
+    """Give a new node the place in the model of the one that it is part of, and its value."""
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in of.meta:
             node.meta[key] = of.meta[key]

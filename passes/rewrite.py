@@ -14,7 +14,7 @@ from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
-from omniq_compile.passes.metadata import fake_mode, fill_values, looks_alike
+from omniq_compile.passes.metadata import fake_mode, looks_alike, placed
 from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, Site
 
 QUANTIZE = torch.ops.omniq.quantize.default
@@ -66,13 +66,9 @@ def _steps(graph: fx.Graph, site: Site, node: fx.Node, steps: Any) -> fx.Node:
 
 
 def _create(graph: fx.Graph, site: Site, op: str, target: Any, args: Any) -> fx.Node:
-    node = graph.create_node(op, target, args)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if key in site.node.meta:
-            node.meta[key] = site.node.meta[key]
+    node = placed(graph.create_node(op, target, args), site.node)
     node.meta["omniq_site"] = site
     node.meta["omniq_added"] = True
-    fill_values(node)
     return node
 
 

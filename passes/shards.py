@@ -18,8 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.metadata import add_call, add_method
-
-_LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
+from omniq_compile.passes.spellings import named_arguments
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Distribute:
 def multiply_shards(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace the linears of evenly sharded tensors; ``gm`` is changed and returned."""
     for node in list(gm.graph.nodes):
-        if node.target in _LINEARS and is_distributed(dynamo.value(node)):
+        if node.target is torch.nn.functional.linear and _is_distributed(dynamo.value(node)):
             operands = _operands(node)
             values = [dynamo.value(n) for n in (*operands, node)]
-            if all(is_distributed(v) and _is_even(v) for v in values) and _is_plain(values):
+            if all(_is_distributed(v) and _is_even(v) for v in values) and _is_plain(values):
                 divisor = _divisor(values[-1], *values[:-1])
                 if divisor is not None:
                     _replace(gm.graph, node, operands, divisor)
@@ -55,8 +54,8 @@ def multiply_shards(gm: fx.GraphModule) -> fx.GraphModule:
 def _operands(linear: fx.Node) -> list[fx.Node]:
     """Return the input, the weight and, where there is one, the bias."""
     names = ("input", "weight", "bias")
-    bound = dict(zip(names, linear.args, strict=False)) | linear.kwargs
-    return [operand for name in names if isinstance(operand := bound.get(name), fx.Node)]
+    found = named_arguments(linear, names)
+    return [found[name] for name in names if found.get(name) is not None]
 
 
 def _is_plain(values: Sequence[Any]) -> bool:
@@ -66,7 +65,7 @@ def _is_plain(values: Sequence[Any]) -> bool:
     return len({v.dtype for v in values}) == 1 and not values[-1].requires_grad
 
 
-def is_distributed(value: Any) -> bool:
+def _is_distributed(value: Any) -> bool:
     """Say whether a value is a `DTensor`, without importing what defines it."""
     return "torch.distributed.tensor" in sys.modules and isinstance(value, _tensors().DTensor)
 

@@ -29,14 +29,14 @@ Reader = Callable[[fx.Node], Product | None]
 _INPUT = {"self": "input"}
 
 
-def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+def named_arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     """Bind positional and keyword arguments to the names that the operator gives them."""
     keywords = {_INPUT.get(name, name): value for name, value in node.kwargs.items()}
     return dict(zip(names, node.args, strict=False)) | keywords
 
 
 def _linear(node: fx.Node) -> Product:
-    arguments = _arguments(node, ("input", "weight", "bias"))
+    arguments = named_arguments(node, ("input", "weight", "bias"))
     x, weight = arguments["input"], arguments["weight"]
     bias = arguments.get("bias")
     if _rank(weight) != 2:
@@ -73,17 +73,17 @@ def _product(a: fx.Node, b: fx.Node) -> Product:
 
 
 def _matmul(node: fx.Node) -> Product:
-    arguments = _arguments(node, ("input", "other"))
+    arguments = named_arguments(node, ("input", "other"))
     return _product(arguments["input"], arguments["other" if "other" in arguments else "mat2"])
 
 
 def _matmul_reversed(node: fx.Node) -> Product:
-    arguments = _arguments(node, ("other", "input"))
+    arguments = named_arguments(node, ("other", "input"))
     return _product(arguments["input"], arguments["other"])
 
 
 def _inner(node: fx.Node) -> Product:
-    arguments = _arguments(node, ("input", "other"))
+    arguments = named_arguments(node, ("input", "other"))
     a, b = arguments["input"], arguments["other"]
     if _rank(a) < 2 or _rank(b) != 2:
         return Product(Operand(a), Operand(b), unsupported="an inner product of these ranks")
@@ -130,14 +130,14 @@ def _attention(node: fx.Node) -> Product:
         "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight",
         "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight",
     )  # fmt: skip
-    arguments = _arguments(node, before)
+    arguments = named_arguments(node, before)
     return _in_one_call(arguments["query"], arguments["out_proj_weight"])
 
 
 def _encoder_layer(node: fx.Node) -> Product:
     """All of a `torch.nn.TransformerEncoderLayer`, in eval mode and without gradients."""
     before = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight")
-    arguments = _arguments(node, before)
+    arguments = named_arguments(node, before)
     return _in_one_call(arguments["src"], arguments["proj_weight"])
 
 
