@@ -34,10 +34,15 @@ _told: WeakKeyDictionary[nn.Module, set[QuantConfig]] = WeakKeyDictionary()
 
 
 class KeptLayers:
-    """What became of the layers of one compile, whose graphs come one by one."""
+    """What became of the layers of one compile, whose graphs come one by one.
+
+    Attributes:
+        graphs: how many were added.
+    """
 
     def __init__(self) -> None:
         """Begin with no graph."""
+        self.graphs = 0
         self._reasons: Counter[str] = Counter()
         self._options: set[str] = set()
         self._others = False
@@ -45,6 +50,7 @@ class KeptLayers:
 
     def add(self, config: QuantConfig, sites: Sequence[Site]) -> None:
         """Note one graph's sites, as decided by a configuration."""
+        self.graphs += 1
         for site in sites:
             option = option_that_keeps(site, config)
             if option is not None:

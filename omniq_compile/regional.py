@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import weakref
 from collections.abc import Mapping
 from functools import partial
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph
+from omniq_compile.block_functions import BlockFunctions
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.own_method import OwnMethod
@@ -109,7 +108,7 @@ class _Regions:
         self._arguments = compile_arguments
         self._order: dict[str, int] = {}
         self._backends: dict[Any, Any] = {}
-        self._functions: dict[Any, FunctionType] = {}
+        self._functions: dict[Any, BlockFunctions] = {}
         self._check_count(blocks)
         for name, block in blocks.items():
             # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
@@ -123,34 +122,27 @@ class _Regions:
             # The patterns are names of this block's modules now, which no user has to hear of.
             self._backends[config] = partial(compile_graph, config=config, decided=self._kept.add)
             logger.info("policy %d starts at block %s", len(self._backends), name)
+        functions, graphs = self._functions_of(block, config), self._kept.graphs
         compiled = torch.compile(
-            self._own_function(block, config),
-            backend=self._backends[config],
-            **self._arguments,
+            functions.of(block), backend=self._backends[config], **self._arguments
         )
         block._compiled_call_impl = OwnMethod(compiled, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
+        functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
         # A model that is kept whole is so by no option, which a user could change.
         if len(self._order) == self._count and not self._config.keep_all:
             self._kept.warn(self._model)
         return result
 
-    def _own_function(self, block: nn.Module, config: QuantConfig) -> FunctionType:
-        """Return what calls blocks of one class, sizes and policy, the same function for each.
-
-        Dynamo skips the `_call_impl` of classes that are torch's own, such as `nn.Sequential`. And
-        it counts recompilations per code object: where policies shared one, or the many sizes that
-        a UNet's blocks have, a few resolutions of each would reach its limit, from which on blocks
-        run as they are, without an error.
+    def _functions_of(self, block: nn.Module, config: QuantConfig) -> BlockFunctions:
+        """Return the functions of blocks of one class, policy, and sizes, of which a UNet's blocks
+        have many.
         """
         kind = type(block)
         sizes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
         key = kind, sizes, config
         if key not in self._functions:
-            code = _run_block.__code__.replace(co_name=f"run_{kind.__name__}")
-            function = FunctionType(code, globals(), _run_block.__name__)
-            weakref.finalize(function, _forget_compiled, code).atexit = False
-            self._functions[key] = function
+            self._functions[key] = BlockFunctions(kind)
         return self._functions[key]
 
     def _check_count(self, blocks: dict[str, nn.Module]) -> None:
@@ -168,21 +160,6 @@ class _Regions:
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )
-
-
-def _forget_compiled(code: CodeType) -> None:
-    """Free what Dynamo compiled of a code object, and the quantized weights in it.
-
-    It keeps them also when nothing can call them any more, as after another `compile` of a model.
-    """
-    from torch._dynamo.eval_frame import remove_from_cache  # private, of torch 2.11 to 2.13
-
-    remove_from_cache(code)
-
-
-def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    # Past `__call__`, which would find the compiled form again; the hooks run in here.
-    return block._call_impl(*args, **kwargs)
 
 
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:

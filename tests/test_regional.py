@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -165,34 +164,6 @@ def test_too_many_policies_are_an_error() -> None:
         pytest.raises(omniq_compile.OptionError, match="3 different policies to blocks of Block"),
     ):
         omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ignored})
-
-
-def test_policies_do_not_use_up_one_anothers_recompilations() -> None:
-    model = tower()
-    exact = copy.deepcopy(model)
-    ignored = ["late.0.net.0", "late.1.net.1"]
-    omniq_compile.compile(model, OPTIONS | INT8 | {"ignored_layers": ignored})
-    # Static sizes, a symbolic number of rows, and two ranks more: three policies of four graphs.
-    with torch._dynamo.config.patch(recompile_limit=4):
-        for shape in ((7, 38), (9, 38), (2, 5, 38), (1, 2, 3, 38)):
-            x = torch.randn(shape)
-            assert not torch.equal(model(x), exact(x)), f"nothing is quantized for {shape}"
-    assert graphs() == 12
-
-
-def test_sizes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:
-    """As in a UNet, whose blocks of one class are as wide as their resolution wants."""
-    widths = [64, 70, 76, 82, 88, 94]
-    model = nn.Module()
-    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(*w)) for w in pairwise(widths))
-    model.requires_grad_(False)
-    exact = copy.deepcopy(model.blocks)
-    omniq_compile.compile(model, OPTIONS | INT8)
-    x = torch.randn(7, 64)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for block, slow in zip(model.blocks, exact, strict=True):
-            assert not torch.equal(block(x), slow(x)), f"nothing is quantized in {slow}"
-            x = slow(x)
 
 
 def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:

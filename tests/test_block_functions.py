@@ -1,0 +1,110 @@
+"""Which blocks of a model share what is compiled, and PyTorch's limit of recompilations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import omniq_compile
+
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([nn.Linear(64, 130), nn.Linear(130, 64)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.net[1](F.gelu(self.net[0](x)))
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(autouse=True)
+def _count() -> None:
+    counters.clear()
+
+
+def test_policies_do_not_use_up_one_anothers_recompilations() -> None:
+    model = nn.Sequential(nn.Sequential(Block(), Block(), Block())).requires_grad_(False)
+    exact = copy.deepcopy(model)
+    ignored = ["0.0.net.0", "0.1.net.1"]
+    omniq_compile.compile(model, OPTIONS | {"ignored_layers": ignored})
+    # Static sizes, a symbolic number of rows, and two ranks more: three policies of four graphs.
+    with torch._dynamo.config.patch(recompile_limit=4):
+        for shape in ((7, 64), (9, 64), (2, 5, 64), (1, 2, 3, 64)):
+            x = torch.randn(shape)
+            assert not torch.equal(model(x), exact(x)), f"nothing is quantized for {shape}"
+    assert graphs() == 12
+
+
+def test_sizes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:
+    """As in a UNet, whose blocks of one class are as wide as their resolution wants."""
+    widths = [64, 70, 76, 82, 88, 94]
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(*w)) for w in pairwise(widths))
+    model.requires_grad_(False)
+    exact = copy.deepcopy(model.blocks)
+    omniq_compile.compile(model, OPTIONS)
+    x = torch.randn(7, 64)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for block, slow in zip(model.blocks, exact, strict=True):
+            assert not torch.equal(block(x), slow(x)), f"nothing is quantized in {slow}"
+            x = slow(x)
+
+
+class NumberedBlock(Block):
+    """A block that knows its number, and may or may not read it."""
+
+    def __init__(self, number: int, reads: bool) -> None:
+        super().__init__()
+        self.number, self.reads = number, reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out * (self.number + 1) if self.reads else out
+
+
+def numbered(numbers: Sequence[int], reads: bool) -> nn.Sequential:
+    blocks = nn.Sequential(*(NumberedBlock(number, reads) for number in numbers))
+    return nn.Sequential(blocks).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reads", "compiles"),
+    [(range(6), True, 6), (range(6), False, 1), ([0, 1, 0, 1, 0, 1], True, 2)],
+)
+def test_blocks_compile_for_the_number_that_they_read(
+    numbers: Sequence[int], reads: bool, compiles: int
+) -> None:
+    model = numbered(numbers, reads)
+    exact = copy.deepcopy(model)[0]
+    omniq_compile.compile(model, OPTIONS)
+    x = torch.randn(7, 64)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for block, slow in zip(model[0], exact, strict=True):
+            expected = slow(x)
+            out = block(x)
+            assert not torch.equal(out, expected), f"nothing is quantized in {slow.number}"
+            assert torch.linalg.norm(out - expected) < 0.02 * torch.linalg.norm(expected)
+            x = expected / expected.std()
+    assert graphs() == compiles
+
+
+def test_inputs_that_look_different_do_not_part_blocks() -> None:
+    """As where the first block gets a picture's channels transposed, and the others rows."""
+    model = numbered(range(5), reads=False)
+    omniq_compile.compile(model, OPTIONS)
+    for block in model[0]:
+        block(torch.randn(64, 7).t() if block.number == 0 else torch.randn(7, 64))
+    assert graphs() == 2
