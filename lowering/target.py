@@ -33,7 +33,8 @@ ALIKE = {
     },
     "rocm": {
         "gfx908": "gfx90a", "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1103": "gfx1100",
-        "gfx1150": "gfx1100", "gfx1151": "gfx1100", "gfx1200": "gfx1201",
+        "gfx1150": "gfx1100", "gfx1151": "gfx1100", "gfx1152": "gfx1100", "gfx1153": "gfx1100",
+        "gfx1200": "gfx1201",
     },
 }  # fmt: skip
 
@@ -130,11 +131,6 @@ def detect(torch_device: str) -> Target:
     return _DETECT[torch_device]()
 
 
-# GPUs of AMD that have the instructions of an architecture, by how their names begin: CDNA 1 and 2,
-# RDNA 3 and 4.
-_AMD_FAMILIES = {"gfx908": "gfx90a", "gfx11": "gfx1100", "gfx12": "gfx1201"}
-
-
 def _cpu() -> Target:
     # oneDNN reaches its fast s8 GEMM through AVX-512 VNNI or AMX; every other CPU would run
     # `torch._int_mm` as a plain loop (measured 30 times slower than a float32 GEMM on AVX2).
@@ -150,8 +146,7 @@ def _cuda() -> Target:
     if torch.version.hip:
         # Such as "gfx942:sramecc+:xnack-".
         name = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
-        alike = (arch for start, arch in _AMD_FAMILIES.items() if name.startswith(start))
-        return _known("rocm", next(alike, name), name)
+        return _known("rocm", ALIKE["rocm"].get(name, name), name)
     capability = torch.cuda.get_device_capability()
     major, minor = capability
     # Those that have no row of their own, such as 11.0, have what 8.9 has.

@@ -73,8 +73,8 @@ def test_amd_gpus_are_the_cuda_device_of_a_hip_build(
     assert Target("rocm", expected).torch_device == "cuda"
 
 
-@pytest.mark.parametrize("arch", ["gfx1030", "gfx906:sramecc+:xnack-"])
-def test_amd_gpus_without_matrix_instructions_are_refused(
+@pytest.mark.parametrize("arch", ["gfx1030", "gfx906:sramecc+:xnack-", "gfx1250"])
+def test_amd_gpus_with_other_matrix_instructions_or_none_are_refused(
     monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
