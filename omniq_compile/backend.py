@@ -59,6 +59,20 @@ def omniq(
     return compile_graph(gm, example_inputs, config, decided=_check_options)
 
 
+def own_backend(function: Compiled) -> Compiled:
+    """Return a function of one graph of Dynamo's, for ``torch.compile``, by omniq's own name.
+
+    Dynamo refers weakly to each tensor that it traced. Once it is done it lets go of them where it
+    knows the backend's name, and else keeps them while anything of the graph is kept. ``Module.to``
+    swaps weights that are stored quantized, which PyTorch refuses while they are referred to.
+    """
+
+    def omniq(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return function(gm, example_inputs)
+
+    return omniq
+
+
 def compile_graph(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -13,7 +13,7 @@ from diffusers.utils import import_utils
 from PIL import Image
 from torch import nn
 
-from omniq_compile.backend import omniq
+from omniq_compile.backend import omniq, own_backend
 from omniq_compile.given_images import (
     IMAGE,
     holds_pictures,
@@ -174,5 +174,5 @@ def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantCo
     if module_blocks(component):
         compile(component, config)
         return "its blocks compile when they first run"
-    component.compile(backend=partial(omniq, options=config))
+    component.compile(backend=own_backend(partial(omniq, options=config)))
     return "it compiles when it first runs"

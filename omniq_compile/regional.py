@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from omniq_compile.all_kept import KeptLayers
-from omniq_compile.backend import compile_graph
+from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.block_functions import BlockFunctions
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
@@ -120,7 +120,9 @@ class _Regions:
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
-            self._backends[config] = partial(compile_graph, config=config, decided=self._kept.add)
+            self._backends[config] = own_backend(
+                partial(compile_graph, config=config, decided=self._kept.add)
+            )
             logger.info("policy %d starts at block %s", len(self._backends), name)
         functions, graphs = self._functions_of(block, config), self._kept.graphs
         compiled = torch.compile(

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from omniq_compile.backend import own_backend
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.whole_or_blocks import read_as_whole
 
@@ -38,7 +39,7 @@ def run_traced(
     )
     with torch.no_grad(), read_as_whole():
         try:
-            torch.compile(fresh, backend=record, dynamic=False)(*args, **kwargs)
+            torch.compile(fresh, backend=own_backend(record), dynamic=False)(*args, **kwargs)
         except BackendCompilerFailed as failed:
             if isinstance(failed.inner_exception, OmniqError):
                 raise failed.inner_exception from None

@@ -15,7 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch import nn
 
-from omniq_compile import WeightError, quantize_
+from omniq_compile import WeightError, compile, explain, quantize_
+from omniq_compile.pipeline_call import compile_component
 
 
 def compiled(model: Any) -> Any:
@@ -78,6 +79,35 @@ def test_a_stored_model_can_be_moved_after_it_was_compiled(compiler: str) -> Non
     assert 0 < error(first, expected) < 0.03
     model.to("cpu")
     assert torch.equal(fast(**given)[0], first)
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["by blocks", "as generate does", "explained"])
+@torch.no_grad()
+def test_a_stored_model_can_be_moved_whatever_traced_it(how: str) -> None:
+    blocks = 1 if how == "as generate does" else 2  # generate compiles repeated blocks alone
+    model, x = nn.Sequential(*(Residual() for _ in range(blocks))), torch.randn(5, 64)
+    quantize_(model, OPTIONS)
+    expected = model(x)
+    report = None
+    if how == "by blocks":
+        compile(model, OPTIONS)
+    elif how == "as generate does":
+        compile_component(model, OPTIONS)
+    else:
+        report = explain(model, x, OPTIONS)
+        assert len(report.rewritten) == blocks
+    assert error(model(x), expected) < 0.03
     model.to("meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
