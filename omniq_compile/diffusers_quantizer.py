@@ -22,6 +22,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from omniq_compile.foreign import OWN, refuse_foreign
 from omniq_compile.lowering.errors import CheckpointError, OptionError
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.memory import footprint
 from omniq_compile.own_method import OwnMethod
 from omniq_compile.recorded_options import Method, RecordedConfig
 from omniq_compile.safetensors_files import SafetensorsFiles
@@ -245,13 +246,13 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any) -> Any:
         dequantize_weights(model)
-        vars(model).pop("omniq_quantization", None)
-        vars(model).pop("save_config", None)
+        for name in ("omniq_quantization", "save_config", "get_memory_footprint"):
+            vars(model).pop(name, None)
         return model
 
 
 def describe(model: Any, about: Mapping[str, Any]) -> None:
-    """Let diffusers' own ``save_pretrained`` save a model that omniq quantized.
+    """Let diffusers' own ``save_pretrained`` save a model that omniq quantized, and know its bytes.
 
     What is said of the weights is kept beside ``model.config``: a model made of that anew by
     ``from_config`` has plain weights.
@@ -259,6 +260,7 @@ def describe(model: Any, about: Mapping[str, Any]) -> None:
     model.hf_quantizer = OmniqQuantizer(DiffusersConfig.from_dict(about))
     model.omniq_quantization = dict(about)
     model.save_config = OwnMethod(_save_config, model)
+    model.get_memory_footprint = OwnMethod(footprint, model)
 
 
 def _save_config(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,15 @@ from omniq_compile.lowering.tensor_of_parts import inner_tensors
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and persistent buffers."""
     return sum(_nbytes(t) for t in model.state_dict().values())
+
+
+def footprint(model: nn.Module, return_buffers: bool = True) -> int:
+    """Return what ``get_memory_footprint`` of diffusers and transformers does, in bytes.
+
+    Theirs reckons a quantized weight with the dtype of what it stands for.
+    """
+    buffers = model.buffers() if return_buffers else ()
+    return sum(_nbytes(tensor) for tensor in (*model.parameters(), *buffers))
 
 
 def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -46,6 +54,8 @@ def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
 
 def peak_rss() -> int:
     """Return the process's highest resident memory in bytes, since `peak_of_call` reset it."""
+    import resource  # not on Windows, where the rest of this file is of use too
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

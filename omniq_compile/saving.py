@@ -17,6 +17,8 @@ from torch import nn
 
 from omniq_compile.diffusers_quantizer import describe
 from omniq_compile.lowering.errors import CheckpointError
+from omniq_compile.memory import footprint
+from omniq_compile.own_method import OwnMethod
 from omniq_compile.recorded_options import options_of
 from omniq_compile.saving_transformers import save_pretrained
 
@@ -48,6 +50,7 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
         model.hf_quantizer = OmniqHfQuantizer(TransformersConfig.from_dict(about))
         # Unlike a closure or a bound method, it comes back right from copying and pickling.
         model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]
+        model.get_memory_footprint = OwnMethod(footprint, model)  # type: ignore[assignment]
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

@@ -152,7 +152,7 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Return a model with plain weights, of ``dtype`` or those that they stand for."""
         dequantize_weights(model, dtype)
-        for name in ("omniq_quantization", "save_pretrained"):
+        for name in ("omniq_quantization", "save_pretrained", "get_memory_footprint"):
             vars(model).pop(name, None)
         self.remove_quantization_config(model)
         return model

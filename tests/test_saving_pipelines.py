@@ -143,6 +143,23 @@ def test_dequantize_leads_back_to_a_plain_model(tmp_path: Path) -> None:
     omniq.save_model(model, tmp_path / "again")
 
 
+def test_the_memory_footprint_is_that_of_the_codes(folder: Path) -> None:
+    """By which diffusers' ComponentsManager says sizes, and chooses what to offload."""
+    cls = transformers.UMT5EncoderModel
+    encoder = cls.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16)
+    for model in (tiny_flux(), encoder):
+        plain = model.get_memory_footprint()
+        omniq.quantize_(model, OPTIONS)
+        weights = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
+        # A byte of two stays of each element, and a row gets a scale in float32.
+        saved = sum(weight.numel() - 4 * weight.shape[0] for weight in weights)
+        assert model.get_memory_footprint() == plain - saved < 0.7 * plain
+        without = model.get_memory_footprint(return_buffers=False)
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        assert model.get_memory_footprint() == without + buffers
+        assert copy.deepcopy(model).dequantize().get_memory_footprint() == plain
+
+
 def test_a_model_is_quantized_by_one_set_of_options() -> None:
     """Its config.json has room for one."""
     model = tiny_flux()
