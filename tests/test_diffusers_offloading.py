@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import error
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.hooks import apply_group_offloading
 from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch import nn
 
@@ -146,6 +147,23 @@ def test_stored_weights_are_group_offloaded(by_blocks: bool) -> None:
         fast = compiled(model)
     for _ in range(2):
         assert 0 < error(fast(**given)[0], expected) < 0.03
+
+
+@pytest.mark.parametrize(("limit", "compiled_layers"), [(8, 8), (64, 10)])
+@torch.no_grad()
+def test_hooks_on_layers_want_more_recompilations(
+    limit: int, compiled_layers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What follows diffusers' hook is one function for all layers, each a kind of its own here."""
+    model = nn.Sequential(*(nn.Linear(32 + 8 * n, 40 + 8 * n) for n in range(10)))
+    model.requires_grad_(False)
+    x, cpu = torch.randn(5, 32), torch.device("cpu")
+    expected = model(x)
+    apply_group_offloading(model, cpu, cpu, offload_type="leaf_level")
+    fast = compiled(model)
+    with torch._dynamo.config.patch(recompile_limit=limit), caplog.at_level("INFO", "omniq"):
+        assert 0 < error(fast(x), expected) < 0.05
+    assert sum("1 sites: 1 int8" in message for message in caplog.messages) == compiled_layers
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -81,6 +81,9 @@ def test_every_python_block_runs(
 ) -> None:
     """In order, as a reader types them, with tiny models where a page takes one for granted."""
     monkeypatch.chdir(tmp_path)
+    # Put back what a page sets for the whole process.
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit", config.recompile_limit)
     make_folder(tmp_path / "a/diffusers-folder")
 
     def tiny() -> Any:
