@@ -75,12 +75,22 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing.") from error
+        raise CheckpointError(f"{file} is missing{_modular(file.parent)}.") from error
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object.")
     return content
+
+
+def _modular(folder: Path) -> str:
+    """Say what to do with the folder of a modular pipeline, which has an index of its own."""
+    if not (folder / "modular_model_index.json").is_file():
+        return ""
+    return (
+        ": the folder holds a modular pipeline. Load one of its components by load_model with "
+        "subfolder=..., or give a DiffusersConfig to its load_components(quantization_config=...)"
+    )
 
 
 def model_class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any:

@@ -58,5 +58,9 @@ def test_a_component_is_quantized_while_it_loads_and_saved(folder: Path, tmp_pat
     assert 0 < error(dequantized, plain) < 0.03
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     assert torch.equal(picture(loaded(tmp_path)), dequantized)
+    for load in (omniq.from_pretrained, omniq.load_model):
+        with pytest.raises(omniq.CheckpointError, match=r"modular.*subfolder=.*load_comp"):
+            load(tmp_path)
+    omniq.load_model(tmp_path, subfolder="transformer")
     pipe.transformer.compile_repeated_blocks(backend="omniq", options=OPTIONS)
     assert 0 < error(picture(pipe), plain) < 0.03
