@@ -31,11 +31,17 @@ logging.getLogger("torch.__trace").propagate = True
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 
 
+# Imports and Dynamo's traces make hundreds of thousands of objects that live on: with Python's own
+# threshold of 700, up to a twelfth of the time goes to asking again whether they are garbage.
+gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
     """Keep what was imported out of garbage collections: looking through it takes each of those
     that `compare` and `tune` ask for half a second, and Dynamo's graphs lead to many more.
     """
+    gc.collect()
     gc.freeze()
 
 
