@@ -88,7 +88,7 @@ def test_an_adapter_that_is_swapped_in_place_is_followed_without_a_new_compile(r
 
 
 def test_small_matrices_of_an_adapter_stay_bf16_and_the_layer_does_not() -> None:
-    model = tiny_flux()
+    model = tiny_flux(num_layers=1)
     model.load_lora_adapter(lora(model, 1), prefix=None, adapter_name="one")
     model.requires_grad_(False)
     report = explain(model, inputs(), OPTIONS, stages=())
@@ -139,7 +139,7 @@ def test_a_layer_under_an_adapter_is_ignored_while_weights_are_stored() -> None:
 
 def test_a_pipelines_lora_is_followed_by_its_compiled_transformer() -> None:
     pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, tiny_flux()
+        FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, tiny_flux(num_layers=1)
     )
     pipe.set_progress_bar_config(disable=True)
     given = {
@@ -177,7 +177,7 @@ def test_a_pipelines_lora_is_followed_by_its_compiled_transformer() -> None:
 @torch.no_grad()
 def test_an_adapter_on_stored_codes_is_followed_and_fused_into_them() -> None:
     """Fusing writes new codes, and unfusing others again: each costs one more rounding."""
-    model = tiny_flux()
+    model = tiny_flux(num_layers=1)
     plain = model(**inputs())[0]
     quantize_(model, OPTIONS)
     fast = torch.compile(model, backend="omniq", options=OPTIONS)
