@@ -59,9 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Outcomes(Path(file)))
 
 
+# A minute and more each. Workers take whole files, and one that took such a file among the last
+# would be alone with it.
+LONG = ("test_triton_compiled.py", "test_tune.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what says most in little time, on a machine with a GPU."""
-    items.sort(key=lambda item: item.get_closest_marker("gpu_smoke") is None)
+    """Put first what says most in little time, on a machine with a GPU; then what takes long."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("gpu_smoke") is None, item.path.name not in LONG)
+    )
 
 
 class Holder(nn.Module):
