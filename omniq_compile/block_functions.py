@@ -87,5 +87,8 @@ def _own_values(block: nn.Module) -> Hashable:
 
 def _looks(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device
+        about = type(argument), argument.layout, argument.dtype, argument.device
+        # Nested tensors have no sizes, and some sparse ones no strides.
+        plain = argument.layout is torch.strided and not argument.is_nested
+        return (*about, argument.shape, argument.stride()) if plain else about
     return argument if isinstance(argument, _PLAIN) else type(argument)

@@ -108,3 +108,25 @@ def test_inputs_that_look_different_do_not_part_blocks() -> None:
     for block in model[0]:
         block(torch.randn(64, 7).t() if block.number == 0 else torch.randn(7, 64))
     assert graphs() == 2
+
+
+class Masked(Block):
+    """A block that is given more than it reads."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse_csr", "nested"])
+def test_inputs_without_strides_or_sizes_are_taken(layout: str) -> None:
+    mask = torch.eye(7).to_sparse_csr()
+    if layout == "nested":
+        mask = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    model = nn.Sequential(nn.ModuleList([Masked(), Masked()])).eval().requires_grad_(False)
+    exact = copy.deepcopy(model)
+    omniq_compile.compile(model, OPTIONS)
+    x = torch.randn(7, 64)
+    for block, slow in zip(model[0], exact[0], strict=True):
+        assert 0 < torch.linalg.norm(block(x, mask) - slow(x, mask)) < 0.02 * torch.linalg.norm(x)
