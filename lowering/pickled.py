@@ -21,6 +21,21 @@ def allow_loading() -> None:
     torch.serialization.add_safe_globals([rebuild])
 
 
+def as_pickled(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a weight's attributes as they are pickled: those of a float8 dtype as bytes.
+
+    What ``pickle`` itself writes of such a tensor PyTorch cannot read (2.11 to 2.13).
+    """
+    import torch
+
+    return {
+        name: value.view(torch.uint8)
+        if isinstance(value, torch.Tensor) and _is_float8(value.dtype)
+        else value
+        for name, value in state.items()
+    }
+
+
 def rebuild(state: dict[str, Any], shape: torch.Size, dtype: torch.dtype) -> QuantizedTensor:
     """Return a weight that was pickled.
 
@@ -41,8 +56,11 @@ def rebuild(state: dict[str, Any], shape: torch.Size, dtype: torch.dtype) -> Qua
     # The file may come from anywhere, and kernels trust the parts to be as large as they should.
     try:
         form = get_format(state["format"])
-        parts = [state[name].contiguous() for name in form.parts]
         expected = form.allocate(torch.empty(shape, dtype=dtype, device="meta"))
+        parts = [
+            _as_stored(state[name].contiguous(), like.dtype)
+            for name, like in zip(form.parts, expected, strict=True)
+        ]
         fit = all(
             part.shape == like.shape and part.dtype == like.dtype
             for part, like in zip(parts, expected, strict=True)
@@ -58,3 +76,14 @@ def rebuild(state: dict[str, Any], shape: torch.Size, dtype: torch.dtype) -> Qua
     # What else was set on it, such as that it is a parameter.
     vars(tensor).update({name: value for name, value in state.items() if name not in vars(tensor)})
     return tensor
+
+
+def _as_stored(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Read bytes that `as_pickled` made; files of before hold the parts as they are."""
+    import torch
+
+    return part.view(dtype) if part.dtype is torch.uint8 and _is_float8(dtype) else part
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -23,7 +23,7 @@ from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
-from omniq_compile.lowering.pickled import allow_loading, rebuild
+from omniq_compile.lowering.pickled import allow_loading, as_pickled, rebuild
 from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
 from omniq_compile.lowering.tensor_of_parts import (
     MEMORY_OPERATORS,
@@ -72,7 +72,13 @@ class QuantizedTensor(TensorOfParts):
         """
         if isinstance(parts, QuantizedTensor):
             shape, dtype, parts = parts.shape, parts.dtype, parts.parts
-        assert shape is not None
+        if shape is None:
+            raise WeightError(
+                f"a QuantizedTensor cannot be made of a {type(parts).__name__} alone, which has no "
+                "format. Where accelerate puts values from the disk into a model that is stored "
+                "quantized: load them before quantize_(), offload to the CPU's memory, or call "
+                "load_state_dict(), which quantizes what it copies."
+            )
         # One made under inference_mode could not be detached there, nor written to later.
         with torch.inference_mode(False):
             tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
@@ -159,6 +165,14 @@ class QuantizedTensor(TensorOfParts):
             return parts[0].new_empty(self.shape, dtype=dtype)
         return form.dequantize(parts)[..., : self.shape[-1]].to(dtype)  # in a traced graph
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return a copy of the values it stands for."""
+        return self.dequantize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Return the values it stands for as lists of numbers."""
+        return self.dequantize().tolist()
+
     def with_parts(self, parts: Parts, dtype: torch.dtype | None = None) -> QuantizedTensor:
         """Return the same weight with other tensors for parts, such as copies on another device."""
         return QuantizedTensor(parts, self.format, self.method, self.shape, dtype or self.dtype)
@@ -179,7 +193,7 @@ class QuantizedTensor(TensorOfParts):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the parts, and what the weight is; `rebuild` says how it comes back."""
-        return rebuild, (vars(self), self.shape, self.dtype)
+        return rebuild, (as_pickled(vars(self)), self.shape, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Name the parts; with `__tensor_unflatten__` this makes the class traceable."""

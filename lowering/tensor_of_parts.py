@@ -39,6 +39,20 @@ class TensorOfParts(torch.Tensor):
         """Return 0, as PyTorch does for a tensor without memory of its own."""
         return 0
 
+    def storage(self) -> NoReturn:
+        """Refuse what safetensors and accelerate ask for where they save, or load in place.
+
+        Raises:
+            WeightError: always.
+        """
+        raise WeightError(
+            f"a weight that is stored as {self.format} has no storage of its own, which "
+            "safetensors asks for. Save the model with save_pretrained(), or the tensors and "
+            "metadata of omniq_compile.flatten_state(model.state_dict()); load what is not "
+            "quantized with model.load_state_dict(safetensors.torch.load_file(file)), which "
+            "quantizes it."
+        )
+
     def share_memory_(self) -> TensorOfParts:
         """Move the parts to shared memory, in place."""
         let_go(self)
