@@ -81,9 +81,6 @@ def test_every_python_block_runs(
 ) -> None:
     """In order, as a reader types them, with tiny models where a page takes one for granted."""
     monkeypatch.chdir(tmp_path)
-    # Put back what a page sets for the whole process.
-    config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", config.recompile_limit)
     make_folder(tmp_path / "a/diffusers-folder")
 
     def tiny() -> Any:
@@ -96,8 +93,11 @@ def test_every_python_block_runs(
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
     space: dict[str, Any] = {"torch": torch, "omniq_compile": omniq, "__name__": "page"}
     space |= {"transformer": tiny(), "model": tiny()}
-    for code in blocks(page, "python"):
-        exec(compile(code, name(page), "exec"), space)
+    config = torch._dynamo.config
+    # Put back what a page sets for the whole process.
+    with config.patch(recompile_limit=config.recompile_limit):
+        for code in blocks(page, "python"):
+            exec(compile(code, name(page), "exec"), space)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
