@@ -16,9 +16,9 @@ from omniq_compile.lowering.cpu import quantize as on_cpu
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
 
-pytestmark = pytest.mark.skipif(on_cpu._library() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(on_cpu.load() is None, reason="no C++ compiler here")
 
-FORMATS = tuple(on_cpu._METHODS)
+FORMATS = tuple(on_cpu.METHODS)
 LARGE = (1031, on_cpu.LARGE // 1031 + 1)
 
 by_format = pytest.mark.parametrize("name", FORMATS)
@@ -97,7 +97,7 @@ def test_others_are_quantized_by_torch(
 def test_without_a_compiler_torch_quantizes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(LARGE).bfloat16()
     exact = quantize_weight(weight, "mxfp4")
-    monkeypatch.setattr(on_cpu, "_library", lambda: None)
+    monkeypatch.setattr(on_cpu, "load", lambda: None)
     parts = quantize_weight(weight, "mxfp4")
     assert all(oracle.same_bits(a, b) for a, b in zip(parts, exact, strict=True))
 
@@ -140,6 +140,6 @@ def test_an_error_of_the_library_is_an_exception(monkeypatch: pytest.MonkeyPatch
             message.value = b"no memory"
             return 1
 
-    monkeypatch.setattr(on_cpu, "_library", lambda: Failing)
+    monkeypatch.setattr(on_cpu, "load", lambda: Failing)
     with pytest.raises(RuntimeError, match=r"^no memory$"):
         on_cpu.quantize(torch.randn(3, 70), get_format("int8"))

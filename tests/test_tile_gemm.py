@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq_compile.lowering.cpu import library, tile_gemm
+from omniq_compile.lowering.cpu import decode, library, tile_gemm
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format, mx
 
@@ -24,10 +24,14 @@ needs_bf16 = pytest.mark.skipif(not BUILT, reason="this CPU has no fast BF16 pro
 SHAPES = [(1, 1, 1), (7, 45, 1075), (130, 67, 1600), (700, 65, 96), (3, 200, 33)]
 
 
-@pytest.fixture(params=[pytest.param("C++", marks=needs_bf16), "float32"])
+@pytest.fixture(params=[pytest.param("bfloat16", marks=needs_bf16), "float32", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "float32":
+    if request.param != "bfloat16":
         monkeypatch.setattr(tile_gemm, "_library", lambda: None)
+        # Cuts each weight here into several tiles, the last one smaller.
+        monkeypatch.setattr(tile_gemm, "TILE_ELEMENTS", 20_000)
+    if request.param == "torch":
+        monkeypatch.setattr(decode, "_library", lambda: None)
     return str(request.param)
 
 

@@ -1,14 +1,18 @@
-"""The float formats on CPUs with BF16 products: weights decoded tile by tile inside the GEMM."""
+"""The float formats on CPUs: a weight is decoded tile by tile inside the GEMM."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import gcd
 
 import torch
 
 from omniq_compile.lowering import decoded, decoded_bfloat16
-from omniq_compile.lowering.cpu import tile_gemm  # noqa: F401  (defines the operator)
+from omniq_compile.lowering.cpu import (
+    quantize_activation,
+    tile_gemm,  # noqa: F401  (defines the operator)
+)
 from omniq_compile.lowering.emulated import ELEMENTS
 from omniq_compile.lowering.formats import block_size, mxfp4_dualscale
 from omniq_compile.lowering.formats.format import Parts
@@ -51,8 +55,8 @@ def _gemm(
     return result
 
 
-def kernel(method: str) -> Kernel:
-    """Make the row of a method of `ELEMENTS`."""
+def bfloat16(method: str) -> Kernel:
+    """Make the row of a method of `ELEMENTS` where the CPU multiplies BF16."""
     return Kernel(
         name=f"cpu_{method}_bfloat16",
         method=method,
@@ -68,4 +72,17 @@ def kernel(method: str) -> Kernel:
     )
 
 
-KERNELS = tuple(kernel(method) for method in ELEMENTS)
+def float32(method: str) -> Kernel:
+    """Make the row of a method of `ELEMENTS` where it multiplies float32 alone."""
+    return replace(
+        bfloat16(method),
+        name=f"cpu_{method}_float32_tiles",
+        archs=("avx512_vnni", "generic"),
+        about=f"no {ELEMENTS[method]} arithmetic on CPUs: tiles of a weight decoded exactly to "
+        "float32, multiplied in it",
+        quantize=quantize_activation.lower,
+        source="cpu/decode.cpp",
+    )
+
+
+KERNELS = tuple(row(method) for row in (bfloat16, float32) for method in ELEMENTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import threading
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ def load(name: str) -> ctypes.CDLL | None:
 
 @cache
 def _load(name: str) -> ctypes.CDLL | None:
-    source = Path(__file__).with_name(f"{name}.cpp").read_text("utf-8")
+    source = read(f"{name}.cpp")
     try:
         return build(source)
     except Exception as error:  # whatever the compiler, the linker or the file system says
@@ -38,6 +39,12 @@ def _load(name: str) -> ctypes.CDLL | None:
             lines[0],
         )
         return None
+
+
+def read(file: str) -> str:
+    """Return a source of this folder as one text, which is what Inductor's cache takes."""
+    text = Path(__file__).with_name(file).read_text("utf-8")
+    return re.sub(r'^#include "(.*)"$', lambda included: read(included[1]), text, flags=re.M)
 
 
 def build(source: str) -> ctypes.CDLL:

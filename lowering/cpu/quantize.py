@@ -1,20 +1,25 @@
-"""Quantizes large weights on the CPU in one pass (quantize.cpp), to the bits of the formats."""
+"""Quantizes on the CPU in one pass (quantize.cpp), to the bits of the formats: large weights."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from omniq_compile.lowering.cpu import library
+from omniq_compile.lowering.formats import mxfp4_dualscale
 from omniq_compile.lowering.formats.format import Format
 
 # From here on the pass saves more than a first build of the library takes within a few weights.
 LARGE = 1 << 22
 
+# From here on it saves more than the start of threads takes.
+PARALLEL = 1 << 15
+
 # By format: the method in C++, and whether the block scale is UOS's.
-_METHODS = {
+METHODS = {
     "int8": (0, False),
     "fp8": (1, False),
     "mxfp8": (2, False),
@@ -29,8 +34,9 @@ class _Arguments(ctypes.Structure):
     """``Arguments`` of quantize.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "coarse")),
-        *((name, ctypes.c_int64) for name in ("rows", "K", "bfloat16", "method", "uos", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "bytes", "scale", "values")),
+        *((name, ctypes.c_int64) for name in ("rows", "K", "columns", "bfloat16", "method", "uos")),
+        ("threads", ctypes.c_int64),
     )
 
 
@@ -42,8 +48,8 @@ def takes(weight: torch.Tensor, form: Format) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.numel() >= LARGE
-        and form.name in _METHODS
-        and _library() is not None
+        and form.name in METHODS
+        and load() is not None
     )
 
 
@@ -58,20 +64,51 @@ def quantize(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, ...]:
         RuntimeError: the C++ reports an error, with its message.
     """
     parts = tuple(form.allocate(weight))
-    built = _library()
-    assert built is not None
-    weight = weight.contiguous()
-    K = weight.shape[-1]
-    method, uos = _METHODS[form.name]
-    arguments = _Arguments(
-        *(library.pointer(tensor) for tensor in (weight, *parts, *(None,) * (3 - len(parts)))),
-        *(weight.numel() // K, K, weight.dtype == torch.bfloat16, method, uos),
-        torch.get_num_threads(),
-    )
-    library.call(built.omniq_quantize, arguments)
+    codes, *scales = parts
+    run(weight.contiguous(), form.name, scales, codes=codes)
     return parts
 
 
+def run(
+    x: torch.Tensor,
+    format: str,
+    scales: Sequence[torch.Tensor],
+    *,
+    codes: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    columns: int = 0,
+) -> None:
+    """Quantize ``x [..., K]``, which is contiguous, float32 or bfloat16, into one of two.
+
+    Args:
+        x: what is quantized.
+        format: a key of `METHODS`.
+        scales: into which the format's scales go; with ``values``, those in float32 alone.
+        codes: into which the format's codes go.
+        values: bfloat16 ``[..., K']``, into which goes what the codes stand for, without the
+            float32 scales.
+        columns: of K that share a float32 scale; 0 for all, or for the format's own number.
+
+    Raises:
+        RuntimeError: the C++ reports an error, with its message.
+    """
+    built = load()
+    assert built is not None
+    K = x.shape[-1]
+    method, uos = METHODS[format]
+    if format.startswith("mxfp4_dualscale"):
+        columns = mxfp4_dualscale.RUN
+    byte = next((scale for scale in scales if scale.dtype == torch.uint8), None)
+    scale = next((scale for scale in scales if scale.dtype == torch.float32), None)
+    arguments = _Arguments(
+        *(library.pointer(tensor) for tensor in (x, codes, byte, scale, values)),
+        *(x.numel() // K, K, columns or K, x.dtype == torch.bfloat16, method, uos),
+        torch.get_num_threads() if x.numel() >= PARALLEL else 1,
+    )
+    library.call(built.omniq_quantize, arguments)
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
+    """Return the built library, or None where it cannot be built."""
     return library.load("quantize")

@@ -11,7 +11,6 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -24,13 +23,13 @@
 #pragma GCC optimize("tree-loop-vectorize")
 #endif
 
+#include "codes.h"
+
 namespace {
 
 constexpr int64_t TILE_M = 64;
 constexpr int64_t TILE_N = 64;
-constexpr int64_t STEP_K = 512;  // decoded at a time: 64 x 512 BF16 values stay in the L2 cache
 constexpr int64_t TRANSPOSED = 16;  // rows at a time: one cache line of pairs
-constexpr int64_t MX_BLOCK = 32;
 constexpr int64_t ROWS_A_TASK = 256;  // at least, where a result has too few columns for all threads
 
 enum Element : int64_t { E4M3 = 0, E2M1 = 1 };
@@ -55,78 +54,14 @@ struct Arguments {
 
 namespace {
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// Without a branch, so that loops over it vectorize.
-inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
-  const uint32_t mask = -static_cast<uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
-// e4m3 (OCP 8-bit Floating Point v1.0), without a float32 denormal on the way.
-inline float decode_e4m3(uint32_t code) {
-  const uint32_t magnitude = code & 0x7F;
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
-  const uint32_t normal = choose(magnitude == 0x7F, 0x7FC00000, (magnitude << 20) + (120u << 23));
-  return from_bits(choose(magnitude < 8, to_bits(subnormal), normal) | ((code & 0x80) << 24));
-}
-
-// e2m1 (OCP Microscaling Formats v1.0, section 5.3.3).
-inline float decode_e2m1(uint32_t code) {
-  const uint32_t magnitude = code & 7;
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0.5f;
-  const uint32_t normal = (magnitude << 22) + (126u << 23);
-  return from_bits(choose(magnitude < 2, to_bits(subnormal), normal) | ((code & 8) << 28));
-}
-
-// e8m0 (section 5.4.1) as two factors, so that neither is a denormal.
-struct Power {
-  float small, large;
-};
-
-inline Power decode_e8m0(uint32_t byte) {
-  const uint32_t large = std::max(byte, 2u);
-  return {from_bits((byte - large + 127) << 23), byte == 255 ? NAN : from_bits(large << 23)};
-}
-
-// Every decoded value has at most four significant bits: BF16 is the upper half of the float32.
-inline uint16_t bfloat16(float value) { return static_cast<uint16_t>(to_bits(value) >> 16); }
-
 // Decode one row of b from k to k + count, where k is a multiple of 32 and count at most STEP_K.
 void decode(const Arguments& g, int64_t n, int64_t k, int64_t count, uint16_t* values) {
-  const uint8_t* row = g.codes + n * g.b_bytes;
+  const bool e2m1 = g.element == E2M1;
+  if (!e2m1) count = std::min(count, g.b_bytes - k);
+  const uint8_t* scale = g.block_scale ? g.block_scale + n * (g.K / MX_BLOCK) : nullptr;
   float elements[STEP_K];
-  if (g.element == E4M3) {
-    count = std::min(count, g.b_bytes - k);
-    for (int64_t i = 0; i < count; ++i) elements[i] = decode_e4m3(row[k + i]);
-  } else {
-    uint8_t codes[STEP_K];
-    for (int64_t i = 0; i < count / 2; ++i) {
-      codes[2 * i] = row[k / 2 + i] & 15;
-      codes[2 * i + 1] = row[k / 2 + i] >> 4;
-    }
-    for (int64_t i = 0; i < count; ++i) elements[i] = decode_e2m1(codes[i]);
-  }
-  if (!g.block_scale) {
-    for (int64_t i = 0; i < count; ++i) values[i] = bfloat16(elements[i]);
-    return;
-  }
-  const uint8_t* scale = g.block_scale + n * (g.K / MX_BLOCK) + k / MX_BLOCK;
-  for (int64_t block = 0; block < count / MX_BLOCK; ++block) {
-    const Power power = decode_e8m0(scale[block]);
-    for (int64_t i = block * MX_BLOCK; i < (block + 1) * MX_BLOCK; ++i)
-      values[i] = bfloat16(elements[i] * power.small * power.large);
-  }
+  decode_elements(g.codes + n * g.b_bytes, scale, e2m1, k, count, elements);
+  for (int64_t i = 0; i < count; ++i) values[i] = to_bfloat16(elements[i]);
 }
 
 // Decode rows n to n + TILE_N of b into a panel [K / 2][TILE_N] of pairs; missing rows are zeros.

@@ -1,7 +1,9 @@
 """``omniq::cpu_tile_gemm``: BF16 activations times a weight that is decoded tile by tile.
 
-The C++ stands in tile_gemm.cpp. Where it cannot be built, or the CPU has no fast BF16 products, the
-same is computed in float32.
+tile_gemm.cpp multiplies in BF16. Where the CPU has no fast BF16 products, or it cannot be built,
+tiles are decoded to float32 and multiplied by torch's float32 GEMM. Either is one operator for
+every shape: loops that Inductor generates to decode each shape of weight, and to round each shape
+of result, made a first call three times as long.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from torch import Tensor
 
 from omniq_compile.lowering.bias import check_bias
 from omniq_compile.lowering.cpu import library
-from omniq_compile.lowering.formats import mxfp4, mxfp8
+from omniq_compile.lowering.cpu.decode import decode_rows
 from omniq_compile.lowering.formats.blocks import repeat
-from omniq_compile.lowering.formats.float_codes import decode_e4m3
 from omniq_compile.lowering.target import Target, detect
+
+# Elements of b decoded to float32 at a time: 4 MiB, which stay in a core's cache while they are
+# multiplied, and are the memory that a decoded weight takes.
+TILE_ELEMENTS = 1 << 20
 
 E4M3, E2M1 = 0, 1
 _RESULTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -79,23 +84,26 @@ def cpu_tile_gemm(
         a_scale = a_scale.reshape(rows.shape[0], -1).contiguous()
     if b_scale is not None:
         b_scale = b_scale.reshape(-(-N // b_rows), -1).contiguous()
-    columns = (a_columns or K, b_columns or K)
     if bias is not None:
-        bias = bias.to(torch.float32)
+        bias = bias.to(torch.float32).contiguous()
+    codes = codes.contiguous()
+    if block_scale is not None:
+        block_scale = block_scale.contiguous()
     if (built := _library()) is None:
-        result = _in_float32(rows, a_scale, codes, block_scale, b_scale, bias, b_rows, columns)
-        return out.copy_(result.view(out.shape))
+        shared = (b_rows, b_columns or K)
+        into = out.view(rows.shape[0], N)
+        _in_float32(rows, a_scale, codes, block_scale, b_scale, bias, a_columns or K, shared, into)
+        return out
     # brgemm reads pairs along K.
     rows = (F.pad(rows, (0, 1)) if K % 2 else rows).contiguous()
     columns = (a_columns or rows.shape[1], b_columns or rows.shape[1])
-    kept = [part if part is None else part.contiguous() for part in (codes, block_scale, bias)]
     arguments = _Arguments(
         library.pointer(rows),
         library.pointer(a_scale),
-        library.pointer(kept[0]),
-        library.pointer(kept[1]),
+        library.pointer(codes),
+        library.pointer(block_scale),
         library.pointer(b_scale),
-        library.pointer(kept[2]),
+        library.pointer(bias),
         library.pointer(out),
         *(rows.shape[0], N, rows.shape[1], codes.shape[1], columns[0], b_rows, columns[1]),
         E2M1 if codes.dtype == torch.uint8 else E4M3,
@@ -136,25 +144,32 @@ def _in_float32(
     block_scale: Tensor | None,
     b_scale: Tensor | None,
     bias: Tensor | None,
-    b_rows: int,
-    columns: tuple[int, int],
-) -> Tensor:
-    if block_scale is None:
-        b = decode_e4m3(codes)
-    else:
-        form = mxfp4 if codes.dtype == torch.uint8 else mxfp8
-        b = form.dequantize((codes, block_scale))
+    a_columns: int,
+    shared: tuple[int, int],
+    out: Tensor,
+) -> None:
+    """Write the product into out ``[M, N]``; ``shared`` are the rows and columns of a b_scale."""
     a = rows.to(torch.float32)
-    K, N = a.shape[1], b.shape[0]
-    by_row = columns == (K, K)
+    (M, K), N = a.shape, codes.shape[0]
+    factors = None
     if a_scale is not None and b_scale is not None:
-        b_scale = repeat(b_scale, -2, b_rows, N)
-        if not by_row:
-            a = a * repeat(a_scale, -1, columns[0], K)
-            b = b * repeat(b_scale, -1, columns[1], K)
-    # A caller's autocast would round the sums.
-    with torch.autocast("cpu", enabled=False):
-        out = a @ b.t()
-    if by_row and a_scale is not None and b_scale is not None:
-        out = out * a_scale * b_scale.t()
-    return out if bias is None else out + bias
+        if a_columns == shared[1] == K:
+            factors = repeat(b_scale, -2, shared[0], N).view(1, N)
+            b_scale = None
+        else:
+            a = a * repeat(a_scale, -1, a_columns, K)
+    tile = min(N, max(1, TILE_ELEMENTS // K))
+    values, sums = torch.empty(tile, K), torch.empty(M * tile)
+    for first in range(0, N, tile):
+        part = range(first, min(first + tile, N))
+        columns = slice(first, part.stop)
+        decode_rows(codes, block_scale, b_scale, shared, part, values[: len(part)])
+        result = sums[: M * len(part)].view(M, len(part))
+        # A caller's autocast would round the sums.
+        with torch.autocast("cpu", enabled=False):
+            torch.mm(a, values[: len(part)].t(), out=result)
+        if factors is not None and a_scale is not None:
+            result.mul_(a_scale).mul_(factors[:, columns])
+        if bias is not None:
+            result += bias[columns]
+        out[:, columns] = result

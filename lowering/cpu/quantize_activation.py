@@ -1,0 +1,72 @@
+"""``omniq::cpu_quantize_activation``: what CPU kernels multiply with a weight that is decoded.
+
+One pass of C++ (quantize.cpp), as an operator that takes any shape. Inductor would generate this
+arithmetic anew for each producer of an activation, and a first call took up to twice as long.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omniq_compile.lowering.cpu import quantize
+from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
+from omniq_compile.lowering.formats import block_size, mx, mxfp4_dualscale
+
+
+@torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=())
+def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
+    """Return what `decoded_bfloat16.quantize_scaled` does, bit for bit but for float32 denormals.
+
+    Whatever shares a scale with a NaN or Inf is not finite once the scale is applied: which of the
+    two says so may differ.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        format: any float format.
+
+    Returns:
+        bfloat16 ``[..., K']``, and beside it the float32 scales that the format has: ``[...]``, or
+        ``[..., n]`` for groups of K.
+
+    Raises:
+        RuntimeError: the C++ reports an error, with its message.
+    """
+    if quantize.load() is None:
+        return [part.contiguous() for part in quantize_scaled(x, format)]
+    values, *scales = outputs = quantize_activation_like(x, format)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        x = x.to(torch.float32)
+    if values.numel():
+        group = block_size(format)
+        name, columns = ("fp8", group[1]) if group else (format, 0)
+        quantize.run(x.contiguous(), name, scales, values=values, columns=columns)
+    return outputs
+
+
+def quantize_activation_like(x: Tensor, format: str) -> list[Tensor]:
+    """Return what `quantize_activation` returns, without values."""
+    *rows, K = x.shape
+    width = mx.padded(K) if format.startswith("mx") else K
+    values = x.new_empty((*rows, width), dtype=torch.bfloat16)
+    if not _has_scale(format):
+        return [values]
+    if format.startswith("mxfp4_dualscale"):
+        rows.append(mxfp4_dualscale.runs(K))
+    elif group := block_size(format):
+        rows.append((K + group[1] - 1) // group[1])
+    return [values, x.new_empty(rows, dtype=torch.float32)]
+
+
+quantize_activation.register_fake(quantize_activation_like)
+
+
+def _has_scale(format: str) -> bool:
+    return format.startswith(("fp8", "mxfp4_dualscale"))
+
+
+def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:
+    """Call the operator; see `Kernel.quantize`."""
+    # By number: what a traced call returns cannot be iterated over.
+    parts = torch.ops.omniq.cpu_quantize_activation(x, format)
+    return (parts[0], parts[1]) if _has_scale(format) else (parts[0],)
