@@ -2,8 +2,8 @@
 
 It is a traceable wrapper subclass: a linear on one is still one node of a traced graph, whose
 kernel then takes the parts as they are. Outside compiled code every operation works on the
-dequantized values, and one that writes quantizes its result into the same parts again. A view of
-one is a copy: writing into the view does not reach the weight, but ``weight[index] = values`` does.
+dequantized values, and one that writes, into it or into a view of it, quantizes its result into the
+same parts again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
+from omniq_compile.lowering import written_views
 from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
@@ -158,6 +159,7 @@ class QuantizedTensor(TensorOfParts):
         dtype = dtype or self.dtype
         form, parts = get_format(self.format), self.parts
         if type(parts[0]) is torch.Tensor:
+            written_views.take(self)
             return dequantize_rows(parts, form, self.shape, dtype)
         if isinstance(parts[0], FakeTensor) and get_proxy_mode() is None:
             # Dynamo asks how the result of a linear looks: of values that nobody records, computing
@@ -224,6 +226,9 @@ class QuantizedTensor(TensorOfParts):
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        for argument in args:
+            if isinstance(argument, QuantizedTensor):
+                written_views.take(argument)
         handler: Callable[..., Any] = _HANDLERS.get(func, _on_values)
         return handler(func, *args, **kwargs)
 
@@ -271,6 +276,7 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
         if source.format == target.format and source.shape == target.shape:
             for to, part in zip(target.parts, source.parts, strict=True):
                 to.copy_(part, non_blocking)
+            written_views.renew(target)
             return target
         source = source.dequantize()
     # Quantized aside first: a weight that cannot be quantized leaves the old one whole.
@@ -279,6 +285,7 @@ def _copy(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
     check_finite(parts, target.format)
     for to, part in zip(target.parts, parts, strict=True):
         to.copy_(part)
+    written_views.renew(target)
     return target
 
 
@@ -286,6 +293,7 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation on dequantized values, and quantize what it wrote."""
     if torch.Tag.inplace_view in func.tags and isinstance(args[0], QuantizedTensor):
         refuse(func, *args)
+    is_view = written_views.is_view(func)
     values: dict[int, torch.Tensor] = {}
     owners: dict[int, QuantizedTensor] = {}
 
@@ -294,6 +302,8 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
             # Under inference_mode too, a view of what is no inference tensor may not be one.
             with torch.inference_mode(False), torch.no_grad():
                 values[id(tensor)] = tensor.dequantize()
+            if is_view:
+                values[id(tensor)] = written_views.watched(tensor, values[id(tensor)])
             owners[id(values[id(tensor)])] = tensor
         return values[id(tensor)]
 
