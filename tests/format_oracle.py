@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 E4M3 = (ml_dtypes.float8_e4m3fn, 8, 448.0)
 E2M1 = (ml_dtypes.float4_e2m1fn, 2, 6.0)
@@ -37,6 +38,18 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> to
         x *= 2.0 ** rng.integers(-100, 100, shape)
     limit = float(torch.finfo(dtype).max)
     return torch.from_numpy(x.clip(-limit, limit)).to(dtype).clamp(-limit, limit)
+
+
+# Ragged tensors of few rows, float32 and bfloat16, of one and more dimensions.
+tensors = st.builds(
+    lambda kind, batch, N, K, dtype, seed: make(kind, (*batch, N, K), dtype, seed),
+    st.sampled_from(KINDS),
+    st.sampled_from([(), (1,), (2, 3)]),
+    st.integers(1, 9),
+    st.integers(1, 1100),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**32 - 1),
+)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

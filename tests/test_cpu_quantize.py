@@ -8,7 +8,6 @@ import format_oracle as oracle
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import omniq_compile as omniq
@@ -33,18 +32,9 @@ def same(name: str, weight: torch.Tensor) -> bool:
 
 @by_format
 @settings(max_examples=60, deadline=None)
-@given(
-    kind=st.sampled_from(oracle.KINDS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 1100)),
-    batch=st.sampled_from([(), (1,), (2, 3)]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_bits(
-    name: str, kind: str, dtype: torch.dtype, shape: tuple[int, int], batch: tuple[int, ...],
-    seed: int,
-) -> None:  # fmt: skip
-    assert same(name, oracle.make(kind, (*batch, *shape), dtype, seed))
+@given(x=oracle.tensors)
+def test_bits(name: str, x: torch.Tensor) -> None:
+    assert same(name, x)
 
 
 @by_format
