@@ -102,7 +102,8 @@ def test_a_weight_without_values_is_not_read() -> None:
 
 
 @by_format
-def test_a_transposed_weight_and_other_threads(name: str) -> None:
+def test_a_transposed_weight_and_other_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_cpu, "PARALLEL", 0)
     weight = torch.randn(45, 70).t()
     threads = torch.get_num_threads()
     try:
