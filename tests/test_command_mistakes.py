@@ -297,6 +297,25 @@ def test_what_torchao_lacks_is_no_news(copied: Path) -> None:
     assert ran.stderr == f"omniq generate: error: {refusal}\n"
 
 
+@pytest.mark.parametrize("command", ["generate", "compare", "quantize"])
+@pytest.mark.parametrize("given", [["--min-features", "1"], ["--min_features=1"]])
+def test_an_option_of_a_method_is_told_its_place(
+    command: str, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, "folder", "--quantization", "int8", "--out", "x"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *given])
+    assert stopped.value.code == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    unknown = f"omniq {command}: error: unrecognized arguments: {' '.join(given)}"
+    place = """--quantization '{"transformer": {"method": "int8", "min_features": ...}}'."""
+    assert said == f"{unknown}. An option of a method stands in {place}"
+    with pytest.raises(SystemExit):
+        main([*words, "--minimal", "1"])
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said == f"omniq {command}: error: unrecognized arguments: --minimal 1"
+
+
 def test_the_version_and_the_module(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

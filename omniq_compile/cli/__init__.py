@@ -78,5 +78,21 @@ def _run(arguments: Sequence[str]) -> int:
         # Only the command that is called is imported, so that the others cost nothing.
         if name in arguments[:1]:
             import_module(f"omniq_compile.cli.{name}").add_arguments(sub)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hint = _hint(unknown) if hasattr(parsed, "quantization") else ""
+        command = subparsers.choices[parsed.command]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return int(import_module(f"omniq_compile.cli.{parsed.command}").run(parsed))
+
+
+def _hint(unknown: Sequence[str]) -> str:
+    """Say where an option of a method goes, for which other commands have arguments."""
+    from omniq_compile.passes.config import QuantConfig
+
+    named = (word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown)
+    option = next((name for name in named if name in QuantConfig.__dataclass_fields__), None)
+    if option is None:
+        return ""
+    example = f'{{"transformer": {{"method": "int8", "{option}": ...}}}}'
+    return f". An option of a method stands in --quantization '{example}'."

@@ -117,7 +117,11 @@ def _report(
     """
     line, quantized = describe_component(name, model, options)
     if asked and not quantized:
-        raise OptionError(f"{line}. Change that option, or leave the component out.")
+        raise OptionError(
+            f"{line}. Change that option, as in --quantization "
+            f'\'{{"{name}": {{"method": ..., "min_features": 1}}}}\', '
+            "or leave the component out."
+        )
     console.print(line, soft_wrap=True, markup=False)
 
 
