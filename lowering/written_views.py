@@ -104,10 +104,11 @@ def take(weight: TensorOfParts) -> None:
 
 def renew(weight: TensorOfParts) -> None:
     """Show what was written into a weight in its views."""
-    stale = _of(weight)
+    if not (stale := _of(weight)):
+        return
     for views in stale:
         views.resting = True
+    values = weight.dequantize()
     for views in stale:
-        views.values.copy_(weight.dequantize())
-    for views in stale:
+        views.values.copy_(values)
         views.resting = False

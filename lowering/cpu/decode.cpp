@@ -5,11 +5,6 @@
 #include <cstdio>
 #include <exception>
 
-#if defined(__GNUC__) && !defined(__clang__)
-// Inductor's flags switch this off, for loops that it has vectorized itself.
-#pragma GCC optimize("tree-loop-vectorize")
-#endif
-
 #include "codes.h"
 
 // The same fields in the same order as `_Arguments` in decode.py. Sizes count elements.

@@ -8,11 +8,6 @@
 #include <exception>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__)
-// Inductor's flags switch this off, for loops that it has vectorized itself.
-#pragma GCC optimize("tree-loop-vectorize")
-#endif
-
 #include "codes.h"
 
 namespace {
@@ -103,6 +98,11 @@ void quantize_mx(float* x, int64_t padded, bool e2m1, bool uos, uint8_t* codes, 
   }
 }
 
+inline int64_t in_blocks(int64_t K) { return (K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK; }
+
+// K' of `Arguments`.
+inline int64_t width(const Arguments& g) { return g.method >= MXFP8 ? in_blocks(g.K) : g.K; }
+
 void read_row(const Arguments& g, int64_t row, float* x) {
   const int64_t K = g.K;  // a store may not change it
   if (g.bfloat16) {
@@ -111,7 +111,7 @@ void read_row(const Arguments& g, int64_t row, float* x) {
   } else {
     std::memcpy(x, static_cast<const float*>(g.x) + row * K, K * sizeof(float));
   }
-  std::fill(x + K, x + (K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK, 0.0f);
+  std::fill(x + K, x + in_blocks(K), 0.0f);
 }
 
 // Quantize `count` elements that share a scale; returns it.
@@ -150,8 +150,7 @@ void divide_coarse(float* x, int64_t padded, float* coarse) {
 // Quantize a row, of which x has room for K in whole blocks.
 void quantize_row(const Arguments& g, int64_t row, float* x, uint8_t* codes, uint8_t* bytes) {
   read_row(g, row, x);
-  const int64_t K = g.K;
-  const int64_t padded = (K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK;
+  const int64_t K = g.K, padded = in_blocks(K);
   float* scale = g.scale ? g.scale + row * ((K + g.columns - 1) / g.columns) : nullptr;
   if (g.method == INT8 || g.method == FP8) {
     const auto quantize = g.method == INT8 ? quantize_int8 : quantize_fp8;
@@ -165,19 +164,18 @@ void quantize_row(const Arguments& g, int64_t row, float* x, uint8_t* codes, uin
 
 // Write what a row's codes stand for, without the float32 scales.
 void write_values(const Arguments& g, const uint8_t* codes, const uint8_t* bytes, uint16_t* values) {
-  const bool mx = g.method >= MXFP8;
-  const int64_t count = mx ? (g.K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK : g.K;
+  const int64_t count = width(g);
   float elements[STEP_K];
   for (int64_t k = 0; k < count; k += STEP_K) {
     const int64_t step = std::min(STEP_K, count - k);
-    decode_elements(codes, mx ? bytes : nullptr, g.method > MXFP8, k, step, elements);
+    decode_elements(codes, g.method >= MXFP8 ? bytes : nullptr, g.method > MXFP8, k, step, elements);
     for (int64_t i = 0; i < step; ++i) values[k + i] = to_bfloat16(elements[i]);
   }
 }
 
 void run(const Arguments& g) {
-  const int64_t padded = (g.K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK;
-  const int64_t width = g.method > MXFP8 ? padded / 2 : g.method == MXFP8 ? padded : g.K;
+  const int64_t padded = in_blocks(g.K);
+  const int64_t code_bytes = g.method > MXFP8 ? padded / 2 : width(g);
   const int64_t blocks = padded / MX_BLOCK;
   std::vector<float> buffers(g.threads * padded);
   std::vector<uint8_t> own(g.values ? g.threads * (padded + blocks) : 0);
@@ -187,12 +185,12 @@ void run(const Arguments& g) {
     const int64_t end = g.rows * (thread + 1) / g.threads;
     for (int64_t row = g.rows * thread / g.threads; row < end; ++row) {
       if (!g.values) {
-        quantize_row(g, row, x, g.codes + row * width, g.bytes ? g.bytes + row * blocks : nullptr);
+        quantize_row(g, row, x, g.codes + row * code_bytes, g.bytes ? g.bytes + row * blocks : nullptr);
         continue;
       }
       uint8_t* codes = own.data() + thread * (padded + blocks);
       quantize_row(g, row, x, codes, codes + padded);
-      write_values(g, codes, codes + padded, g.values + row * (g.method >= MXFP8 ? padded : g.K));
+      write_values(g, codes, codes + padded, g.values + row * width(g));
     }
   }
 }

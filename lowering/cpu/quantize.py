@@ -98,8 +98,8 @@ def run(
     method, uos = METHODS[format]
     if format.startswith("mxfp4_dualscale"):
         columns = mxfp4_dualscale.RUN
-    byte = next((scale for scale in scales if scale.dtype == torch.uint8), None)
-    scale = next((scale for scale in scales if scale.dtype == torch.float32), None)
+    by_dtype = {scale.dtype: scale for scale in scales}
+    byte, scale = by_dtype.get(torch.uint8), by_dtype.get(torch.float32)
     arguments = _Arguments(
         *(library.pointer(tensor) for tensor in (x, codes, byte, scale, values)),
         *(x.numel() // K, K, columns or K, x.dtype == torch.bfloat16, method, uos),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniq_compile.lowering.cpu import quantize
 from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
-from omniq_compile.lowering.formats import block_size, mx, mxfp4_dualscale
+from omniq_compile.lowering.formats import block_size, get_format, mx
 
 
 @torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=())
@@ -48,25 +48,17 @@ def quantize_activation_like(x: Tensor, format: str) -> list[Tensor]:
     """Return what `quantize_activation` returns, without values."""
     *rows, K = x.shape
     width = mx.padded(K) if format.startswith("mx") else K
+    _, *scales = get_format(format).allocate(x)
     values = x.new_empty((*rows, width), dtype=torch.bfloat16)
-    if not _has_scale(format):
-        return [values]
-    if format.startswith("mxfp4_dualscale"):
-        rows.append(mxfp4_dualscale.runs(K))
-    elif group := block_size(format):
-        rows.append((K + group[1] - 1) // group[1])
-    return [values, x.new_empty(rows, dtype=torch.float32)]
+    return [values, *(scale for scale in scales if scale.dtype == torch.float32)]
 
 
 quantize_activation.register_fake(quantize_activation_like)
-
-
-def _has_scale(format: str) -> bool:
-    return format.startswith(("fp8", "mxfp4_dualscale"))
 
 
 def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:
     """Call the operator; see `Kernel.quantize`."""
     # By number: what a traced call returns cannot be iterated over.
     parts = torch.ops.omniq.cpu_quantize_activation(x, format)
-    return (parts[0], parts[1]) if _has_scale(format) else (parts[0],)
+    has_scale = format.startswith(("fp8", "mxfp4_dualscale"))
+    return (parts[0], parts[1]) if has_scale else (parts[0],)

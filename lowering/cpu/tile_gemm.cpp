@@ -18,11 +18,6 @@
 #include <numeric>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__)
-// Inductor's flags switch this off, for loops that it has vectorized itself.
-#pragma GCC optimize("tree-loop-vectorize")
-#endif
-
 #include "codes.h"
 
 namespace {

@@ -19,11 +19,8 @@ from omniq_compile.lowering.bias import check_bias
 from omniq_compile.lowering.cpu import library
 from omniq_compile.lowering.cpu.decode import decode_rows
 from omniq_compile.lowering.formats.blocks import repeat
+from omniq_compile.lowering.integer_matmul import TILE_ELEMENTS
 from omniq_compile.lowering.target import Target, detect
-
-# Elements of b decoded to float32 at a time: 4 MiB, which stay in a core's cache while they are
-# multiplied, and are the memory that a decoded weight takes.
-TILE_ELEMENTS = 1 << 20
 
 E4M3, E2M1 = 0, 1
 _RESULTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
