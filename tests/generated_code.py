@@ -20,6 +20,7 @@ _BODY = re.compile(r"def call\(self, args\):\n(.*?)\n        return ", re.S)
 _ALIAS = re.compile(
     r"(buf\d+) = (?:reinterpret_tensor\(|torch\.ops\.aten\.view\.dtype\()?(buf\d+)\b.*"
 )
+_PART = re.compile(r"(buf\d+) = (buf\d+)\[\d+\]")
 _VIEW = re.compile(r"(buf\d+) = torch\.ops\.aten\.view\.dtype\((arg\w+),.*")
 _ALLOCATE = re.compile(r"(buf\d+) = empty_strided_cpu\(\((.*?)\), .*")
 _CHECK = re.compile(r"assert_size_stride\((\w+), \((.*?)\), .*")
@@ -118,7 +119,10 @@ def _parse(text: str) -> Program:
     assert body is not None
     for line in body[1].splitlines():
         line = line.split("#")[0].strip()
-        if found := _ALIAS.fullmatch(line):
+        if found := _PART.fullmatch(line):
+            (call,) = (call for call in calls if found[2] in call.writes)
+            call.writes[found[1]] = ""
+        elif found := _ALIAS.fullmatch(line):
             aliases[found[1]] = aliases.get(found[2], found[2])
         elif found := _ALLOCATE.fullmatch(line) or _CHECK.fullmatch(line):
             sizes = map(int, re.findall(r"\d+", found[2]))

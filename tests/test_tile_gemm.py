@@ -129,6 +129,31 @@ def test_every_code_and_every_scale_decodes_exactly(path: str) -> None:
     assert torch.equal(out[3].double(), 2.0 ** (byte[:, 0].double() - 127))
 
 
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_every_code_beside_every_scale(path: str, element: str) -> None:
+    """Products that are normal numbers; others may be flushed, or are infinite."""
+    if element == "e4m3":
+        codes = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
+        table = elements(256, ml_dtypes.float8_e4m3fn)
+    else:
+        codes = torch.arange(16, dtype=torch.uint8).repeat(255, 2)
+        table = elements(16, ml_dtypes.float4_e2m1fn)
+    byte = torch.arange(255, dtype=torch.uint8).unsqueeze(1)
+    exact = table.double()[codes.long()] * 2.0 ** (byte.double() - 127)
+    normal = (exact.abs() >= 2.0**-126) & (exact.abs() < 2.0**128)
+    codes = torch.where(normal, codes, 0)
+
+    eye = torch.eye(codes.shape[1]).to(torch.bfloat16)
+    byte = byte.repeat(1, codes.shape[1] // 32)
+    if element == "e4m3":
+        stored = codes.view(torch.float8_e4m3fn)
+    else:
+        stored = codes[:, ::2] | codes[:, 1::2] << 4
+    out = gemm(eye, None, stored, byte, None, None, 0, 1, 0, torch.float32)
+    assert normal.sum() > 0.8 * normal.numel()
+    assert torch.equal(out.T.double(), torch.where(normal, exact, 0))
+
+
 def test_what_is_not_a_number_stays_where_it_is(path: str) -> None:
     a = torch.ones(5, 64, dtype=torch.bfloat16)
     a[2, 7] = torch.nan

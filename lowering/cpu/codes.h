@@ -61,9 +61,6 @@ inline Power decode_e8m0(uint32_t byte) {
   return {from_bits((byte - large + 127) << 23), byte == 255 ? NAN : from_bits(large << 23)};
 }
 
-// Every value has at most four significant bits: BF16 is the upper half of the float32.
-inline uint16_t to_bfloat16(float value) { return static_cast<uint16_t>(to_bits(value) >> 16); }
-
 // Decode elements k to k + count of a row, where k is a multiple of 32 and count at most STEP_K.
 //
 // `codes` are e4m3 bytes, or e2m1 with even k in the low nibble. `scale` has an e8m0 byte for each 32

@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from omniq_compile.lowering import decoded, decoded_bfloat16
+from omniq_compile.lowering import decoded
 from omniq_compile.lowering.cpu import (
     quantize_activation,
     tile_gemm,  # noqa: F401  (defines the operator)
@@ -65,7 +65,7 @@ def bfloat16(method: str) -> Kernel:
         native=False,
         about=f"no {ELEMENTS[method]} arithmetic on CPUs: tiles of a weight decoded exactly to "
         "BF16, multiplied by oneDNN's brgemm, scales applied to its float32 sums",
-        quantize=decoded_bfloat16.quantize_scaled,
+        quantize=quantize_activation.lower,
         gemm=_gemm,
         refuse=_refuse,
         source="cpu/tile_gemm.cpp",

@@ -8,7 +8,7 @@
 #include <exception>
 #include <vector>
 
-#include "codes.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -165,12 +165,9 @@ void quantize_row(const Arguments& g, int64_t row, float* x, uint8_t* codes, uin
 // Write what a row's codes stand for, without the float32 scales.
 void write_values(const Arguments& g, const uint8_t* codes, const uint8_t* bytes, uint16_t* values) {
   const int64_t count = width(g);
-  float elements[STEP_K];
-  for (int64_t k = 0; k < count; k += STEP_K) {
-    const int64_t step = std::min(STEP_K, count - k);
-    decode_elements(codes, g.method >= MXFP8 ? bytes : nullptr, g.method > MXFP8, k, step, elements);
-    for (int64_t i = 0; i < step; ++i) values[k + i] = to_bfloat16(elements[i]);
-  }
+  const uint8_t* scale = g.method >= MXFP8 ? bytes : nullptr;
+  for (int64_t k = 0; k < count; k += STEP_K)
+    decode_bfloat16(codes, scale, g.method > MXFP8, k, std::min(STEP_K, count - k), values + k);
 }
 
 void run(const Arguments& g) {

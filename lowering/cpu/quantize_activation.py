@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omniq_compile.lowering import recycled
 from omniq_compile.lowering.cpu import quantize
 from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
 from omniq_compile.lowering.formats import block_size, get_format, mx
@@ -34,26 +35,30 @@ def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
     """
     if quantize.load() is None:
         return [part.contiguous() for part in quantize_scaled(x, format)]
-    values, *scales = outputs = quantize_activation_like(x, format)
+    values = recycled.empty(_shape(x, format), torch.bfloat16)
+    scales = _scales(x, format)
     if x.dtype not in (torch.float32, torch.bfloat16):
         x = x.to(torch.float32)
     if values.numel():
         group = block_size(format)
         name, columns = ("fp8", group[1]) if group else (format, 0)
         quantize.run(x.contiguous(), name, scales, values=values, columns=columns)
-    return outputs
+    return [values, *scales]
 
 
-def quantize_activation_like(x: Tensor, format: str) -> list[Tensor]:
-    """Return what `quantize_activation` returns, without values."""
-    *rows, K = x.shape
-    width = mx.padded(K) if format.startswith("mx") else K
+@quantize_activation.register_fake
+def _(x: Tensor, format: str) -> list[Tensor]:
+    return [x.new_empty(_shape(x, format), dtype=torch.bfloat16), *_scales(x, format)]
+
+
+def _shape(x: Tensor, format: str) -> tuple[int, ...]:
+    K = x.shape[-1]
+    return (*x.shape[:-1], mx.padded(K) if format.startswith("mx") else K)
+
+
+def _scales(x: Tensor, format: str) -> list[Tensor]:
     _, *scales = get_format(format).allocate(x)
-    values = x.new_empty((*rows, width), dtype=torch.bfloat16)
-    return [values, *(scale for scale in scales if scale.dtype == torch.float32)]
-
-
-quantize_activation.register_fake(quantize_activation_like)
+    return [scale for scale in scales if scale.dtype == torch.float32]
 
 
 def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:

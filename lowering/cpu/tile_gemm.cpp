@@ -6,6 +6,7 @@
 // rounding to the result's type.
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -18,7 +19,7 @@
 #include <numeric>
 #include <vector>
 
-#include "codes.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -49,40 +50,65 @@ struct Arguments {
 
 namespace {
 
-// Decode one row of b from k to k + count, where k is a multiple of 32 and count at most STEP_K.
-void decode(const Arguments& g, int64_t n, int64_t k, int64_t count, uint16_t* values) {
-  const bool e2m1 = g.element == E2M1;
-  if (!e2m1) count = std::min(count, g.b_bytes - k);
-  const uint8_t* scale = g.block_scale ? g.block_scale + n * (g.K / MX_BLOCK) : nullptr;
-  float elements[STEP_K];
-  decode_elements(g.codes + n * g.b_bytes, scale, e2m1, k, count, elements);
-  for (int64_t i = 0; i < count; ++i) values[i] = to_bfloat16(elements[i]);
-}
+// Rows n to n + TILE_N of b as brgemm reads them, [K / 2][TILE_N] pairs; missing rows are zeros.
+class Panel {
+ public:
+  // A `whole` panel keeps every column, another one the last that were decoded.
+  Panel(const Arguments& g, bool whole)
+      : g(g), whole(whole), rows(TRANSPOSED * STEP_K), pairs((whole ? in_steps(g.K) : STEP_K) / 2 * TILE_N) {}
 
-// Decode rows n to n + TILE_N of b into a panel [K / 2][TILE_N] of pairs; missing rows are zeros.
-void decode_panel(const Arguments& g, int64_t n, uint16_t* rows, uint32_t* panel) {
-  for (int64_t k = 0; k < g.K; k += STEP_K) {
-    const int64_t count = std::min(STEP_K, g.K - k);
+  void decode(int64_t n, int64_t k, int64_t count) {
     for (int64_t first = 0; first < TILE_N; first += TRANSPOSED) {
-      std::memset(rows, 0, TRANSPOSED * STEP_K * sizeof(uint16_t));
-      for (int64_t j = 0; j < TRANSPOSED && n + first + j < g.N; ++j)
-        decode(g, n + first + j, k, count, rows + j * STEP_K);
-      uint32_t* to = panel + (k / 2) * TILE_N + first;
-      for (int64_t pair = 0; pair < count / 2; ++pair)
-        for (int64_t j = 0; j < TRANSPOSED; ++j)
-          std::memcpy(to + pair * TILE_N + j, rows + j * STEP_K + 2 * pair, sizeof(uint32_t));
+      for (int64_t j = 0; j < TRANSPOSED; ++j) decode_row(n + first + j, k, count, rows.data() + j * STEP_K);
+      transpose(count, at(k) + first);
     }
   }
-}
 
-// Multiply columns k to end of rows m to m + count with a panel: sums [count][TILE_N].
+  uint32_t* at(int64_t k) { return pairs.data() + (whole ? k / 2 * TILE_N : 0); }
+
+ private:
+  static int64_t in_steps(int64_t K) { return (K + STEP_K - 1) / STEP_K * STEP_K; }
+
+  // From k to k + count, where k is a multiple of 32 and count at most STEP_K.
+  void decode_row(int64_t n, int64_t k, int64_t count, uint16_t* values) const {
+    const bool e2m1 = g.element == E2M1;
+    int64_t decoded = n < g.N ? count : 0;
+    if (decoded && !e2m1) decoded = std::min(count, g.b_bytes - k);
+    const uint8_t* scale = g.block_scale ? g.block_scale + n * (g.K / MX_BLOCK) : nullptr;
+    decode_bfloat16(g.codes + n * g.b_bytes, scale, e2m1, k, decoded, values);
+    std::fill(values + decoded, values + count, 0);
+  }
+
+  // Copy `count` columns of the rows.
+  void transpose(int64_t count, uint32_t* to) const {
+#if defined(CPU_CAPABILITY_AVX512)
+    const auto* from = reinterpret_cast<const float*>(rows.data());
+    at::vec::transpose_mxn<float>(
+        from, STEP_K / 2, reinterpret_cast<float*>(to), TILE_N, TRANSPOSED, static_cast<int>(count / 2));
+#else
+    for (int64_t pair = 0; pair < count / 2; ++pair)
+      for (int64_t j = 0; j < TRANSPOSED; ++j)
+        std::memcpy(to + pair * TILE_N + j, rows.data() + j * STEP_K + 2 * pair, sizeof(uint32_t));
+#endif
+  }
+
+  const Arguments& g;
+  const bool whole;
+  std::vector<uint16_t> rows;
+  std::vector<uint32_t> pairs;
+};
+
+// Multiply columns k to end of rows m to m + count with rows n to n + TILE_N of b: sums [count][TILE_N].
+// `fresh` says that these columns of the panel are still to be decoded.
 void multiply(
-    const Arguments& g, int64_t m, int64_t count, int64_t k, int64_t end, const uint32_t* panel, float* sums) {
+    const Arguments& g, int64_t m, int64_t count, int64_t n, int64_t k, int64_t end, bool fresh, Panel& panel,
+    float* sums) {
   const auto* a = static_cast<const at::BFloat16*>(g.a) + m * g.K;
   for (int64_t step = k; step < end; step += STEP_K) {
-    const auto* b = reinterpret_cast<const at::BFloat16*>(panel + (step / 2) * TILE_N);
-    at::native::cpublas::brgemm(
-        count, TILE_N, std::min(STEP_K, end - step), g.K, TILE_N, TILE_N, step > k, a + step, b, sums);
+    const int64_t width = std::min(STEP_K, end - step);
+    if (fresh) panel.decode(n, step, width);
+    const auto* b = reinterpret_cast<const at::BFloat16*>(panel.at(step));
+    at::native::cpublas::brgemm(count, TILE_N, width, g.K, TILE_N, TILE_N, step > k, a + step, b, sums);
   }
 }
 
@@ -127,22 +153,21 @@ void run(const Arguments& g) {
   const int64_t down = std::clamp<int64_t>(wanted, 1, (g.M + ROWS_A_TASK - 1) / ROWS_A_TASK);
   const int64_t rows_a_task = ((g.M + down - 1) / down + TILE_M - 1) / TILE_M * TILE_M;
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint16_t> rows(TRANSPOSED * STEP_K);
-    std::vector<uint32_t> panel(g.K / 2 * TILE_N);
+    // Columns that are multiplied once are multiplied while a cache nearby has them.
+    Panel panel(g, rows_a_task > TILE_M);
     std::vector<float> sums(TILE_M * TILE_N), total(TILE_M * TILE_N);
     int64_t decoded = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / down * TILE_N;
-      if (n != decoded) decode_panel(g, n, rows.data(), panel.data());
-      decoded = n;
       const int64_t first = task % down * rows_a_task;
       const int64_t last = std::min(g.M, first + rows_a_task);
       for (int64_t m = first; m < last; m += TILE_M) {
         const int64_t count = std::min(TILE_M, last - m);
         for (int64_t k = 0; k < g.K; k += group) {
-          multiply(g, m, count, k, std::min(g.K, k + group), panel.data(), sums.data());
+          multiply(g, m, count, n, k, std::min(g.K, k + group), n != decoded, panel, sums.data());
           if (g.a_scale) add_scaled(g, m, count, n, k, sums.data(), total.data());
         }
+        if (rows_a_task > TILE_M) decoded = n;
         const float* result = g.a_scale ? total.data() : sums.data();
         if (g.result == BFLOAT16) store<at::BFloat16>(g, m, count, n, result);
         else if (g.result == FLOAT16) store<at::Half>(g, m, count, n, result);

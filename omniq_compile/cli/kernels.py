@@ -46,6 +46,7 @@ def _cells(rows: list[KernelRow]) -> Table:
         caption="native: the hardware multiplies in the method's precision; emulated: codes are "
         "decoded and multiplied exactly in a wider one. `omniq kernels --target T` says why.",
         box=box.SIMPLE,
+        pad_edge=False,
     )
     table.add_column("target", no_wrap=True)
     for method in METHODS:
