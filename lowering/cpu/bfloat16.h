@@ -2,11 +2,11 @@
 //
 // C++ of this folder includes it after other headers: `library.load` puts the text in place of the line.
 
-#include "codes.h"
-
 #if defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
+
+#include "codes.h"
 
 namespace {
 
@@ -68,7 +68,7 @@ inline void decode_bfloat16(
       for (int64_t j = 0; j < MX_BLOCK; ++j) values[i + j] = to_bfloat16(elements[j]);
       continue;
     }
-    const auto shift = static_cast<uint16_t>(block_scale ? (*block_scale - 127) << 7 : 0);
+    const auto shift = static_cast<uint16_t>(block_scale ? (*block_scale - 127) * 128 : 0);
     if (e2m1)
       decode_e2m1_block(codes + (k + i) / 2, shift, values + i);
     else
