@@ -4,6 +4,8 @@ import argparse
 import io
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -305,3 +307,11 @@ def test_peak_of_call_sees_what_a_call_allocates():
     peak = peak_of_call(lambda: torch.ones(size, dtype=torch.uint8), torch.device("cpu"))
     assert peak is None or peak > 0.9 * size
     assert peak_rss() > size
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    size = 1 << 30
+    held = torch.ones(size, dtype=torch.uint8)
+    code = "from omniq_compile.memory import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 26 < int(done.stdout) < held.numel()

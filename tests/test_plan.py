@@ -302,10 +302,11 @@ FULL_SIZE = {
     "FLUX.1-dev/transformer": (11.9, 19 * 14 + 38 * 6 + 10),
 }
 MEASURED = """
-import resource, sys
+import sys
 from omniq_compile.cli import main
+from omniq_compile.memory import peak_rss
 code = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("peak", peak_rss())
 sys.exit(code)
 """
 
