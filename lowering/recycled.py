@@ -1,4 +1,4 @@
-"""Memory for a GEMM's large result, handed on from one result to the next.
+"""Memory for large results on the CPU, of GEMMs and quantizations, handed on from one to the next.
 
 An int32 result of one layer of a large model takes tens of MiB. glibc gives memory of 32 MiB and
 more back to the system when it is freed (``M_MMAP_THRESHOLD`` of mallopt(3)), and trims the top of

@@ -13,6 +13,13 @@ namespace {
 // Every value has at most four significant bits: BF16 is the upper half of the float32.
 inline uint16_t to_bfloat16(float value) { return static_cast<uint16_t>(to_bits(value) >> 16); }
 
+inline void decode_through_float32(
+    const uint8_t* codes, const uint8_t* scale, bool e2m1, int64_t k, int64_t count, uint16_t* values) {
+  float elements[STEP_K];
+  decode_elements(codes, scale, e2m1, k, count, elements);
+  for (int64_t i = 0; i < count; ++i) values[i] = to_bfloat16(elements[i]);
+}
+
 #if defined(CPU_CAPABILITY_AVX512)
 
 // The field of BF16's exponent for 2**e.
@@ -63,9 +70,7 @@ inline void decode_bfloat16(
   for (int64_t i = 0; i < count; i += MX_BLOCK) {
     const uint8_t* block_scale = scale ? scale + (k + i) / MX_BLOCK : nullptr;
     if (block_scale && !keeps_normal(*block_scale)) {
-      float elements[MX_BLOCK];
-      decode_elements(codes, scale, e2m1, k + i, MX_BLOCK, elements);
-      for (int64_t j = 0; j < MX_BLOCK; ++j) values[i + j] = to_bfloat16(elements[j]);
+      decode_through_float32(codes, scale, e2m1, k + i, MX_BLOCK, values + i);
       continue;
     }
     const auto shift = static_cast<uint16_t>(block_scale ? (*block_scale - 127) * 128 : 0);
@@ -75,9 +80,7 @@ inline void decode_bfloat16(
       decode_e4m3_block(codes + k + i, std::min(MX_BLOCK, count - i), shift, values + i);
   }
 #else
-  float elements[STEP_K];
-  decode_elements(codes, scale, e2m1, k, count, elements);
-  for (int64_t i = 0; i < count; ++i) values[i] = to_bfloat16(elements[i]);
+  decode_through_float32(codes, scale, e2m1, k, count, values);
 #endif
 }
 

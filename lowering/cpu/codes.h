@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t MX_BLOCK = 32;
 constexpr int64_t STEP_K = 512;  // of a row decoded at a time: 64 rows in BF16 stay in the L2 cache
 
+inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
 inline float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

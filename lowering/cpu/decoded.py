@@ -80,7 +80,6 @@ def float32(method: str) -> Kernel:
         archs=("avx512_vnni", "generic"),
         about=f"no {ELEMENTS[method]} arithmetic on CPUs: tiles of a weight decoded exactly to "
         "float32, multiplied in it",
-        quantize=quantize_activation.lower,
         source="cpu/decode.cpp",
     )
 

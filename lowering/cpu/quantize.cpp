@@ -98,7 +98,7 @@ void quantize_mx(float* x, int64_t padded, bool e2m1, bool uos, uint8_t* codes, 
   }
 }
 
-inline int64_t in_blocks(int64_t K) { return (K + MX_BLOCK - 1) / MX_BLOCK * MX_BLOCK; }
+inline int64_t in_blocks(int64_t K) { return round_up(K, MX_BLOCK); }
 
 // K' of `Arguments`.
 inline int64_t width(const Arguments& g) { return g.method >= MXFP8 ? in_blocks(g.K) : g.K; }

@@ -27,6 +27,7 @@ constexpr int64_t TILE_M = 64;
 constexpr int64_t TILE_N = 64;
 constexpr int64_t TRANSPOSED = 16;  // rows at a time: one cache line of pairs
 constexpr int64_t ROWS_A_TASK = 256;  // at least, where a result has too few columns for all threads
+static_assert(ROWS_A_TASK >= TILE_M, "one tile is one task, which decodes its panel once");
 
 enum Element : int64_t { E4M3 = 0, E2M1 = 1 };
 enum Result : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -53,9 +54,12 @@ namespace {
 // Rows n to n + TILE_N of b as brgemm reads them, [K / 2][TILE_N] pairs; missing rows are zeros.
 class Panel {
  public:
-  // A `whole` panel keeps every column, another one the last that were decoded.
-  Panel(const Arguments& g, bool whole)
-      : g(g), whole(whole), rows(TRANSPOSED * STEP_K), pairs((whole ? in_steps(g.K) : STEP_K) / 2 * TILE_N) {}
+  // Where all of a is one tile, columns are multiplied once, while a cache nearby has them, and not kept.
+  explicit Panel(const Arguments& g)
+      : g(g),
+        whole(g.M > TILE_M),
+        rows(TRANSPOSED * STEP_K),
+        pairs((whole ? round_up(g.K, STEP_K) : STEP_K) / 2 * TILE_N) {}
 
   void decode(int64_t n, int64_t k, int64_t count) {
     for (int64_t first = 0; first < TILE_N; first += TRANSPOSED) {
@@ -67,8 +71,6 @@ class Panel {
   uint32_t* at(int64_t k) { return pairs.data() + (whole ? k / 2 * TILE_N : 0); }
 
  private:
-  static int64_t in_steps(int64_t K) { return (K + STEP_K - 1) / STEP_K * STEP_K; }
-
   // From k to k + count, where k is a multiple of 32 and count at most STEP_K.
   void decode_row(int64_t n, int64_t k, int64_t count, uint16_t* values) const {
     const bool e2m1 = g.element == E2M1;
@@ -151,10 +153,9 @@ void run(const Arguments& g) {
   const int64_t across = (g.N + TILE_N - 1) / TILE_N;
   const int64_t wanted = (2 * at::get_num_threads() + across - 1) / across;
   const int64_t down = std::clamp<int64_t>(wanted, 1, (g.M + ROWS_A_TASK - 1) / ROWS_A_TASK);
-  const int64_t rows_a_task = ((g.M + down - 1) / down + TILE_M - 1) / TILE_M * TILE_M;
+  const int64_t rows_a_task = round_up((g.M + down - 1) / down, TILE_M);
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-    // Columns that are multiplied once are multiplied while a cache nearby has them.
-    Panel panel(g, rows_a_task > TILE_M);
+    Panel panel(g);
     std::vector<float> sums(TILE_M * TILE_N), total(TILE_M * TILE_N);
     int64_t decoded = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -167,7 +168,7 @@ void run(const Arguments& g) {
           multiply(g, m, count, n, k, std::min(g.K, k + group), n != decoded, panel, sums.data());
           if (g.a_scale) add_scaled(g, m, count, n, k, sums.data(), total.data());
         }
-        if (rows_a_task > TILE_M) decoded = n;
+        decoded = n;
         const float* result = g.a_scale ? total.data() : sums.data();
         if (g.result == BFLOAT16) store<at::BFloat16>(g, m, count, n, result);
         else if (g.result == FLOAT16) store<at::Half>(g, m, count, n, result);
