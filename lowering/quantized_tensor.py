@@ -149,7 +149,8 @@ class QuantizedTensor(TensorOfParts):
                     f"a weight of shape {list(self.shape)} that is stored as {self.format} cannot "
                     f"take data of shape {list(value.shape)}. Make a new parameter of it."
                 )
-            self.copy_(value)
+            with torch.no_grad():
+                self.copy_(value)
             return
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.__init__(value.parts, value.format, value.method, value.shape, value.dtype)  # type: ignore[misc]
@@ -215,7 +216,10 @@ class QuantizedTensor(TensorOfParts):
         about = repr((self.format, self.method, self.dtype, self.shape, looks))
         return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
 
+    # An operation in a frame that Dynamo leaves to Python, such as one with a graph break in a
+    # loop, is no code of the model for it to trace.
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -20,14 +20,16 @@ class Problem:
     """One GEMM as a kernel sees it: a ``[..., K]`` times b ``[..., N, K]``.
 
     ``a_rank`` and ``b_rank`` count dimensions. b of rank 2 is one matrix for every row of a, and M
-    counts them all; a higher rank is a batch of matrices, and M is of one. M may be symbolic.
+    counts them all; a higher rank is a batch of matrices, and M is of one. M may be symbolic, and
+    between two activations K and N too: a plain comparison ties the compiled graph to its answer.
+    ``dtype`` is that of the GEMM's result.
     ``b_is_weight`` says that b comes as its format stores it, and not from the kernel's own
     ``quantize``.
     """
 
     M: Any
-    K: int
-    N: int
+    K: Any
+    N: Any
     a_rank: int
     b_rank: int
     dtype: torch.dtype
@@ -37,6 +39,10 @@ class Problem:
 def as_stored(parts: Parts) -> Parts:
     """Return a weight's parts as they are: the arrangement of most kernels."""
     return parts
+
+
+def start_nothing(problem: Problem) -> None:
+    """Begin nothing: what most kernels need for a first call."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Kernel:
         as_matrix: whether ``gemm`` views ``[..., M, K]`` as a matrix. Activations are then made
             one before they are quantized: Inductor stores what it computes once for each view.
         source: the file of `lowering` with the device code, where that is omniq's own.
+        start: ``(problem)`` -> None; begins what a first call would wait for, such as a build.
     """
 
     name: str
@@ -76,6 +83,7 @@ class Kernel:
     arrange: Callable[[Parts], Parts] = as_stored
     as_matrix: bool = False
     source: str = ""
+    start: Callable[[Problem], None] = start_nothing
 
     def read_source(self) -> str:
         """Return the text of ``source``."""

@@ -37,6 +37,9 @@ class _Views:
         # While this is true the values are no news.
         self.resting = False
 
+    # A view may end within a compiled call, in a frame that Dynamo leaves to Python: it would trace
+    # these, which know versions that it does not.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def take(self) -> None:
         """Quantize the values if a view was written into."""
         unchanged = self.counted and self.weight._version == self.version
@@ -52,6 +55,7 @@ class _Views:
         finally:
             self.resting = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """Do so for the last time."""
         others = _live[self.codes]

@@ -116,6 +116,9 @@ def _compile_for_steps(
     seconds = time.perf_counter() - start
     _refuse_inner_gradients(context.sites)
     decided(config, context.sites)
+    for site in context.sites:
+        if site.decision.kernel is not None and site.problem is not None:
+            site.decision.kernel.start(site.problem)
     _log(context, seconds)
     if traced:
         structured_trace.publish(context, summary_line(context, seconds))

@@ -160,7 +160,7 @@ def _kind(layer: str) -> str:
 def _flops(site: Site) -> int:
     if site.problem is None:
         return 0
-    return 2 * int(dynamo.value(site.node).numel()) * site.problem.K
+    return 2 * int(dynamo.value(site.node).numel() * site.problem.K)
 
 
 def _elements(site: Site) -> int:

@@ -75,7 +75,7 @@ class Stamp:
         parameter = self._parameter()
         if parameter is None or parameter.data_ptr() != self.memory[0]:
             return None
-        return torch.as_strided(parameter, *self._view).view(self.values.dtype)
+        return torch.as_strided(_in_words(parameter), *self._view).view(self.values.dtype)
 
     def has_same_memory(self, parameter: torch.Tensor) -> bool:
         """Compare the storage and the version counter alone."""
@@ -96,7 +96,7 @@ def memory_of(parameter: torch.Tensor) -> tuple[int, int | None]:
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
     """Return a view of some elements as integers, wandering over the rows and the columns."""
-    sample = parameter.detach()
+    sample = _in_words(parameter.detach())
     order = sorted(range(sample.dim()), key=sample.stride, reverse=True)
     dense = sample.permute(order)
     if dense.is_contiguous():
@@ -106,6 +106,11 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
         sample = sample.diagonal(0, -2, -1)
     # Of one axis with gaps, such as a row that a weight is stacked of, all is compared.
     return sample.view(_BIT_PATTERNS[sample.element_size()])
+
+
+def _in_words(tensor: torch.Tensor) -> torch.Tensor:
+    """View numbers of 16 bytes, which no integer has, as pairs."""
+    return torch.view_as_real(tensor) if tensor.element_size() > 8 else tensor
 
 
 def _step(rows: int, K: int) -> int:

@@ -16,8 +16,9 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import MOVES, any_written
+from omniq_compile.passes.expression import MOVES
 from omniq_compile.passes.metadata import add_call, call_fake, fill_values, looks_alike
+from omniq_compile.passes.writes import any_written
 
 _VIEWS_OF_PAIRS = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
 

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.tensor_of_parts import foreign_kind
-from omniq_compile.passes import dynamo, expression
+from omniq_compile.passes import dynamo, expression, writes
 from omniq_compile.passes.expression import WeightExpression
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.metadata import fake_mode
-from omniq_compile.passes.sites import Kind, Operand, Product, Site
+from omniq_compile.passes.sites import Kind, Operand, Product, Site, bias_in_epilogue, is_one
 from omniq_compile.passes.spellings import SPELLINGS
 
 
@@ -38,7 +38,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         product = _read(node)
         if product is not None:
-            if expression.argument(node, "out") is not None:
+            if writes.argument(node, "out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
                 product = replace(product, unsupported="it writes into out=")
             if dynamo.is_transformed(node):
@@ -126,9 +126,13 @@ def _stored(weight: WeightExpression | None) -> QuantizedTensor | None:
 
 def _problem(node: fx.Node, product: Product, b_is_weight: bool) -> Problem:
     a, b = _layout(product.a), _layout(product.b)
-    dtype = dynamo.value(node).dtype
     M = math.prod(a.shape[:-1]) if b.dim() == 2 else a.shape[-2]
     K, N = (dynamo.known(size) for size in (a.shape[-1], b.shape[-2]))
+    dtype = dynamo.value(node).dtype
+    whole = product.bias is None or bias_in_epilogue(product, N)
+    if dtype is torch.float16 and not (whole and is_one(product.alpha)):
+        # PyTorch rounds once, behind the factor and the bias: a product alone may be too large.
+        dtype = torch.float32
     return Problem(dynamo.known(M), K, N, a.dim(), b.dim(), dtype, b_is_weight)
 
 

@@ -23,6 +23,7 @@ from omniq_compile.passes.rewrite import rewrite
 from omniq_compile.passes.shards import multiply_shards
 from omniq_compile.passes.share import share
 from omniq_compile.passes.sigmoid_gelu import sigmoid_gelu
+from omniq_compile.passes.written_weights import written_weights
 
 logger = logging.getLogger("omniq")
 
@@ -61,6 +62,7 @@ def build(config: QuantConfig) -> list[Pass]:
         Pass("shards", lambda gm, context: multiply_shards(gm)),
         Pass("match", match),
         Pass("policy", policy, ends="traced"),
+        Pass("written_weights", written_weights),
         Pass("rewrite", rewrite),
         Pass("share", share, ends="quantized", optional=True),
         Pass("real_rotary", real_rotary, optional=True),

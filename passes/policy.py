@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes import dynamo, expression
+from omniq_compile.passes import dynamo, writes
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.regions import find_blocks
@@ -31,8 +33,12 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
         s.kind is Kind.WEIGHT and s.dtype in (torch.bfloat16, torch.float16) for s in sites
     )
     leading = _in_leading_blocks(sites, config)
+    graphs = dict.fromkeys(site.node.graph for site in sites)
+    shared = {graph: writes.inputs_in_one_memory(graph) for graph in graphs}
     for site in sites:
         reason = _keep(site, config, low_precision, leading)
+        if reason is None and site.kind is Kind.WEIGHT:
+            reason = _changed(site, shared[site.node.graph])
         if reason is not None:
             site.decision = Decision(None, reason)
             continue
@@ -100,6 +106,8 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         return ignored
     if mixed := _mixed_dtypes(site):
         return mixed
+    if site.dtype not in DTYPES:
+        return f"dtype {str(site.dtype).removeprefix('torch.')} is not quantized"
     if site.stored is not None:
         return None  # what to quantize was decided when it was
     if config.keep_all:
@@ -110,14 +118,16 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
         computed = site.spelling == "linear"
         what = "its weight is computed in the graph" if computed else "two activations"
         return f"{what} (option 'matmul': True quantizes both operands)"
-    if site.dtype not in DTYPES:
-        return f"dtype {str(site.dtype).removeprefix('torch.')} is not quantized"
     if site.dtype is torch.float32 and low_precision:
         return FLOAT32_REASON
-    if site.kind is Kind.WEIGHT and expression.changed_in_graph(site.product.b.node):
-        return "the graph changes its weight in place"
     assert site.problem is not None
     return too_small(site.problem.K, site.problem.N, config.min_features)
+
+
+def _changed(site: Site, shared: Mapping[fx.Node, list[fx.Node]]) -> str | None:
+    """Return that the graph writes to a site's weight, or None."""
+    changed = writes.changed_in_graph(site.product.b.node, shared)
+    return "the graph changes its weight in place" if changed else None
 
 
 def _mixed_dtypes(site: Site) -> str | None:
@@ -162,10 +172,10 @@ def too_small(K: Any, N: Any, min_features: int) -> str | None:
         # be exact, and there is no arithmetic to save.
         return "K = 1: an outer product, which sums nothing"
     # A symbolic size occurs only between activations; it is not compared, because that would tie
-    # the compiled graph to the answer.
+    # the compiled graph to the answer. An amax of nothing cannot even be traced.
     for name, size in (("K", K), ("N", N)):
-        if isinstance(size, int) and size < 1:
-            return f"{name} = {size}: empty"
+        if dynamo.traced_size(size) == 0:
+            return f"{name} = {size}: empty" + ("" if isinstance(size, int) else " when traced")
     return _narrow(K, N, min_features)
 
 

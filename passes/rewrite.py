@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.lowering.formats import get_format
+from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
 from omniq_compile.passes.metadata import fake_mode, looks_alike, placed
-from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, Site
+from omniq_compile.passes.sites import Operand, Product, Site, bias_in_epilogue, is_one
+from omniq_compile.passes.writes import is_in_place
 
 QUANTIZE = torch.ops.omniq.quantize.default
 GEMM = torch.ops.omniq.gemm.default
@@ -78,21 +79,23 @@ def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node:
 
 
 def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> fx.Node:
-    bias = product.bias if _bias_in_epilogue(site, product) else None
+    bias = product.bias if bias_in_epilogue(product, _problem(site).N) else None
     scheme = _scheme(site)
     b_format = scheme.activation if site.weight is None else scheme.weight
-    arguments = (a, b, bias, scheme.activation, b_format, site.dtype)
+    arguments = (a, b, bias, scheme.activation, b_format, _problem(site).dtype)
     gemm = _create(graph, site, "call_function", GEMM, arguments)
     result = _steps(graph, site, gemm, product.out_steps)
-    if not _is_one(product.alpha):
+    if not is_one(product.alpha):
         result = _create(graph, site, "call_function", torch.mul, (result, product.alpha))
     if product.bias is not None and bias is None and product.beta != 0:
         term = product.bias
         if dynamo.value(term).dtype != site.dtype:  # as autocast does
             term = _create(graph, site, "call_method", "to", (term, site.dtype))
-        if not _is_one(product.beta):
+        if not is_one(product.beta):
             term = _create(graph, site, "call_function", torch.mul, (term, product.beta))
         result = _create(graph, site, "call_function", torch.add, (result, term))
+    if dynamo.value(result).dtype != site.dtype:
+        result = _create(graph, site, "call_method", "to", (result, site.dtype))
     return result
 
 
@@ -121,26 +124,9 @@ def _scheme(site: Site) -> Scheme:
     return site.decision.scheme
 
 
-def _is_one(number: Any) -> bool:
-    return not isinstance(number, fx.Node) and number == 1
-
-
-def _bias_in_epilogue(site: Site, product: Product) -> bool:
-    """The epilogue adds a vector of N elements to ``a @ b.T`` as it stands."""
-    if product.bias is None or site.problem is None:
-        return False
-    bias = dynamo.value(product.bias)
-    # PyTorch broadcasts a bias of one element, and takes one of any stride; kernels read N beside
-    # each other, `torch._scaled_mm` whatever the stride is. Where sizes are symbolic, a plain
-    # comparison would tie the compiled graph to its answer.
-    return (
-        bias.dim() == 1
-        and statically_known_true(bias.shape[0] == site.problem.N)
-        and statically_known_true(bias.stride(0) == 1)
-        and _is_one(product.alpha)
-        and _is_one(product.beta)
-        and TRANSPOSE not in product.out_steps
-    )
+def _problem(site: Site) -> Problem:
+    assert site.problem is not None
+    return site.problem
 
 
 def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node]:
@@ -215,5 +201,6 @@ def _drop_unused_weights(gm: fx.GraphModule) -> None:
     Only these: any other unused node may have an effect, and is not ours to judge.
     """
     for node in reversed(list(gm.graph.nodes)):
-        if not node.users and node.op != "output" and is_expression(node):
+        unused = not node.users and node.op != "output"
+        if unused and is_expression(node) and not is_in_place(node):
             gm.graph.erase_node(node)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.expression import is_in_place
 from omniq_compile.passes.rewrite import QUANTIZE
+from omniq_compile.passes.writes import is_in_place
 
 
 def share(gm: fx.GraphModule, context: Context) -> fx.GraphModule:

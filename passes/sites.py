@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
@@ -42,6 +43,29 @@ class Product:
     beta: Any = 1
     out_steps: tuple[Step, ...] = ()
     unsupported: str | None = None
+
+
+def is_one(number: Any) -> bool:
+    """Say whether a factor is 1 in every call."""
+    return not isinstance(number, fx.Node) and number == 1
+
+
+def bias_in_epilogue(product: Product, N: Any) -> bool:
+    """Say whether a GEMM's epilogue adds the bias: N elements to ``a @ b.T`` as it stands."""
+    if product.bias is None:
+        return False
+    bias = dynamo.value(product.bias)
+    # PyTorch broadcasts a bias of one element, and takes one of any stride; kernels read N beside
+    # each other, `torch._scaled_mm` whatever the stride is. Where sizes are symbolic, a plain
+    # comparison would tie the compiled graph to its answer.
+    return (
+        bias.dim() == 1
+        and statically_known_true(bias.shape[0] == N)
+        and statically_known_true(bias.stride(0) == 1)
+        and is_one(product.alpha)
+        and is_one(product.beta)
+        and TRANSPOSE not in product.out_steps
+    )
 
 
 class Kind(Enum):

@@ -124,6 +124,13 @@ def test_what_is_not_finite_shows_in_the_scales(name: str, bad: float) -> None:
     assert not holds_finite(on_cpu.quantize(weight, form))
 
 
+@by_format
+def test_a_negation_that_is_still_to_be_applied(name: str) -> None:
+    weight = torch._neg_view(torch.randn(45, 70))
+    assert weight.is_neg()
+    assert same(name, weight)
+
+
 def test_an_error_of_the_library_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing:
         @staticmethod

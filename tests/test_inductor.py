@@ -36,6 +36,20 @@ def test_a_changed_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
             assert compile_once() == (0, 1)
 
 
+def test_another_machine_compiles_nothing_again() -> None:
+    """What PyTorch calls a portable cache is of omniq's graphs too."""
+    with torch.no_grad():
+        with fresh_cache():
+            assert compile_once() == (0, 1)
+            artifacts = torch.compiler.save_cache_artifacts()
+        assert artifacts is not None
+        with fresh_cache():
+            torch.compiler.load_cache_artifacts(artifacts[0])
+            assert compile_once() == (1, 0)
+            assert counters["inductor"]["fxgraph_cache_hit"] == 1
+            assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
 def test_what_workers_do_not_get_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest block sizes of a kernel are kept under PyTorch's tag, that of the environment.
 

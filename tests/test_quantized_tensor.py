@@ -347,6 +347,14 @@ def test_assigned_data_of_another_shape_is_an_error(shape: tuple[int, ...]) -> N
     assert torch.equal(q.dequantize(), before)
 
 
+def test_assigned_data_brings_no_gradient() -> None:
+    q = omniq.quantize(weight(), "int8")
+    expected = q.dequantize() + 1
+    q.data = q.data + torch.ones(50, 70, requires_grad=True)
+    assert (q.is_leaf, q.requires_grad) == (True, False)
+    assert (q.dequantize() - expected).abs().amax() < 0.05
+
+
 class _Counted(TorchDispatchMode):
     """Counts the operations on plain tensors."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq_compile.lowering.cpu import decode, library, tile_gemm
+from omniq_compile.lowering.cpu import decode, tile_gemm
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format, mx
 
@@ -58,7 +57,7 @@ def close(out: Tensor, a: Tensor, b: Tensor, bias: Tensor, dtype: torch.dtype) -
 def test_a_scale_per_row(path: str, M: int, N: int, K: int, dtype: torch.dtype) -> None:
     a = torch.randn(M, K).to(torch.bfloat16)
     codes, bias = random_codes((N, K)), torch.randn(N)
-    a_scale, b_scale = torch.rand(M) / 448, torch.rand(N)
+    a_scale, b_scale = torch.rand(M).float() / 448, torch.rand(N).float()
     out = gemm(
         a, a_scale, codes.view(torch.float8_e4m3fn), None, b_scale, bias, 0, 1, 0, dtype
     )  # fmt: skip
@@ -66,6 +65,17 @@ def test_a_scale_per_row(path: str, M: int, N: int, K: int, dtype: torch.dtype) 
     assert out.dtype == dtype
     b = table[codes.long()].double() * b_scale[:, None]
     assert close(out, a.double() * a_scale[:, None], b, bias, dtype)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(path: str, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        test_a_scale_per_row(path, 7, 45, 1075, torch.float32)
+        test_a_power_of_two_per_block(path, 7, 45, 1075, "e2m1", True)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 32), (1, 96), (7, 1024)])
@@ -107,7 +117,7 @@ def test_a_power_of_two_per_block(
     real, a_scale, b_scale, columns = a.double(), None, None, 0
     if coarse:
         columns, at = 512, torch.arange(K) // 512
-        a_scale, b_scale = torch.rand(M, -(-K // 512)), torch.rand(N, -(-K // 512))
+        a_scale, b_scale = (torch.rand(size, -(-K // 512)).float() for size in (M, N))
         real, b = real * a_scale[:, at], b * b_scale[:, at]
     out = gemm(a, a_scale, codes, byte, b_scale, bias, columns, 1, columns, torch.float32)
     assert close(out, real, b, bias, torch.float32)
@@ -194,24 +204,6 @@ def test_a_bias_of_other_than_n_elements_is_an_error(path: str, shape: tuple[int
         gemm(
             a, torch.ones(3), codes, None, torch.ones(45), torch.ones(shape), 0, 1, 0, torch.float32
         )  # fmt: skip
-
-
-def test_a_library_that_cannot_be_built_is_said_and_replaced(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def build(source: str) -> None:
-        assert "omniq_tile_gemm" in source
-        raise RuntimeError("C++ compile error\ncommand: c++ ...")
-
-    monkeypatch.setattr(library, "build", build)
-    library._load.cache_clear()
-    with caplog.at_level(logging.WARNING, "omniq"):
-        assert library.load("tile_gemm") is None
-        assert library.load("tile_gemm") is None
-    library._load.cache_clear()
-    (record,) = caplog.records
-    assert "tile_gemm.cpp could not be built" in record.getMessage()
-    assert "C++ compile error." in record.getMessage()
 
 
 @needs_bf16

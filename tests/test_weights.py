@@ -170,6 +170,18 @@ def test_a_weight_made_under_inference_mode_is_followed_too() -> None:
         assert_near(residual(fast, x), residual(block, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_weight_of_complex_numbers_is_followed_too(dtype: torch.dtype) -> None:
+    """Its sample is compared as integers, and none has sixteen bytes."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(96, 57, dtype=dtype))
+    model.forward = lambda x: nn.functional.linear(x, model.weight.real.float())
+    call, x = compiled(model), torch.randn(7, 57)
+    assert_near(call(x), model.forward(x))
+    model.weight.data.mul_(2)
+    assert_near(call(x), model.forward(x))
+
+
 def test_a_write_in_place_to_one_element_is_noticed() -> None:
     block, x = Block(), torch.randn(3, 5, 96)
     fast = compiled(block)

@@ -6,7 +6,7 @@ from omniq_compile.lowering.target import ARCHITECTURES
 
 KERNELS = (
     int8.INT_MM,
-    emulated.int8("cpu", ("generic",), "no VNNI"),
+    int8.FLOAT32,
     *decoded.KERNELS,
     *emulated.kernels("cpu", ARCHITECTURES["cpu"], "CPUs"),
 )

@@ -10,6 +10,7 @@ import torch
 
 from omniq_compile.lowering import decoded
 from omniq_compile.lowering.cpu import (
+    library,
     quantize_activation,
     tile_gemm,  # noqa: F401  (defines the operator)
 )
@@ -55,6 +56,12 @@ def _gemm(
     return result
 
 
+def _start(source: str, problem: Problem) -> None:
+    """Begin to build what multiplies, and what quantizes activations."""
+    library.start(source)
+    library.start("quantize")
+
+
 def bfloat16(method: str) -> Kernel:
     """Make the row of a method of `ELEMENTS` where the CPU multiplies BF16."""
     return Kernel(
@@ -69,6 +76,7 @@ def bfloat16(method: str) -> Kernel:
         gemm=_gemm,
         refuse=_refuse,
         source="cpu/tile_gemm.cpp",
+        start=partial(_start, "tile_gemm"),
     )
 
 
@@ -81,6 +89,7 @@ def float32(method: str) -> Kernel:
         about=f"no {ELEMENTS[method]} arithmetic on CPUs: tiles of a weight decoded exactly to "
         "float32, multiplied in it",
         source="cpu/decode.cpp",
+        start=partial(_start, "decode"),
     )
 
 

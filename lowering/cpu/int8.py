@@ -1,8 +1,11 @@
-"""int8 on CPUs with VNNI or AMX."""
+"""int8 on CPUs: with VNNI or AMX, and without."""
 
 from __future__ import annotations
 
-from omniq_compile.lowering import int8_gemms
+from dataclasses import replace
+
+from omniq_compile.lowering import emulated, int8_gemms
+from omniq_compile.lowering.cpu import quantize
 from omniq_compile.lowering.registry import Kernel
 
 INT_MM = Kernel(
@@ -15,4 +18,7 @@ INT_MM = Kernel(
     quantize=int8_gemms.quantize,
     gemm=int8_gemms.gemm_recycled,
     refuse=int8_gemms.refuse,
+    start=quantize.start,
 )
+
+FLOAT32 = replace(emulated.int8("cpu", ("generic",), "no VNNI"), start=quantize.start)

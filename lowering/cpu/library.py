@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import re
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,16 @@ from typing import Any
 import torch
 
 logger = logging.getLogger("omniq")
-_building = threading.Lock()
+_lock = threading.Lock()
+_loaded: dict[str, ctypes.CDLL | None] = {}
+
+
+def start(name: str) -> None:
+    """Begin to build ``NAME.cpp`` on a thread, for `load` to wait less; what fails, it will say."""
+    with _lock:
+        if name not in _loaded:
+            with contextlib.suppress(Exception):
+                _begin(read(f"{name}.cpp"), _builders().submit)
 
 
 def load(name: str) -> ctypes.CDLL | None:
@@ -21,11 +33,12 @@ def load(name: str) -> ctypes.CDLL | None:
 
     The result is kept in Inductor's cache folder for later processes.
     """
-    with _building:
-        return _load(name)
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _load(name)
+        return _loaded[name]
 
 
-@cache
 def _load(name: str) -> ctypes.CDLL | None:
     source = read(f"{name}.cpp")
     try:
@@ -49,12 +62,23 @@ def read(file: str) -> str:
 
 def build(source: str) -> ctypes.CDLL:
     """Build and load C++, or take it from Inductor's cache folder; the compiler's errors pass."""
+    library = _begin(source)()
+    assert isinstance(library, ctypes.CDLL)
+    return library
+
+
+def _begin(source: str, submit: Callable[..., Any] | None = None) -> Callable[[], Any]:
+    """Return what waits for the build of C++ and loads it; ``submit`` runs the compiler."""
     # Private, checked on torch 2.11 to 2.13: it knows the flags, the headers and the cache folder.
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(source)
-    assert isinstance(library, ctypes.CDLL)
-    return library
+    loading: Callable[[], Any] = CppCodeCache.load_async(source, submit_fn=submit)
+    return loading
+
+
+@cache
+def _builders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="omniq-build")
 
 
 def call(function: Any, arguments: ctypes.Structure) -> None:

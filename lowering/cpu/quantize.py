@@ -11,6 +11,7 @@ import torch
 from omniq_compile.lowering.cpu import library
 from omniq_compile.lowering.formats import mxfp4_dualscale
 from omniq_compile.lowering.formats.format import Format
+from omniq_compile.lowering.registry import Problem
 
 # From here on the pass saves more than a first build of the library takes within a few weights.
 LARGE = 1 << 22
@@ -94,6 +95,7 @@ def run(
     """
     built = load()
     assert built is not None
+    x = x.resolve_neg()  # in memory the values are what a lazy negation is still to be applied to
     K = x.shape[-1]
     method, uos = METHODS[format]
     if format.startswith("mxfp4_dualscale"):
@@ -106,6 +108,12 @@ def run(
         torch.get_num_threads() if x.numel() >= PARALLEL else 1,
     )
     library.call(built.omniq_quantize, arguments)
+
+
+def start(problem: Problem) -> None:
+    """Begin to build the library where `takes` will want it for a problem's weight."""
+    if problem.b_is_weight and problem.K * problem.N >= LARGE:
+        library.start("quantize")
 
 
 @cache

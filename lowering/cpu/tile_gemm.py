@@ -156,7 +156,7 @@ def _in_float32(
         else:
             a = a * repeat(a_scale, -1, a_columns, K)
     tile = min(N, max(1, TILE_ELEMENTS // K))
-    values, sums = torch.empty(tile, K), torch.empty(M * tile)
+    values, sums = a.new_empty(tile, K), a.new_empty(M * tile)
     for first in range(0, N, tile):
         part = range(first, min(first + tile, N))
         columns = slice(first, part.stop)

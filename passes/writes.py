@@ -1,0 +1,136 @@
+"""What a graph writes to: in-place operations, and the memory that they may change."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.passes import dynamo
+from omniq_compile.passes.expression import MOVES, topological
+
+_IN_PLACE_NAMES = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+    "ilshift", "irshift", "setitem",
+)  # fmt: skip
+_IN_PLACE: frozenset[Any] = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES) | {
+    f"__{name}__" for name in _IN_PLACE_NAMES
+}
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Say whether the node may write to one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if argument(node, "out") is not None or argument(node, "inplace"):
+        return True
+    if argument(node, "max_norm") is not None:
+        return True  # an embedding, which scales the rows of its weight that it reads
+    if isinstance(target, torch._ops.OpOverload):
+        return _writes(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_writes(getattr(target, name)) for name in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what its subgraph does is not looked into
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of a Python function by its name, however it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not inspect.isfunction(node.target):
+        return None
+    names = _positional_names(node.target)
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else None
+
+
+@cache
+def _positional_names(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _writes(operator: torch._ops.OpOverload) -> bool:
+    """Say whether the schema names an argument that is written; ``out`` is seen at the call."""
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
+        for argument in operator._schema.arguments
+    )
+
+
+def changed_in_graph(node: fx.Node, shared: Mapping[fx.Node, list[fx.Node]]) -> bool:
+    """Say whether the graph writes to memory that the expression reads.
+
+    Args:
+        node: one for which `is_expression` holds.
+        shared: what `inputs_in_one_memory` returns for its graph.
+    """
+    order = topological(node)
+    return any_written([*order, *(other for n in order for other in shared.get(n, ()))])
+
+
+def inputs_in_one_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return the inputs of a graph that lie in the same memory as others, with these."""
+    by_memory: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            for storage in _storages(node):
+                by_memory.setdefault(storage, []).append(node)
+    together = [nodes for nodes in by_memory.values() if len(nodes) > 1]
+    return {node: nodes for nodes in together for node in nodes}
+
+
+def any_written(nodes: Iterable[fx.Node]) -> bool:
+    """Say whether the graph writes to memory of any of these nodes, or of what is made of it."""
+    stack = list(nodes)
+    seen = set(stack)
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            if _writes_to(user, current):
+                return True
+            if user not in seen and (user.target in MOVES or _may_view(user, current)):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _writes_to(user: fx.Node, node: fx.Node) -> bool:
+    """Say whether a node may write to this argument of its."""
+    if not is_in_place(user):
+        return False
+    writes_first = user.op == "call_method" or user.target in _IN_PLACE
+    if writes_first and user.args and argument(user, "out") is None:
+        return user.args[0] is node
+    return True
+
+
+def _may_view(user: fx.Node, viewed: fx.Node) -> bool:
+    """Say whether a node's result may lie in the memory of one of its arguments.
+
+    Fake views share the storage of their base; those of a stored weight are of values that it does
+    not have, and have a storage of their own.
+    """
+    if isinstance(dynamo.value(viewed), QuantizedTensor):
+        return "omniq_site" not in user.meta
+    return bool(_storages(user) & _storages(viewed))
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """Identify the memory of a node's tensors: Dynamo's fake views share that of their base.
+
+    ``_cdata`` is private, checked on torch 2.11 to 2.13: fake memory has no address.
+    """
+    values = map(dynamo.unwrapped, torch.utils._pytree.tree_leaves(dynamo.value(node)))
+    strided = (v for v in values if isinstance(v, torch.Tensor) and v.layout is torch.strided)
+    return {v.untyped_storage()._cdata for v in strided}
