@@ -1,34 +1,52 @@
-"""einsum of two operands, and tensordot as one, read as a product in the normal form."""
+"""einsum, and tensordot as one of two operands, read as a product in the normal form."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.expression import Step, is_expression
-from omniq_compile.passes.sites import Operand, Product
+from omniq_compile.passes.sites import Operand, Product, product_of_several
 
 
 def read_einsum(node: fx.Node) -> Product | None:
-    """Read ``einsum(equation, x, y)``; None where it is no product of two tensors."""
-    given = [*node.args]
-    given += [node.kwargs[name] for name in ("equation", "tensors") if name in node.kwargs]
-    equation, operands = given[0], given[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = [*operands[0]]
-    if not isinstance(equation, str) or len(operands) != 2:
+    """Read ``einsum(equation, x, y)``; None where it is no product of tensors."""
+    equation, operands = _spelled(node)
+    if len(operands) < 2 or not all(isinstance(operand, fx.Node) for operand in operands):
         return None
+    if len(operands) > 2:
+        return product_of_several(operands, f"einsum {equation!r} is not one matrix product")
     x, y = operands
-    if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
-        return None
     ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
     letters = _letters(equation, ranks)
     if letters is None:
         return _unsupported(x, y, equation)
     return _read(x, y, *letters, equation)
+
+
+def _spelled(node: fx.Node) -> tuple[str, list[Any]]:
+    """Return the equation and the operands, also of ``einsum(x, [0, 1], y, [1, 2], [0, 2])``."""
+    given = [*node.args]
+    given += [node.kwargs[name] for name in ("equation", "tensors") if name in node.kwargs]
+    if isinstance(given[0], str):
+        equation, *operands = given
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = [*operands[0]]
+        return equation, operands
+    equation = ",".join(map(_term, given[1::2]))
+    if len(given) % 2 == 0:
+        return equation, given[::2]
+    return f"{equation}->{_term(given[-1])}", given[:-1:2]
+
+
+def _term(axes: Sequence[Any]) -> str:
+    """Write the numbers of axes, from 0 to 51, as the letters that einsum takes them for."""
+    letters = string.ascii_uppercase + string.ascii_lowercase
+    return "".join("..." if axis is Ellipsis else letters[axis] for axis in axes)
 
 
 def read_tensordot(node: fx.Node) -> Product:

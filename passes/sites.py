@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,7 +15,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import Step, WeightExpression
+from omniq_compile.passes.expression import Step, WeightExpression, is_expression
 from omniq_compile.passes.layer_names import layer_name
 
 TRANSPOSE: Step = ("transpose", (-1, -2))
@@ -43,6 +44,14 @@ class Product:
     beta: Any = 1
     out_steps: tuple[Step, ...] = ()
     unsupported: str | None = None
+
+
+def product_of_several(operands: Sequence[fx.Node], reason: str) -> Product:
+    """Name a product of several tensors in one call by two of them, a weight if there is one."""
+    weights = [n for n in operands if is_expression(n)]
+    b = max(weights, key=lambda n: int(dynamo.value(n).dim()), default=operands[-1])
+    a = next((n for n in operands if n not in weights), operands[0])
+    return Product(Operand(a), Operand(b), unsupported=reason)
 
 
 def is_one(number: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.einsum import read_einsum, read_tensordot
 from omniq_compile.passes.expression import is_expression
-from omniq_compile.passes.sites import TRANSPOSE, Operand, Product
+from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, product_of_several
 
 
 def _rank(node: fx.Node) -> int:
@@ -117,11 +117,18 @@ def _added_into(node: fx.Node) -> Product:
 
 def _other(node: fx.Node) -> Product:
     """Products of a vector, of more than two tensors, or summed over a batch, in one call."""
-    operands = node.all_input_nodes
-    weights = [n for n in operands if is_expression(n)]
-    b = max(weights, key=_rank, default=operands[-1])
-    a = next((n for n in operands if n not in weights), operands[0])
-    return Product(Operand(a), Operand(b), unsupported="it is not a product of two matrices")
+    return product_of_several(node.all_input_nodes, "it is not a product of two matrices")
+
+
+def _grouped(node: fx.Node) -> Product:
+    """Mixtures of experts: each group of rows times a matrix of its own."""
+    reason = "it multiplies groups of rows by a matrix each, in one call"
+    return product_of_several(node.all_input_nodes, reason)
+
+
+def _cell(node: fx.Node) -> Product:
+    """All of a `torch.nn.GRUCell` and its like."""
+    return product_of_several(node.all_input_nodes, "PyTorch computes its products in one call")
 
 
 def _attention(node: fx.Node) -> Product:
@@ -166,6 +173,12 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
     ("addbmm", (torch.addbmm, "addbmm", "addbmm_"), _other),
     ("bilinear", (torch.nn.functional.bilinear, torch.bilinear), _other),
     ("multi_dot", (torch.linalg.multi_dot, torch.chain_matmul), _other),
+    ("grouped_mm", (torch.nn.functional.grouped_mm, torch._grouped_mm), _grouped),
+    (
+        "cell",
+        (torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
+        _cell,
+    ),
     ("attention", (torch.nn.functional.multi_head_attention_forward,), _attention),
     # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.13.
     ("encoder layer", (torch._transformer_encoder_layer_fwd,), _encoder_layer),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes import dynamo
@@ -37,7 +38,7 @@ def is_in_place(node: fx.Node) -> bool:
         return _writes(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(_writes(getattr(target, name)) for name in target.overloads())
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return True  # what its subgraph does is not looked into
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
@@ -90,14 +91,20 @@ def inputs_in_one_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return {node: nodes for nodes in together for node in nodes}
 
 
-def any_written(nodes: Iterable[fx.Node]) -> bool:
-    """Say whether the graph writes to memory of any of these nodes, or of what is made of it."""
+def any_written(nodes: Iterable[fx.Node], *, by_called_graphs: bool = True) -> bool:
+    """Say whether the graph writes to memory of any of these nodes, or of what is made of it.
+
+    Args:
+        nodes: of the graph.
+        by_called_graphs: whether graphs that an operator calls are taken to write to all they get.
+    """
     stack = list(nodes)
     seen = set(stack)
     while stack:
         current = stack.pop()
         for user in current.users:
-            if _writes_to(user, current):
+            is_call = isinstance(user.target, HigherOrderOperator)
+            if _writes_to(user, current) and (by_called_graphs or not is_call):
                 return True
             if user not in seen and (user.target in MOVES or _may_view(user, current)):
                 seen.add(user)

@@ -173,3 +173,34 @@ def test_branches_run_beside_a_rewritten_layer():
             want = model(x).float()
             error = (compiled(x).float() - want).norm() / want.norm()
         assert 0 < error < 0.02
+
+
+class WritingBranches(Branches):
+    """One branch writes to a copy of a layer's weight, the other reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def write(y: Tensor) -> Tensor:
+            return y @ self.positive.up.weight.clone().mul_(2).t()[:, :WIDTH]
+
+        return self.after(torch.cond(x.sum() > 0, write, lambda y: y @ self.table, (x,)))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [Branches, WritingBranches])
+def test_branches_get_the_values_of_stored_weights(kind, compiler: str):
+    """PyTorch has no rule for tensor subclasses there. What is only read keeps its bits."""
+    model = kind()
+    want = {}
+    for sign in (1, -1):
+        with torch.no_grad():
+            want[sign] = model(_input().abs() * sign).float()
+    omniq_compile.quantize_(model, OPTIONS)
+    parts = [part.clone() for part in model.positive.up.weight.parts]
+    compiled = _compiled(model, {"compiler": compiler}, fullgraph=True)
+    for sign in (1, -1, 1):
+        with torch.no_grad():
+            found = compiled(_input().abs() * sign).float()
+        assert 0 < (found - want[sign]).norm() / want[sign].norm() < 0.02
+    stored = model.positive.up.weight.parts
+    if kind is Branches:
+        assert all(map(torch.equal, stored, parts))

@@ -19,6 +19,8 @@ COMPUTED = "its weight is computed in the graph (option 'matmul': True quantizes
 ACTIVATIONS = "two activations (option 'matmul': True quantizes both operands)"
 VECTOR = "one operand is a vector, not a matrix"
 PARAMETERS = "both operands are parameters"
+CELL = "PyTorch computes its products in one call"
+GROUPS = "it multiplies groups of rows by a matrix each, in one call"
 
 
 def no_product(equation: str) -> str:
@@ -51,6 +53,14 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...
     "einsum_ellipsis_summed": einsum("...k,kn->n", (7, 38), (38, 19)),
     "einsum_batched_two_rows": einsum("gmpk,gkn->gmpn", (3, 7, 5, 38), (3, 38, 19)),
     "einsum_broadcast_sum_of_x": einsum("mk,kn->mn", (7, 1), (38, 19)),
+    "einsum_three_operands": (
+        lambda x, w: torch.einsum("mk,nk,n->m", x, w, w[:, 0]), (7, 38), (19, 38),
+        no_product("mk,nk,n->m")),
+    "einsum_implied_output_of_numbers": (
+        lambda x, w: torch.einsum(x, [0, 1], w, [1, 2]), (7, 38), (38, 19), no_product("AB,BC")),
+    "gru_cell": (lambda x, w: torch.gru_cell(x, x, w, w), (7, 19), (57, 19), CELL),
+    "lstm_cell": (lambda x, w: torch.lstm_cell(x, (x, x), w, w)[0], (7, 19), (76, 19), CELL),
+    "rnn_cell": (lambda x, w: torch.rnn_relu_cell(x, x, w, w), (7, 19), (19, 19), CELL),
     "einsum_broadcast_sum_of_w": einsum("mk,kn->mn", (7, 38), (1, 19)),
 }  # fmt: skip
 
@@ -61,6 +71,15 @@ def test_a_near_miss_is_one_site_kept_bitwise(name: str) -> None:
     model, x = Holder(function, w=torch.randn(w_shape)), torch.randn(x_shape)
     result, (site,) = run(model, x, matmul=True)
     assert (site.decision.method, site.decision.reason) == (None, reason)
+    assert torch.equal(result, model(x))
+
+
+@pytest.mark.parametrize("function", [F.grouped_mm, torch._grouped_mm])
+def test_the_experts_of_a_mixture_are_one_site_kept_bitwise(function: Callable[..., Any]) -> None:
+    w, ends = torch.randn(3, 64, 48).bfloat16(), torch.tensor([16, 40, 57], dtype=torch.int32)
+    model, x = Holder(lambda x, w: function(x, w, offs=ends), w=w), torch.randn(57, 64).bfloat16()
+    result, (site,) = run(model, x)
+    assert (site.decision.method, site.decision.reason) == (None, GROUPS)
     assert torch.equal(result, model(x))
 
 
@@ -113,7 +132,6 @@ def test_out_that_is_none_is_no_out() -> None:
 # name: the function of an activation and a weight; no site at all
 NO_SITE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "elementwise": lambda x, w: x * w[:7],
-    "three_operands": lambda x, w: torch.einsum("mk,nk,n->m", x, w, w[:, 0]),
     "one_operand": lambda x, w: torch.einsum("mk->km", x) + w[0, 0],
     "dot": lambda x, w: torch.dot(x[0], w[0]),
     "attention": lambda x, w: F.scaled_dot_product_attention(x[None], x[None], x[None]) + w[0],

@@ -134,6 +134,10 @@ CASES = {
     ),
     "einsum": case("einsum", einsum("mk,kn->mn")),
     "einsum_list": case("einsum", lambda x, w: torch.einsum("mk,kn->mn", [x, w])),
+    "einsum_numbers": case("einsum", lambda x, w: torch.einsum(x, [0, 51], w, [51, 2], [0, 2])),
+    "einsum_numbers_ellipsis": case(
+        "einsum", lambda x, w: torch.einsum(x, [..., 1], w, [1, 9], [..., 9]), (3, *X), sizes=THREE
+    ),
     "einsum_swapped": case("einsum", lambda x, w: torch.einsum("kn, mk -> mn", w, x)),
     "einsum_output_transposed": case("einsum", einsum("mk,kn->nm")),
     "einsum_weight_transposed": case("einsum", einsum("mk,nk->mn"), w=W, w_sums=LAST),
