@@ -30,7 +30,7 @@ def read_einsum(node: fx.Node) -> Product | None:
 
 def _spelled(node: fx.Node) -> tuple[str, list[Any]]:
     """Return the equation and the operands, also of ``einsum(x, [0, 1], y, [1, 2], [0, 2])``."""
-    given = [*node.args]
+    given: list[Any] = [*node.args]
     given += [node.kwargs[name] for name in ("equation", "tensors") if name in node.kwargs]
     if isinstance(given[0], str):
         equation, *operands = given
