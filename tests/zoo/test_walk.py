@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import omniq_compile as omniq
 from omniq_compile.lowering.errors import GradientError
 from omniq_compile.passes.patterns import first_match
 from zoo.walk import (
@@ -82,6 +83,28 @@ def test_a_class_stays_near_bf16(name: str) -> None:
         left = {layer for layer in left if not first_match(recipe.not_traced, layer)}
         assert left == set(), f"{method}: in BF16 in {backend.graphs} graphs"
         assert len(rewritten) > len(called) // 2
+
+
+def stored_parameters() -> list[object]:
+    """Two whose graphs break, so that some of their layers run as Python, and of zoo the rest."""
+    always = ("MochiTransformer3DModel", "NucleusMoEImageTransformer2DModel")
+    return [
+        pytest.param(name, marks=() if name in always else pytest.mark.zoo)
+        for name in exported_transformers()
+    ]
+
+
+@pytest.mark.parametrize("name", stored_parameters())
+@torch.no_grad()
+def test_a_class_that_is_stored_quantized_stays_near_bf16(name: str) -> None:
+    model, inputs = build_recipe(name)
+    expected = tensors(model(**inputs()))
+    options = {"method": "int8", "min_features": 1, "compiler": "eager"}
+    plan = omniq.quantize_(model.requires_grad_(False), options)
+    assert any(layer.method == "int8" for layer in plan)
+    assert 1e-4 < relative_error(tensors(model(**inputs())), expected) < LIMITS["int8"]
+    compiled = torch.compile(model, backend="omniq", options=options)
+    assert 1e-4 < relative_error(tensors(compiled(**inputs())), expected) < LIMITS["int8"]
 
 
 def fates(
