@@ -26,11 +26,12 @@ from omniq_compile.hub_download import hub_arguments, index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class
+from omniq_compile.pipeline_output import check_returns_pictures
 from omniq_compile.regional import compile, module_blocks
 
 
 def check_call_of_folder(folder: str, given: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
-    """Check arguments before the weights of a pipeline are downloaded or read.
+    """Check a pipeline and its arguments before its weights are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
 
@@ -40,11 +41,12 @@ def check_call_of_folder(folder: str, given: Mapping[str, Any], loading: Mapping
         loading: those of ``from_pretrained``, some of which are for downloading.
 
     Raises:
-        OptionError: see `check_call`.
+        OptionError: see `check_call`; or the pipeline returns nothing that is drawn.
         CheckpointError: there is no such pipeline.
     """
     cls = pipeline_class(index_folder(folder, hub_arguments(loading)))
     if cls is not DiffusionPipeline:
+        check_returns_pictures(cls)
         check_call(cls, given)
 
 

@@ -19,7 +19,7 @@ from diffusers.utils import import_utils
 
 from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
 from omniq_compile.cli import main
-from omniq_compile.cli.generate import save_result
+from omniq_compile.cli.picture_file import save_result
 from omniq_compile.components import build_quant_config
 from omniq_compile.loading import load_model
 from omniq_compile.pipeline import check_components

@@ -9,15 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
-from diffusers import FluxPipeline, WanPipeline
-from PIL import Image
+from diffusers import FluxPipeline, LTXPipeline, WanPipeline
+from PIL import Image, ImageSequence
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
-from omniq_compile.cli.generate import returns_video, save_result
+from omniq_compile.cli.picture_file import save_result
 from omniq_compile.quality.generation import pictures_of
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
@@ -67,7 +66,7 @@ def test_a_file_that_does_not_fit_the_pipeline_is_refused_before_generating(
 
     pipe = kind(**dict.fromkeys(inspect.signature(kind).parameters))
     monkeypatch.setattr(kind, "__call__", generate)
-    monkeypatch.setattr("omniq_compile.cli.generate.find_spec", lambda _: None)
+    monkeypatch.setattr("omniq_compile.cli.picture_file.find_spec", lambda _: None)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
     arguments = ["generate", str(tmp_path), "--prompt", "", "--out", str(tmp_path / out)]
@@ -77,18 +76,6 @@ def test_a_file_that_does_not_fit_the_pipeline_is_refused_before_generating(
     else:
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["HunyuanVideoPipeline", "LTXPipeline", "CogVideoXPipeline"])
-def test_video_pipelines_are_known(name: str) -> None:
-    assert returns_video(getattr(diffusers, name)) is True
-
-
-@pytest.mark.parametrize("name", ["QwenImagePipeline", "SanaPipeline", "ZImagePipeline"])
-def test_picture_pipelines_are_known(name: str) -> None:
-    assert returns_video(getattr(diffusers, name)) is False
-    assert returns_video(type("Own", (getattr(diffusers, name),), {})) is False
-    assert returns_video(diffusers.AudioLDM2Pipeline) is None
 
 
 def test_every_video_is_saved_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -105,18 +92,81 @@ def test_every_video_is_saved_in_a_file_of_its_own(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("rate", [8, 24.0, 30, 60])
 def test_a_video_is_as_long_in_either_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = []
+    lengths = []
     monkeypatch.setattr(
-        "diffusers.utils.export_to_video", lambda *_, fps=10, **__: rates.append(fps)
+        "diffusers.utils.export_to_video",
+        lambda frames, _, fps=10, **__: lengths.append(1000 * len(frames) / fps),
     )
-    frames = np.random.default_rng(0).random((1, 3, 8, 8, 3), dtype=np.float32)
+    frames = np.random.default_rng(0).random((1, 30, 8, 8, 3), dtype=np.float32)
     for name in ("fox.mp4", "fox.gif"):
-        save_result(SimpleNamespace(frames=frames), tmp_path / name)
-    with Image.open(tmp_path / "fox.gif") as gif:
-        assert rates == [pytest.approx(1000 / gif.info["duration"], rel=0.05)]
+        save_result(SimpleNamespace(frames=frames), tmp_path / name, rate)
+    assert lengths == [pytest.approx(milliseconds(tmp_path / "fox.gif"), abs=5)]
+
+
+def milliseconds(file: Path) -> float:
+    with Image.open(file) as gif:
+        return sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "rate", "audio"),
+    [
+        (WanPipeline, [], 16, None),
+        (WanPipeline, ["--fps", "30"], 30, np.zeros(9)),
+        (LTXPipeline, [], 25, None),  # the default of its `frame_rate`
+        (LTXPipeline, ["--argument", "frame_rate=50"], 50, np.zeros(9)),
+        (LTXPipeline, ["--argument", "frame_rate=50", "--fps", "10"], 10, None),
+    ],
+)
+def test_a_video_is_saved_at_the_rate_that_it_is_made_for(
+    kind: Any,
+    given: list[str],
+    rate: int,
+    audio: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noise = np.random.default_rng(0).random((1, 100, 8, 8, 3), dtype=np.float32)
+
+    @functools.wraps(kind.__call__)
+    def generate(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(frames=noise, audio=audio)
+
+    pipe = kind(**dict.fromkeys(inspect.signature(kind).parameters))
+    monkeypatch.setattr(kind, "__call__", generate)
+    monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    out = tmp_path / "fox.gif"
+    assert main(["generate", str(tmp_path), "--prompt", "", *given, "--out", str(out)]) == 0
+    assert milliseconds(out) == pytest.approx(100 * 1000 / rate, abs=5)
+    assert ("sound too, which is not saved" in capsys.readouterr().err) == (audio is not None)
+
+
+@pytest.mark.parametrize("fps", ["0", "-1", "fast"])
+def test_a_video_shows_a_whole_number_of_frames_in_a_second(fps: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", str(DIGITS), "--out", "x.gif", "--fps", fps])
+
+
+@pytest.mark.parametrize("as_pillow", [False, True])
+def test_a_transparent_picture_is_on_white_where_the_format_knows_no_transparency(
+    as_pillow: bool, tmp_path: Path
+) -> None:
+    # Red that is transparent on the left, and opaque on the right.
+    pixels = np.zeros((16, 32, 4), dtype=np.uint8)
+    pixels[..., 0], pixels[:, 16:, 3] = 255, 255
+    images: Any = [Image.fromarray(pixels)] if as_pillow else pixels[None] / np.float32(255)
+    for name in ("x.png", "x.JPG"):
+        save_result(SimpleNamespace(images=images), tmp_path / name)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), pixels)
+    shown = np.asarray(Image.open(tmp_path / "x.JPG")).astype(int)
+    assert abs(shown[8, 4] - (255, 255, 255)).max() < 8
+    assert abs(shown[8, 28] - (255, 0, 0)).max() < 8
 
 
 @pytest.mark.parametrize("as_pillow", [False, True])

@@ -17,6 +17,7 @@ import torch
 from omniq_compile.denoise import denoise_step
 from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.pipeline_call import call_worded
+from omniq_compile.pipeline_output import made_by
 
 Pictures = npt.NDArray[np.float32]
 
@@ -104,19 +105,14 @@ def pictures_of(result: Any) -> Pictures:
     """Return what a pipeline made as float32 ``[n, H, W, C]``; the frames of videos in a row.
 
     Raises:
-        OmniqError: it made neither images nor frames.
+        OmniqError: it made neither pictures nor videos.
     """
-    made: Any = getattr(result, "frames", None)
-    video = made is not None
-    if not video:
-        made = getattr(result, "images", None)
-    if made is None:
-        raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
-    array = _array(made)
-    if video and array.ndim < 4:
+    made = made_by(result)
+    array = _array(made.batch)
+    if made.videos and array.ndim < 4:
         raise OmniqError(f"frames of shape {list(array.shape)} are no videos.")
     # Pipelines of layers return those of each picture, as others do the frames of each video.
-    if video or array.ndim == 5:
+    if made.videos or array.ndim == 5:
         array = array.reshape(-1, *array.shape[2:])
     if array.ndim == 3:
         array = array[..., None]

@@ -1,0 +1,131 @@
+"""The files that ``omniq generate`` saves pictures and videos in: checked before, written after."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.pipeline_output import FRAMES_PER_SECOND, made_by
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+def check_ending(out: Path, video: bool | None) -> None:
+    """Check that a file's ending names a format that the result can be saved in.
+
+    Args:
+        out: the file.
+        video: whether it is one, or else a picture; None where that is not known yet.
+
+    Raises:
+        OptionError: it does not.
+    """
+    videos = " or ".join(VIDEO_SUFFIXES)
+    if video is not False and out.suffix in VIDEO_SUFFIXES:
+        return
+    if video:
+        raise OptionError(f"--out {out}: a video is saved as {videos}.")
+    if _format(out) not in Image.SAVE:
+        raise OptionError(
+            f"--out {out} cannot be written: no picture ends in {out.suffix!r}. "
+            f"Name it .png or .jpg{'' if video is False else f', or {videos} for a video'}."
+        )
+
+
+def check_encoder(out: Path) -> None:
+    """Check that what diffusers writes an .mp4 with is installed: OpenCV where imageio is not.
+
+    Raises:
+        OptionError: it is not.
+    """
+    needed = "imageio_ffmpeg" if find_spec("imageio") else "cv2"
+    if out.suffix == ".mp4" and find_spec(needed) is None:
+        raise OptionError(
+            f"--out {out}: .mp4 needs an encoder: pip install imageio imageio-ffmpeg, or name it "
+            ".gif."
+        )
+
+
+def save_result(result: Any, out: Path, frames_per_second: float = FRAMES_PER_SECOND) -> list[Path]:
+    """Save what a pipeline returned: pictures or videos, one a file.
+
+    Raises:
+        OmniqError: it returned neither.
+        OptionError: the file's ending does not fit, or it cannot be written.
+    """
+    made = made_by(result)
+    try:
+        row = made.batch if made.videos else _in_a_row(made.batch)
+        many = len(row) > 1
+        paths = [out.with_stem(f"{out.stem}_{i}") if many else out for i in range(len(row))]
+        for one, path in zip(row, paths, strict=True):
+            if made.videos:
+                _save_video([_picture(frame) for frame in one], path, frames_per_second)
+            else:
+                _save_picture(_picture(one), path)
+        return paths
+    except OptionError:
+        raise  # it is a ValueError too
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--out {out} cannot be written: {error}.") from error
+
+
+def _in_a_row(images: Any) -> list[Any]:
+    """Return pictures one after the other; pipelines of layers return those of each picture."""
+    row: list[Any] = []
+    for image in images:
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        row.extend(image if several else [image])
+    return row
+
+
+def _picture(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, torch.Tensor):
+        image = image.float().cpu().movedim(0, -1)  # numpy has no BF16, and channels last
+    array = np.asarray(image, dtype=np.float32)
+    return Image.fromarray((array.squeeze() * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def _format(out: Path) -> str | None:
+    # Pillow looks at the ending alone, in any case.
+    return Image.registered_extensions().get(out.suffix.lower())
+
+
+def _save_picture(picture: Image.Image, out: Path) -> None:
+    """Save a picture, on white where it has an alpha channel and the format none."""
+    if picture.mode == "RGBA" and not _takes_alpha(out):
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    picture.save(out)
+
+
+def _takes_alpha(out: Path) -> bool:
+    # Pillow has no table of what each format takes.
+    try:
+        Image.new("RGBA", (8, 8)).save(BytesIO(), _format(out))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _save_video(frames: list[Image.Image], out: Path, frames_per_second: float) -> None:
+    check_ending(out, video=True)
+    if out.suffix == ".mp4":
+        from diffusers.utils import export_to_video
+
+        export_to_video(frames, str(out), fps=frames_per_second)
+        return
+    # GIF counts hundredths of a second: at 24 frames a second, most last 4 and every sixth 5.
+    times = [round(100 * number / frames_per_second) for number in range(len(frames) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(times)]
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -1,0 +1,102 @@
+"""What classes of diffusers' pipelines return, and how it is read whatever its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import omniq_compile as omniq
+from omniq_compile.cli import main
+from omniq_compile.cli.picture_file import save_result
+from omniq_compile.pipeline_output import returns_video
+from omniq_compile.quality.generation import pictures_of
+
+VIDEOS = ["HunyuanVideoPipeline", "LTXPipeline", "CogVideoXPipeline", "Kandinsky5T2VPipeline"]
+# The last of both inherits the field or names it otherwise.
+VIDEOS += ["LTX2DFRPipeline", "Cosmos3OmniPipeline"]
+PICTURES = ["QwenImagePipeline", "SanaPipeline", "ZImagePipeline", "Kandinsky5T2IPipeline"]
+
+
+def pipeline(name: str) -> Any:
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return kind
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_pipelines_are_known(name: str) -> None:
+    assert returns_video(pipeline(name)) is True
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_pipelines_are_known(name: str) -> None:
+    assert returns_video(pipeline(name)) is False
+    assert returns_video(type("Own", (pipeline(name),), {})) is False
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "tune"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("StableAudioPipeline", "AudioPipelineOutput (audios)"),
+        ("AudioLDMPipeline", "AudioPipelineOutput (audios)"),  # without an annotation
+        ("MarigoldDepthPipeline", "MarigoldDepthOutput (prediction, uncertainty, latent)"),
+    ],
+)
+def test_pipelines_that_draw_nothing_are_refused_before_loading(
+    command: str,
+    name: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    assert returns_video(pipeline(name)) is None
+    how = {
+        "generate": ["--out", str(tmp_path / "x.png")],
+        "compare": ["--quantization", "int8", "--out", str(tmp_path / "out")],
+        "tune": ["--method", "int8", "--target-psnr", "30", "--out", str(tmp_path / "out")],
+    }[command]
+    assert main([command, str(tmp_path), *how]) == 2
+    assert f"{name} returns neither pictures nor a video" in (said := capsys.readouterr().err)
+    assert f"but {words}. Load it by" in said
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_one_video_is_no_batch_of_pictures(kind: str, tmp_path: Path) -> None:
+    """As Cosmos3OmniPipeline returns it, whose frames are in a row."""
+    values = np.array([0, 51, 255], dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+    values = values.repeat(3, 3)
+    array = values.astype(np.float32) / 255
+    video = {
+        "pil": [Image.fromarray(frame) for frame in values],
+        "np": array,
+        "pt": torch.from_numpy(array).movedim(-1, 1),
+    }[kind]
+    result = SimpleNamespace(video=video, sound=None)
+    assert np.array_equal(pictures_of(result), array)
+    (file,) = save_result(result, tmp_path / "fox.gif")
+    with Image.open(file) as gif:
+        assert gif.n_frames == 3
+        gif.seek(1)
+        assert gif.convert("RGB").getpixel((4, 4)) == (51, 51, 51)
+
+
+def test_pictures_by_the_name_of_one(tmp_path: Path) -> None:
+    """As Kandinsky5T2IPipeline returns them."""
+    colours = [(255, 0, 0), (0, 0, 255)]
+    result = SimpleNamespace(image=[Image.new("RGB", (8, 8), colour) for colour in colours])
+    assert pictures_of(result).shape == (2, 8, 8, 3)
+    files = save_result(result, tmp_path / "fox.png")
+    assert [Image.open(file).getpixel((0, 0)) for file in files] == colours
