@@ -21,7 +21,11 @@ IMAGE = "image"
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture in RGB, the file that it was read from, and the argument that it is for."""
+    """A picture, the file that it was read from, and the argument that it is for.
+
+    It is in RGBA where the file says what is transparent, and else in RGB. A pipeline is given
+    what its VAE reads of that, see `pipeline_call.call_worded`.
+    """
 
     file: Path
     picture: Image.Image
@@ -34,7 +38,7 @@ class GivenImage:
 
 
 def read_images(given: Iterable[str | Path]) -> list[GivenImage]:
-    """Read pictures as diffusers does: upright, and in RGB.
+    """Read pictures as diffusers does, upright and in RGB, but with their alpha channels.
 
     Args:
         given: FILE, or NAME=FILE where NAME is an identifier, such as ``mask_image=mask.png``.
@@ -50,7 +54,7 @@ def read_images(given: Iterable[str | Path]) -> list[GivenImage]:
         if not file.is_file():
             raise OptionError(f"--image {text}: there is no such file.")
         try:
-            picture = load_image(str(file))
+            picture = load_image(str(file), _with_alpha)
         # Pillow raises many more than OSError for a damaged file.
         except Exception as error:
             raise OptionError(
@@ -58,6 +62,10 @@ def read_images(given: Iterable[str | Path]) -> list[GivenImage]:
             ) from error
         images.append(GivenImage(file, picture, name if named else IMAGE))
     return images
+
+
+def _with_alpha(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 
 def with_images(arguments: Mapping[str, Any], images: Sequence[GivenImage]) -> dict[str, Any]:
@@ -103,6 +111,26 @@ def is_for_pictures(parameter: inspect.Parameter) -> bool:
 def takes_several(parameter: inspect.Parameter) -> bool:
     """Say whether a parameter is annotated to take a list; one without annotation may."""
     return _mentions(parameter, "list[", "List[", "PipelineImageInput", "Any")
+
+
+def as_taken(value: Any, mode: str, parameter: inspect.Parameter | None) -> Any:
+    """Return a picture or several in the mode and the form that a pipeline takes them in.
+
+    Args:
+        value: a picture, or a list of some.
+        mode: Pillow's, such as ``"RGB"``.
+        parameter: that they are for, where the call names it. One that takes lists alone gets a
+            list of one, and so does one that takes some and is named for several: OmniGen's
+            ``input_images`` are annotated as one picture too, and counted all the same.
+    """
+    if isinstance(value, list):
+        return [picture.convert(mode) for picture in value]
+    picture = value.convert(mode)
+    if parameter is None:
+        return picture
+    several = parameter.name.endswith("images") and is_for_pictures(parameter)
+    wants_list = takes_lists_only(parameter) or (several and takes_several(parameter))
+    return [picture] if wants_list else picture
 
 
 def takes_lists_only(parameter: inspect.Parameter) -> bool:

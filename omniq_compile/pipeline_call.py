@@ -10,15 +10,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import import_utils
-from PIL import Image
 from torch import nn
 
 from omniq_compile.backend import omniq, own_backend
 from omniq_compile.given_images import (
     IMAGE,
+    as_taken,
     holds_pictures,
     is_for_pictures,
-    takes_lists_only,
     takes_pictures,
     takes_several,
 )
@@ -138,18 +137,18 @@ def load_worded(folder: str, config: Any, **loading: Any) -> Any:
 
 
 def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
-    """Call a pipeline, with its refusals worded; a picture is a list where it takes lists alone.
+    """Call a pipeline, with its refusals worded, and with pictures as it takes them.
+
+    They are RGBA where its VAE reads four channels, and else RGB; one alone is a list where the
+    argument takes lists alone, or is named for several.
 
     Raises:
         OmniqError: it refused its arguments, or needs a library that is not installed.
     """
     parameters = inspect.signature(pipe.__call__).parameters
+    mode = "RGBA" if _reads_alpha(pipe) else "RGB"
     fitting = {
-        name: [value]
-        if isinstance(value, Image.Image)
-        and name in parameters
-        and takes_lists_only(parameters[name])
-        else value
+        name: as_taken(value, mode, parameters.get(name)) if holds_pictures(value) else value
         for name, value in given.items()
     }
     name = type(pipe).__name__
@@ -164,6 +163,11 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
         raise OmniqError(
             f"{name} calls {error.name}, which is not installed: pip install {error.name}."
         ) from error
+
+
+def _reads_alpha(pipe: Any) -> bool:
+    config = getattr(getattr(pipe, "vae", None), "config", None)
+    return 4 in (getattr(config, name, None) for name in ("input_channels", "in_channels"))
 
 
 def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantConfig) -> str:

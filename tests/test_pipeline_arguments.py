@@ -21,7 +21,6 @@ from PIL import Image, ImageSequence
 import omniq_compile as omniq
 from omniq_compile import QuantizedTensor
 from omniq_compile.cli import main
-from omniq_compile.given_images import read_images
 
 pytest.importorskip("transformers")
 INT8 = '{"method": "int8", "min_features": 32, "compiler": "eager"}'
@@ -298,18 +297,6 @@ def test_a_picture_that_is_needed_is_asked_for(
 ) -> None:
     assert main(["generate", str(image_to_video), "--prompt", "", "--out", "x.gif"]) == 2
     assert "needs image: give --image FILE" in capsys.readouterr().err
-
-
-def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    file = tmp_path / "turned.jpg"
-    Image.new("L", (20, 10)).save(file, exif=exif)
-    (image,) = read_images([file])
-    assert image.picture.size == (10, 20)
-    assert image.picture.mode == "RGB"
-    again, other = read_images([file, picture(tmp_path / "red.png", "red")])
-    assert image.digest == again.digest != other.digest
 
 
 @pytest.mark.usefixtures("uncompiled")
