@@ -131,6 +131,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["QwenImageTransformer2DModl"],
          ["unknown transformer class", "Did you mean 'QwenImageTransformer2DModel'?"]),
+        (["LTXVideoTransformer3DModel"],
+         ["LTXVideoTransformer3DModel is a class of diffusers that omniq plan and dump do not"]),
         (["FluxTransformer2DModel:tinny"], ["unknown preset 'tinny'. Did you mean 'tiny'?"]),
         (["nowhere/config.json"], ["no folder or configuration nowhere/config.json"]),
         (["broken.json"], ["broken.json is not valid JSON"]),

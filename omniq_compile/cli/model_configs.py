@@ -159,10 +159,17 @@ def _wrong_class(class_name: str) -> str:
         return (
             f"is of {class_name}, {what}, and not of a transformer. Valid: {', '.join(FAMILIES)}."
         )
-    return (
-        f"is of a class that inputs cannot be made up for: "
-        f"{unknown('transformer class', class_name, FAMILIES)}"
-    )
+    return f"is of a class that inputs cannot be made up for: {_unknown_class(class_name)}"
+
+
+def _unknown_class(class_name: str) -> str:
+    """Word a class that is not in FAMILIES; one that diffusers has is no slip of the pen."""
+    if hasattr(importlib.import_module("diffusers"), class_name):
+        return (
+            f"{class_name} is a class of diffusers that omniq plan and dump do not know. "
+            f"Valid: {', '.join(FAMILIES)}."
+        )
+    return unknown("transformer class", class_name, FAMILIES)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -182,7 +189,6 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _of_preset(text: str, class_name: str, preset: str) -> ModelConfig:
     if class_name not in FAMILIES:
         raise OptionError(
-            f"{unknown('transformer class', class_name, FAMILIES)} Give one of them, a diffusers "
-            "folder, or a config.json."
+            f"{_unknown_class(class_name)} Give one of them, a diffusers folder, or a config.json."
         )
     return ModelConfig(text, class_name, preset_config(class_name, preset), preset)
