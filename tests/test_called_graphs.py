@@ -185,6 +185,9 @@ class WritingBranches(Branches):
         return self.after(torch.cond(x.sum() > 0, write, lambda y: y @ self.table, (x,)))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="before 2.12 Dynamo takes no tensor subclass in a branch"
+)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", [Branches, WritingBranches])
 def test_branches_get_the_values_of_stored_weights(kind, compiler: str):
