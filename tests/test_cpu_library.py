@@ -24,6 +24,7 @@ Submit = Callable[..., "Future[Any]"]
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_started", set())
 
 
 @pytest.fixture
@@ -68,8 +69,19 @@ def test_what_lies_in_the_cache_is_not_built(
     assert library.load("new") is not None
     monkeypatch.setattr(library, "_loaded", {})
     library.start("new")
+    assert library._started == {"new"}
     assert library.load("new") is not None
     assert submitted == []
+
+
+def test_many_layers_start_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask Inductor's cache takes milliseconds."""
+    asked = []
+    monkeypatch.setattr(library, "_begin", lambda source, submit: asked.append(source))
+    for _ in range(3):
+        library.start("decode")
+        library.start("quantize")
+    assert len(asked) == 2
 
 
 def test_a_thread_builds_by_the_settings_of_the_one_that_asked(

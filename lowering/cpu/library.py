@@ -17,13 +17,15 @@ import torch
 
 logger = logging.getLogger("omniq")
 _lock = threading.Lock()
+_started: set[str] = set()
 _loaded: dict[str, ctypes.CDLL | None] = {}
 
 
 def start(name: str) -> None:
     """Begin to build ``NAME.cpp`` on a thread, for `load` to wait less; what fails, it will say."""
     with _lock:
-        if name not in _loaded:
+        if name not in _started and name not in _loaded:
+            _started.add(name)
             with contextlib.suppress(Exception):
                 _begin(read(f"{name}.cpp"), _builders().submit)
 
