@@ -161,7 +161,9 @@ class _Inliner:
 
         key = (operand, kernel.quantize, flat)
         if key not in self._quantized:
-            self._quantized[key] = self._inline(operand, function, (x,), (kernel.name, format, flat))
+            self._quantized[key] = self._inline(
+                operand, function, (x,), (kernel.name, format, flat)
+            )
         return self._quantized[key]
 
     def _inline(self, at: fx.Node, function: Callable[..., Any], args: Any, key: Any) -> Any:
