@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -76,10 +77,8 @@ def check_returns_pictures(pipeline: type) -> None:
     Raises:
         OptionError: it returns something else, such as sound or text.
     """
-    outputs = _outputs(pipeline)
-    fields = {output.__name__: _fields(output) for output in outputs}
-    drawn = {*VIDEOS, *PICTURES}
-    if not outputs or not drawn.isdisjoint(field for found in fields.values() for field in found):
+    fields = {output.__name__: _fields(output) for output in _outputs(pipeline)}
+    if not fields or not {*VIDEOS, *PICTURES}.isdisjoint(chain(*fields.values())):
         return
     if pipeline.__module__.startswith("diffusers."):
         said = "; ".join(f"{name} ({', '.join(found)})" for name, found in sorted(fields.items()))

@@ -33,7 +33,7 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
         s.kind is Kind.WEIGHT and s.dtype in (torch.bfloat16, torch.float16) for s in sites
     )
     leading = _in_leading_blocks(sites, config)
-    graphs = dict.fromkeys(site.node.graph for site in sites)
+    graphs = {site.node.graph for site in sites}
     shared = {graph: writes.inputs_in_one_memory(graph) for graph in graphs}
     for site in sites:
         reason = _keep(site, config, low_precision, leading)

@@ -127,11 +127,7 @@ def test_what_is_refused_before_loading(
     else:
         picture(file, "red")
         folder, words = text_to_image, "AuraFlowPipeline takes no image. Leave --image out"
-    how = {
-        "generate": ["--quantization", "int8", "--out", str(tmp_path / "x.gif")],
-        "compare": ["--quantization", "int8", "--out", str(tmp_path / "out")],
-        "tune": ["--method", "int8", "--target-psnr", "30", "--out", str(tmp_path / "out")],
-    }[command]
+    how = tiny_pipelines.required_arguments(command, tmp_path, "x.gif")
     assert main([command, str(folder), *how, "--prompt", "a", "--image", str(file)]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
+from tiny_pipelines import required_arguments
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
@@ -299,11 +300,7 @@ def test_code_that_a_folder_brings_runs_only_when_allowed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("omniq_compile.pipeline.load_model", lambda *_, **__: pytest.fail("read"))
-    arguments = {
-        "generate": ["--quantization", "int8", "--out", str(tmp_path / "x.png")],
-        "compare": ["--quantization", "int8", "--out", str(tmp_path / "out")],
-        "tune": ["--method", "int8", "--target-psnr", "30", "--out", str(tmp_path / "out")],
-    }[command]
+    arguments = required_arguments(command, tmp_path)
     assert main([command, str(DIGITS), "--argument", "digits=[1]", *arguments]) == 2
     error = capsys.readouterr().err
     assert "brings code of its own: DigitsPipeline in pipeline.py" in error

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import required_arguments
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
@@ -63,12 +64,7 @@ def test_pipelines_that_draw_nothing_are_refused_before_loading(
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     assert returns_video(pipeline(name)) is None
-    how = {
-        "generate": ["--out", str(tmp_path / "x.png")],
-        "compare": ["--quantization", "int8", "--out", str(tmp_path / "out")],
-        "tune": ["--method", "int8", "--target-psnr", "30", "--out", str(tmp_path / "out")],
-    }[command]
-    assert main([command, str(tmp_path), *how]) == 2
+    assert main([command, str(tmp_path), *required_arguments(command, tmp_path)]) == 2
     assert f"{name} returns neither pictures nor a video" in (said := capsys.readouterr().err)
     assert f"but {words}. Load it by" in said
 

@@ -92,3 +92,14 @@ def save_image_to_video(folder: Path) -> Path:
         image_processor=None,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def required_arguments(command: str, folder: Path, picture: str = "x.png") -> list[str]:
+    """Return what ``generate``, ``compare`` or ``tune`` needs beside a pipeline and its call.
+
+    They would write into ``folder``: a picture or video of this name, or a folder ``out``.
+    """
+    out = str(folder / (picture if command == "generate" else "out"))
+    if command == "tune":
+        return ["--method", "int8", "--target-psnr", "30", "--out", out]
+    return ["--quantization", "int8", "--out", out]
