@@ -25,11 +25,13 @@ from omniq_compile.hub_download import hub_arguments, index_folder
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipeline import pipeline_class
-from omniq_compile.pipeline_output import check_returns_pictures
+from omniq_compile.pipeline_output import check_returns
 from omniq_compile.regional import compile, module_blocks
 
 
-def check_call_of_folder(folder: str, given: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+def check_call_of_folder(
+    folder: str, given: Mapping[str, Any], loading: Mapping[str, Any], *, sound: bool = False
+) -> None:
     """Check a pipeline and its arguments before its weights are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
@@ -38,14 +40,15 @@ def check_call_of_folder(folder: str, given: Mapping[str, Any], loading: Mapping
         folder: of the pipeline, or a hub id.
         given: the arguments of its call.
         loading: those of ``from_pretrained``, some of which are for downloading.
+        sound: whether a pipeline that returns sound alone will do.
 
     Raises:
-        OptionError: see `check_call`; or the pipeline returns nothing that is drawn.
+        OptionError: see `check_call`; or the pipeline returns nothing that is saved.
         CheckpointError: there is no such pipeline.
     """
     cls = pipeline_class(index_folder(folder, hub_arguments(loading)))
     if cls is not DiffusionPipeline:
-        check_returns_pictures(cls)
+        check_returns(cls, sound=sound)
         check_call(cls, given)
 
 

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline returns: its pictures or videos, by the names that outputs have."""
+"""What a diffusers pipeline returns: pictures, videos or sound, by the names that outputs have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
@@ -17,9 +17,13 @@ from PIL import Image
 
 from omniq_compile.lowering.errors import OmniqError, OptionError
 
-# Of the fields of diffusers' outputs: a batch of videos, or one; a batch of pictures.
+# Of the fields of diffusers' outputs: a batch of videos, or one; a batch of pictures; sound, alone
+# or beside videos.
 VIDEOS = ("frames", "video")
 PICTURES = ("images", "image")
+SOUNDS = ("audios", "audio", "sound")
+
+Kind = Literal["videos", "pictures", "sound"]
 
 FRAMES_PER_SECOND = 16  # Wan's, whose pipelines do not say it.
 
@@ -54,36 +58,39 @@ def made_by(result: Any) -> Made:
     raise OmniqError(f"the pipeline returned {type(result).__name__}, which has no pictures.")
 
 
-def has_sound(result: Any) -> bool:
-    """Say whether a pipeline made sound beside its video."""
-    return any(getattr(result, name, None) is not None for name in ("audio", "sound"))
+def kind_returned(pipeline: type) -> Kind | None:
+    """Say what a class of pipelines returns, of which sound is what it returns alone.
 
-
-def returns_video(pipeline: type) -> bool | None:
-    """Say whether a class of pipelines returns videos, or else pictures.
-
-    Known by the class of outputs that its module names; None where it names neither or both.
+    Known by the class of outputs that its module names; None where it names none or several.
     """
     fields = {field for output in _outputs(pipeline) for field in _fields(output)}
     videos, pictures = not fields.isdisjoint(VIDEOS), not fields.isdisjoint(PICTURES)
-    return videos if videos != pictures else None
+    if videos != pictures:
+        return "videos" if videos else "pictures"
+    return "sound" if not videos and not fields.isdisjoint(SOUNDS) else None
 
 
-def check_returns_pictures(pipeline: type) -> None:
+def check_returns(pipeline: type, *, sound: bool) -> None:
     """Refuse a class of diffusers' pipelines that returns neither pictures nor videos.
 
     Others may return what no class of their module says, so that only a call shows it.
 
+    Args:
+        pipeline: the class.
+        sound: whether sound will do, too.
+
     Raises:
-        OptionError: it returns something else, such as sound or text.
+        OptionError: it returns something else, such as text.
     """
     fields = {output.__name__: _fields(output) for output in _outputs(pipeline)}
-    if not fields or not {*VIDEOS, *PICTURES}.isdisjoint(chain(*fields.values())):
+    known = {*VIDEOS, *PICTURES, *(SOUNDS if sound else ())}
+    if not fields or not known.isdisjoint(chain(*fields.values())):
         return
     if pipeline.__module__.startswith("diffusers."):
         said = "; ".join(f"{name} ({', '.join(found)})" for name, found in sorted(fields.items()))
+        wanted = "pictures, a video nor sound" if sound else "pictures nor a video"
         raise OptionError(
-            f"{pipeline.__name__} returns neither pictures nor a video by a name that is known, "
+            f"{pipeline.__name__} returns neither {wanted} by a name that is known, "
             f"but {said}. Load it by omniq_compile.from_pretrained, and call it in Python."
         )
 

@@ -17,7 +17,7 @@ from tiny_pipelines import required_arguments
 import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.cli.picture_file import save_result
-from omniq_compile.pipeline_output import returns_video
+from omniq_compile.pipeline_output import kind_returned
 from omniq_compile.quality.generation import pictures_of
 
 VIDEOS = ["HunyuanVideoPipeline", "LTXPipeline", "CogVideoXPipeline", "Kandinsky5T2VPipeline"]
@@ -35,25 +35,29 @@ def pipeline(name: str) -> Any:
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_video_pipelines_are_known(name: str) -> None:
-    assert returns_video(pipeline(name)) is True
+    assert kind_returned(pipeline(name)) == "videos"
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_picture_pipelines_are_known(name: str) -> None:
-    assert returns_video(pipeline(name)) is False
-    assert returns_video(type("Own", (pipeline(name),), {})) is False
+    assert kind_returned(pipeline(name)) == "pictures"
+    assert kind_returned(type("Own", (pipeline(name),), {})) == "pictures"
 
 
-@pytest.mark.parametrize("command", ["generate", "compare", "tune"])
+SOUND = "AudioPipelineOutput (audios)"
+DEPTH = "MarigoldDepthOutput (prediction, uncertainty, latent)"
+
+
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("command", "name", "words"),
     [
-        ("StableAudioPipeline", "AudioPipelineOutput (audios)"),
-        ("AudioLDMPipeline", "AudioPipelineOutput (audios)"),  # without an annotation
-        ("MarigoldDepthPipeline", "MarigoldDepthOutput (prediction, uncertainty, latent)"),
+        ("compare", "StableAudioPipeline", SOUND),
+        ("tune", "StableAudioPipeline", SOUND),
+        ("compare", "AudioLDMPipeline", SOUND),  # without an annotation
+        *((command, "MarigoldDepthPipeline", DEPTH) for command in ("generate", "compare", "tune")),
     ],
 )
-def test_pipelines_that_draw_nothing_are_refused_before_loading(
+def test_pipelines_that_make_nothing_to_save_are_refused_before_loading(
     command: str,
     name: str,
     words: str,
@@ -63,9 +67,9 @@ def test_pipelines_that_draw_nothing_are_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    assert returns_video(pipeline(name)) is None
     assert main([command, str(tmp_path), *required_arguments(command, tmp_path)]) == 2
-    assert f"{name} returns neither pictures nor a video" in (said := capsys.readouterr().err)
+    wanted = "pictures, a video nor sound" if command == "generate" else "pictures nor a video"
+    assert f"{name} returns neither {wanted}" in (said := capsys.readouterr().err)
     assert f"but {words}. Load it by" in said
 
 

@@ -23,7 +23,7 @@ from omniq_compile.cli.random_models import random_model
 WORDS = ["a", "red", "fox", "in", "the", "snow"]
 
 
-def _text(width: int) -> tuple[Any, Any]:
+def tiny_text(width: int) -> tuple[Any, Any]:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -42,7 +42,7 @@ def _text(width: int) -> tuple[Any, Any]:
 def save_text_to_image(folder: Path) -> Path:
     """Save an AuraFlow pipeline that draws 32 x 32 pictures."""
     torch.manual_seed(0)
-    tokenizer, encoder = _text(64)
+    tokenizer, encoder = tiny_text(64)
     AuraFlowPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
@@ -63,7 +63,7 @@ def save_text_to_image(folder: Path) -> Path:
 def save_text_to_video(folder: Path) -> Path:
     """Save a Wan pipeline with one expert, whose videos have a frame more than four times one."""
     torch.manual_seed(0)
-    tokenizer, encoder = _text(256)
+    tokenizer, encoder = tiny_text(256)
     WanPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
@@ -77,7 +77,7 @@ def save_text_to_video(folder: Path) -> Path:
 def save_image_to_video(folder: Path) -> Path:
     """Save a Wan pipeline like the one above, whose videos begin with a picture."""
     torch.manual_seed(0)
-    tokenizer, encoder = _text(256)
+    tokenizer, encoder = tiny_text(256)
     WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,

@@ -1,10 +1,11 @@
-"""``omniq generate``: run a pipeline with quantized components, from its folder to a picture."""
+"""``omniq generate``: run a pipeline with quantized components, from its folder to a file."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,9 +24,12 @@ from omniq_compile.cli.quantization import (
     describe_component,
     read_quantization,
 )
+from omniq_compile.cli.sound_file import SUFFIX as SOUND_SUFFIX
+from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.cli.whole_numbers import positive, seed
 from omniq_compile.components import build_quant_config
 from omniq_compile.given_images import read_images, with_images
+from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.pipeline_call import (
     call_worded,
     check_call,
@@ -33,7 +37,8 @@ from omniq_compile.pipeline_call import (
     compile_component,
     load_worded,
 )
-from omniq_compile.pipeline_output import frame_rate, has_sound, returns_video
+from omniq_compile.pipeline_output import frame_rate, kind_returned
+from omniq_compile.pipeline_sound import has_sound, sound_of
 from omniq_compile.saving import stored_options
 
 
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_call_arguments(parser)
     add_dtype_argument(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the noise; 0 by default")
-    parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif or .mp4")
+    parser.add_argument("--out", required=True, type=Path, help=".png, .jpg, .gif, .mp4 or .wav")
     parser.add_argument(
         "--fps",
         type=positive,
@@ -60,16 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     import omniq_compile as omniq
 
     check_writable("--out", arguments.out)
-    check_ending(arguments.out, video=None)
+    check_ending(arguments.out, None)
     config = build_quant_config(read_quantization(arguments.quantization))
     device = usable_device(arguments.device)
     given = with_images(given_arguments(arguments), read_images(arguments.image))
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
     loading = pipeline_arguments(arguments)
-    check_call_of_folder(arguments.folder, given, loading)
+    check_call_of_folder(arguments.folder, given, loading, sound=True)
     pipe = load_worded(arguments.folder, config, device=device, **loading)
     check_call(type(pipe), given)
-    check_ending(arguments.out, returns_video(type(pipe)))
+    check_ending(arguments.out, kind_returned(type(pipe)))
     check_encoder(arguments.out)
     pipe.to(device)
     console = Console(stderr=True)
@@ -90,9 +95,21 @@ def run(arguments: argparse.Namespace) -> int:
         if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
             given.setdefault("callback_on_step_end", step)
         result = call_worded(pipe, given)
-    rate = arguments.fps or frame_rate(pipe, given)
-    for path in save_result(result, arguments.out, rate):
+    if has_sound(result) and arguments.out.suffix == SOUND_SUFFIX:
+        paths = save_sound(sound_of(pipe, result), arguments.out)
+    else:
+        paths = save_result(result, arguments.out, arguments.fps or frame_rate(pipe, given))
+        if has_sound(result):
+            paths += _save_beside(pipe, result, arguments.out, console)
+    for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
-    if has_sound(result):
-        console.print("the pipeline made sound too, which is not saved", soft_wrap=True)
     return 0
+
+
+def _save_beside(pipe: Any, result: Any, out: Path, console: Console) -> list[Path]:
+    """Save a video's sound by the name of the video, which is there and stays if this fails."""
+    try:
+        return save_sound(sound_of(pipe, result), out)
+    except OmniqError as error:
+        console.print(f"warning: sound is not saved: {error}", soft_wrap=True, markup=False)
+        return []

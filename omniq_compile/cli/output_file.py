@@ -44,3 +44,10 @@ def write(option: str, file: Path, text: str) -> None:
 
 def _refused(option: str, file: Path, why: str) -> OmniqError:
     return OmniqError(f"{option}: cannot write '{file}': {why}.")
+
+
+def numbered(out: Path, count: int) -> list[Path]:
+    """Return names for ``count`` files: ``out``, or where there are several ``out_0`` and so on."""
+    if count == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}_{number}") for number in range(count)]

@@ -12,31 +12,38 @@ import numpy as np
 import torch
 from PIL import Image
 
+from omniq_compile.cli import sound_file
+from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.pipeline_output import FRAMES_PER_SECOND, made_by
+from omniq_compile.pipeline_output import FRAMES_PER_SECOND, Kind, made_by
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
 
-def check_ending(out: Path, video: bool | None) -> None:
+def check_ending(out: Path, kind: Kind | None) -> None:
     """Check that a file's ending names a format that the result can be saved in.
 
     Args:
         out: the file.
-        video: whether it is one, or else a picture; None where that is not known yet.
+        kind: of the result; None where that is not known yet.
 
     Raises:
         OptionError: it does not.
     """
     videos = " or ".join(VIDEO_SUFFIXES)
-    if video is not False and out.suffix in VIDEO_SUFFIXES:
+    if kind in ("videos", None) and out.suffix in VIDEO_SUFFIXES:
         return
-    if video:
+    if kind in ("sound", None) and out.suffix == sound_file.SUFFIX:
+        return
+    if kind == "videos":
         raise OptionError(f"--out {out}: a video is saved as {videos}.")
+    if kind == "sound":
+        raise OptionError(f"--out {out}: sound is saved as {sound_file.SUFFIX}.")
     if _format(out) not in Image.SAVE:
+        others = f", {videos} for a video, or {sound_file.SUFFIX} for sound"
         raise OptionError(
             f"--out {out} cannot be written: no picture ends in {out.suffix!r}. "
-            f"Name it .png or .jpg{'' if video is False else f', or {videos} for a video'}."
+            f"Name it .png or .jpg{'' if kind else others}."
         )
 
 
@@ -64,8 +71,7 @@ def save_result(result: Any, out: Path, frames_per_second: float = FRAMES_PER_SE
     made = made_by(result)
     try:
         row = made.batch if made.videos else _in_a_row(made.batch)
-        many = len(row) > 1
-        paths = [out.with_stem(f"{out.stem}_{i}") if many else out for i in range(len(row))]
+        paths = numbered(out, len(row))
         for one, path in zip(row, paths, strict=True):
             if made.videos:
                 _save_video([_picture(frame) for frame in one], path, frames_per_second)
@@ -119,7 +125,7 @@ def _takes_alpha(out: Path) -> bool:
 
 
 def _save_video(frames: list[Image.Image], out: Path, frames_per_second: float) -> None:
-    check_ending(out, video=True)
+    check_ending(out, "videos")
     if out.suffix == ".mp4":
         from diffusers.utils import export_to_video
 
