@@ -209,7 +209,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         nargs="+",
-        default=list(METHODS),
+        action="extend",
         choices=METHODS,
         help="the methods omniq quantizes with, one or several; all of them by default",
     )
@@ -218,7 +218,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.samples < 1:
         parser.error(f"--samples must be at least 1, got {args.samples}")
-    args.method = list(dict.fromkeys(args.method))
+    args.method = list(dict.fromkeys(args.method or METHODS))
     return args
 
 

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignored-layers",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PATTERN",
         help="layers to keep, such as img_mlp",

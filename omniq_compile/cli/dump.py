@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage",
         nargs="+",
+        action="extend",
         choices=(*STAGES, KERNELS),
         help="what to show (default: traced quantized); kernels is the generated code",
     )

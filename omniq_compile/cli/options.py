@@ -13,7 +13,11 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one argument an option of `QuantConfig` that shapes the graph."""
     parser.add_argument("--method", required=True, help="such as int8")
     parser.add_argument(
-        "--ignored-layers", nargs="+", metavar="PATTERN", help="layers to keep, such as img_mlp"
+        "--ignored-layers",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="layers to keep, such as img_mlp",
     )
     parser.add_argument(
         "--min-features", type=int, metavar="N", help="the smallest K or N worth quantizing"
@@ -24,6 +28,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="any other option, its value as JSON: weight_block_size=[128,128]",

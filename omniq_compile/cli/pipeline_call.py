@@ -50,6 +50,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--argument",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=JSON",
         help="any other argument of the pipeline's call: height=512, digits=[0,1,2]",

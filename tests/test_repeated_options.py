@@ -1,0 +1,60 @@
+"""An option that takes several values keeps all of them however often it is written."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+import pytest
+
+from omniq_compile.cli import COMMANDS
+from omniq_compile.cli.options import add_option_arguments, options_of
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """A command's own parser, in which nothing is required."""
+    parser = argparse.ArgumentParser()
+    import_module(f"omniq_compile.cli.{command}").add_arguments(parser)
+    for group in parser._mutually_exclusive_groups:
+        group.required = False
+    for action in parser._actions:
+        action.required = False
+        if not action.option_strings:
+            action.nargs = "*"
+    return parser
+
+
+def options(command: str) -> list[argparse.Action]:
+    return [a for a in parser_of(command)._actions if a.option_strings and a.nargs in ("+", "*")]
+
+
+WALKED = [
+    (command, action.option_strings[0]) for command in COMMANDS for action in options(command)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), WALKED)
+def test_written_twice(command: str, option: str) -> None:
+    (action,) = (a for a in options(command) if option in a.option_strings)
+    values = [str(value) for value in action.choices or ("a=1", "b=2", "c=3")][:3]
+    written = [option, *values[:2], option, *values[2:]]
+    assert getattr(parser_of(command).parse_args(written), action.dest) == values
+
+
+def test_there_are_some() -> None:
+    assert ("generate", "--argument") in WALKED
+    assert ("compare", "--image") in WALKED
+    assert ("dump", "--option") in WALKED
+
+
+def test_options_of_a_method_written_twice() -> None:
+    parser = argparse.ArgumentParser()
+    add_option_arguments(parser)
+    more = ["--option", "weight_block_size=[128,128]", "--option", 'activation_scheme="dynamic"']
+    kept = ["--ignored-layers", "img_mlp", "--ignored-layers", "txt_mlp"]
+    assert options_of(parser.parse_args(["--method", "fp8", *more, *kept])) == {
+        "method": "fp8",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+        "ignored_layers": ["img_mlp", "txt_mlp"],
+    }
