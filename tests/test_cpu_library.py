@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable
@@ -175,3 +177,20 @@ def test_threads_that_load_at_once_get_one_library(monkeypatch: pytest.MonkeyPat
         thread.join()
     assert found[0] is not None
     assert {id(each) for each in found} == {id(found[0])}
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [
+        ("tile_gemm", ["omniq_tile_gemm", "omniq_tile_gemm_supported"]),
+        ("decode", ["omniq_decode"]),
+        ("quantize", ["omniq_quantize"]),
+    ],
+)
+def test_windows_finds_the_functions_that_python_calls(name: str, functions: list[str]) -> None:
+    """Its libraries export what says so alone; preprocessed without the headers of a system."""
+    source = re.sub(r"^#include.*$", "", library.read(f"{name}.cpp"), flags=re.M)
+    command = [get_cpp_compiler(), "-x", "c++", "-E", "-P", "-D_WIN32", "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=True)
+    found = re.findall(r'extern "C" __declspec\(dllexport\) int (\w+)\(', done.stdout)
+    assert sorted(found) == functions

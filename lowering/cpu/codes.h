@@ -12,6 +12,13 @@
 #pragma GCC optimize("tree-loop-vectorize")
 #endif
 
+// Libraries of Windows hide what does not say otherwise.
+#if defined(_WIN32)
+#define EXPORTED extern "C" __declspec(dllexport)
+#else
+#define EXPORTED extern "C"
+#endif
+
 namespace {
 
 constexpr int64_t MX_BLOCK = 32;

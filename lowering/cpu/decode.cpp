@@ -41,7 +41,7 @@ void decode_row(const Arguments& g, int64_t n, float* out) {
 }  // namespace
 
 // Returns 0, or 1 with what went wrong in `message`.
-extern "C" int omniq_decode(const Arguments* arguments, char* message, int64_t size) {
+EXPORTED int omniq_decode(const Arguments* arguments, char* message, int64_t size) {
   try {
     const Arguments& g = *arguments;
 #pragma omp parallel for num_threads(g.threads)

@@ -195,7 +195,7 @@ void run(const Arguments& g) {
 }  // namespace
 
 // Returns 0, or 1 with what went wrong in `message`.
-extern "C" int omniq_quantize(const Arguments* arguments, char* message, int64_t size) {
+EXPORTED int omniq_quantize(const Arguments* arguments, char* message, int64_t size) {
   try {
     run(*arguments);
     return 0;

@@ -182,7 +182,7 @@ void run(const Arguments& g) {
 }  // namespace
 
 // Say whether brgemm takes BF16 pairs on this CPU, by calling it: `could_pack` answers for AMX only.
-extern "C" int omniq_tile_gemm_supported() {
+EXPORTED int omniq_tile_gemm_supported() {
   try {
     const std::vector<uint16_t> zeros(2 * TILE_N);
     std::vector<float> sums(TILE_N);
@@ -196,7 +196,7 @@ extern "C" int omniq_tile_gemm_supported() {
 }
 
 // Returns 0, or 1 with what went wrong in `message`.
-extern "C" int omniq_tile_gemm(const Arguments* arguments, char* message, int64_t size) {
+EXPORTED int omniq_tile_gemm(const Arguments* arguments, char* message, int64_t size) {
   try {
     run(*arguments);
     return 0;
