@@ -48,7 +48,8 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
         model.omniq_quantization = about  # type: ignore[assignment]
         # For the model's dequantize().
         model.hf_quantizer = OmniqHfQuantizer(TransformersConfig.from_dict(about))
-        # Unlike a closure or a bound method, it comes back right from copying and pickling.
+        # Unlike a closure or a bound method, it comes back right from copying and pickling, and
+        # unlike an OwnMethod it keeps a model without a name: load(...).save_pretrained(...).
         model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]
         model.get_memory_footprint = OwnMethod(footprint, model)  # type: ignore[assignment]
 
