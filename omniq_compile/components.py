@@ -30,13 +30,12 @@ class PipelineQuantConfig:
     def options_for(self, component: str) -> dict[str, Any] | None:
         """Return the options of one component, or None for BF16.
 
-        The longest key that is the component, or that its dotted path begins with in whole parts,
-        wins; then ``default``. Keys below the component become layers that are ignored.
+        They are those of its name, or else of ``default``. Keys below the component become layers
+        that are ignored.
         """
         if self.everywhere is not None:
             return dict(self.everywhere) if is_transformer(component) else None
-        chosen = _longest(self.components, component)
-        given = self.components[chosen] if chosen else self.components.get(DEFAULT)
+        given = self.components.get(component, self.components.get(DEFAULT))
         if given is None:
             return None
         below = [
@@ -48,6 +47,12 @@ class PipelineQuantConfig:
             return dict(given)
         ignored = [*given.get("ignored_layers", ()), *(_subtree(path) for path in below)]
         return {**given, "ignored_layers": ignored}
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether some options depend on the denoising step."""
+        chosen = [self.everywhere, *self.components.values()]
+        return any(options and options.get("w4a8_fallback_steps") for options in chosen)
 
     def with_options(
         self, more: Mapping[str, Any], ignored_layers: Iterable[str] = ()
@@ -132,11 +137,13 @@ def build_quant_config(quantization: Any) -> PipelineQuantConfig:
         return PipelineQuantConfig(everywhere=_checked(quantization, ""))
     components = {str(key): _checked(value, str(key)) for key, value in quantization.items()}
     for key, options in components.items():
-        owner = _longest({k: v for k, v in components.items() if k != key}, key)
-        if options is not None and owner is not None:
+        owner, *parts = key.split(".")
+        if not all(parts):
+            raise OptionError(f"{key!r} is no dotted path, such as {owner + '.proj_out'!r}.")
+        if parts and options is not None:
             raise OptionError(
-                f"{key!r} is a part of {owner!r}, and one component has one method: give None to "
-                "leave that part in BF16."
+                f"{key!r} is a part of {owner!r}, and one component has one method: give it to "
+                f"{owner!r}, and None to parts that stay in BF16."
             )
     return PipelineQuantConfig(components=components)
 
@@ -157,12 +164,6 @@ def _checked(value: Any, component: str) -> Options:
             raise
         raise OptionError(f"quantization of {component!r}: {error}") from error
     return dict(options)
-
-
-def _longest(keys: Mapping[str, Any], path: str) -> str | None:
-    """Return the longest key that a dotted path equals or begins with, in whole parts."""
-    fitting = [key for key in keys if path == key or path.startswith(f"{key}.")]
-    return max(fitting, key=len, default=None)
 
 
 def _is_below(key: str, component: str) -> bool:

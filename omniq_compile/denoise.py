@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from omniq_compile.lowering.errors import OptionError
 
@@ -25,15 +26,15 @@ class denoise_step:
             pipe(..., callback_on_step_end=step)
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: SupportsIndex) -> None:
         """Take the zero-based step.
 
         Raises:
             OptionError: it is not an integer of at least 0.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, SupportsIndex) or index(step) < 0:
             raise OptionError(f"a denoising step is an integer of at least 0, not {step!r}.")
-        self._step = step
+        self._step = index(step)
         self._tokens: list[Token[int | None]] = []
 
     def __enter__(self) -> denoise_step:

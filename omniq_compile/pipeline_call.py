@@ -13,6 +13,7 @@ from diffusers.utils import import_utils
 from torch import nn
 
 from omniq_compile.backend import omniq, own_backend
+from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.given_images import (
     IMAGE,
     as_taken,
@@ -28,9 +29,17 @@ from omniq_compile.pipeline import pipeline_class
 from omniq_compile.pipeline_output import check_returns
 from omniq_compile.regional import compile, module_blocks
 
+# By which a call of diffusers tells the end of each denoising step.
+CALLBACK = "callback_on_step_end"
+
 
 def check_call_of_folder(
-    folder: str, given: Mapping[str, Any], loading: Mapping[str, Any], *, sound: bool = False
+    folder: str,
+    given: Mapping[str, Any],
+    loading: Mapping[str, Any],
+    config: PipelineQuantConfig,
+    *,
+    sound: bool = False,
 ) -> None:
     """Check a pipeline and its arguments before its weights are downloaded or read.
 
@@ -40,6 +49,7 @@ def check_call_of_folder(
         folder: of the pipeline, or a hub id.
         given: the arguments of its call.
         loading: those of ``from_pretrained``, some of which are for downloading.
+        config: of its components.
         sound: whether a pipeline that returns sound alone will do.
 
     Raises:
@@ -49,15 +59,15 @@ def check_call_of_folder(
     cls = pipeline_class(index_folder(folder, hub_arguments(loading)))
     if cls is not DiffusionPipeline:
         check_returns(cls, sound=sound)
-        check_call(cls, given)
+        check_call(cls, given, config)
 
 
-def check_call(pipeline: Any, given: Mapping[str, Any]) -> None:
-    """Check arguments against the signature of a pipeline's call.
+def check_call(pipeline: Any, given: Mapping[str, Any], config: PipelineQuantConfig) -> None:
+    """Check arguments, and options that need one, against the signature of a pipeline's call.
 
     Raises:
-        OptionError: it has no such argument, needs one that is not given, or takes no picture, or
-            one, where pictures are given.
+        OptionError: it has no such argument, needs one that is not given, takes no picture, or
+            one, where pictures are given, or does not say its steps, which an option needs.
     """
     _, *parameters = inspect.signature(pipeline.__call__).parameters.items()  # without self
     accepted = dict(parameters)
@@ -69,6 +79,12 @@ def check_call(pipeline: Any, given: Mapping[str, Any]) -> None:
             raise OptionError(unknown(f"argument of {pipeline.__name__}", name, accepted))
         if name in accepted and holds_pictures(value):
             _check_pictures(pipeline.__name__, accepted[name], value)
+    if config.reads_steps and CALLBACK not in accepted:
+        raise OptionError(
+            f"'w4a8_fallback_steps' needs to know the denoising step, and {pipeline.__name__} does "
+            f"not say it: its call takes no {CALLBACK}. Leave the option out, or name layers in "
+            "'w4a8_fallback_layers'."
+        )
     needed = [
         name
         for name, parameter in accepted.items()

@@ -63,6 +63,12 @@ def test_a_part_of_a_component_is_left_alone() -> None:
         (8, "quantization must be a method"),
         ({}, "quantization must be a method"),
         ({"transformer": "fp8", "transformer.proj_out": "int8"}, "is a part of 'transformer'"),
+        ({"transformer.proj_out": "int8"}, "is a part of 'transformer'"),
+        (
+            {"default": "fp8", "transformer.proj_out": {"method": "int8"}},
+            "give it to 'transformer'",
+        ),
+        ({"transformer": "fp8", "transformer.": None}, "'transformer.' is no dotted path"),
         ({"transformer": {"ignored_layers": []}}, 'omniq needs options={"method"'),
     ],
 )

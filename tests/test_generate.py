@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FluxPipeline, LTXPipeline, WanPipeline
+from diffusers import FluxPipeline, LTXPipeline, PixArtAlphaPipeline, WanPipeline
 from PIL import Image, ImageSequence
 
 import omniq_compile as omniq
@@ -142,6 +142,23 @@ def test_a_video_is_saved_at_the_rate_that_it_is_made_for(
     out = tmp_path / "fox.gif"
     assert main(["generate", str(tmp_path), "--prompt", "", *given, "--out", str(out)]) == 0
     assert milliseconds(out) == pytest.approx(100 * 1000 / rate, abs=5)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_steps_that_a_pipeline_does_not_say_are_refused_before_loading(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every step would count as the first."""
+    monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert "callback_on_step_end" not in inspect.signature(PixArtAlphaPipeline.__call__).parameters
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    options = json.dumps({"method": "mxfp4", "w4a8_fallback_steps": [1]})
+    out = ["--prompt", "", "--out", str(tmp_path / "out.png")]
+    assert main([command, str(tmp_path), "--quantization", options, *out]) == 2
+    assert "PixArtAlphaPipeline does not say it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fps", ["0", "-1", "fast"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from omniq_compile.cli import COMMANDS
+from omniq_compile.cli import COMMANDS, main
 from omniq_compile.cli.options import add_option_arguments, options_of
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -58,3 +61,34 @@ def test_options_of_a_method_written_twice() -> None:
         "activation_scheme": "dynamic",
         "ignored_layers": ["img_mlp", "txt_mlp"],
     }
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("generate", ["--argument", "height=8", "--argument", "height=16"], "gives 'height' twice"),
+        ("generate", ["--prompt", "a", "--argument", 'prompt="b"'], "--prompt says 'prompt' too"),
+        ("compare", ["--steps", "2", "--argument", "num_inference_steps=3"], "--steps says"),
+        ("compare", ["--argument", "generator=3"], "the seed says 'generator' too"),
+        ("plan", ["--min-features", "1", "--option", "min_features=9"], "--min-features says"),
+        ("plan", ["--option", 'method="fp8"'], "--method says 'method' too"),
+        ("plan", ["--ignored-layers", "a", "--option", "ignored_layers=[]"], "--ignored-layers"),
+        ("dump", ["--target", "xpu", "--option", 'target="xpu"'], "--target says 'target' too"),
+        ("quantize", ["--quantization", '{"vae": "fp8", "vae": "int8"}'], "'vae' is there twice"),
+    ],
+)
+def test_a_value_said_in_two_ways_is_refused(
+    command: str,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    required = {
+        "plan": ["QwenImageTransformer2DModel:tiny", "--method", "int8"],
+        "dump": ["QwenImageTransformer2DModel:tiny", "--method", "int8"],
+    }.get(command, [str(DIGITS), "--out", str(tmp_path / "out.png")])
+    if command in ("generate", "compare"):
+        required += ["--quantization", "int8"]
+    assert main([command, *required, *words]) == 2
+    assert said in capsys.readouterr().err

@@ -31,6 +31,7 @@ from omniq_compile.components import build_quant_config
 from omniq_compile.given_images import read_images, with_images
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.pipeline_call import (
+    CALLBACK,
     call_worded,
     check_call,
     check_call_of_folder,
@@ -71,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     given = with_images(given_arguments(arguments), read_images(arguments.image))
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
     loading = pipeline_arguments(arguments)
-    check_call_of_folder(arguments.folder, given, loading, sound=True)
+    check_call_of_folder(arguments.folder, given, loading, config, sound=True)
     pipe = load_worded(arguments.folder, config, device=device, **loading)
-    check_call(type(pipe), given)
+    check_call(type(pipe), given, config)
     check_ending(arguments.out, kind_returned(type(pipe)))
     check_encoder(arguments.out)
     pipe.to(device)
@@ -92,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
             line += f"; {compile_component(component, options)}"
         console.print(line, soft_wrap=True, markup=False)
     with omniq.denoise_step(0) as step:
-        if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-            given.setdefault("callback_on_step_end", step)
+        if CALLBACK in inspect.signature(pipe.__call__).parameters:
+            given.setdefault(CALLBACK, step)
         result = call_worded(pipe, given)
     if has_sound(result) and arguments.out.suffix == SOUND_SUFFIX:
         paths = save_sound(sound_of(pipe, result), arguments.out)

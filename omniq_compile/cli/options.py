@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from omniq_compile.lowering.errors import OptionError
+from omniq_compile.cli.json_values import named_values
+
+EXAMPLE = "weight_block_size=[128,128]"
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +31,8 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=VALUE",
-        help="any other option, its value as JSON: weight_block_size=[128,128]",
+        metavar="NAME=JSON",
+        help=f"any other option: {EXAMPLE}",
     )
 
 
@@ -39,7 +40,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options that were given; the rest keep their defaults.
 
     Raises:
-        OptionError: an ``--option`` that is not NAME=JSON.
+        OptionError: an ``--option`` that is not NAME=JSON, or says again what another one says.
     """
     options: dict[str, Any] = {"method": arguments.method}
     for name in ("ignored_layers", "min_features"):
@@ -47,13 +48,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
             options[name] = getattr(arguments, name)
     if arguments.matmul:
         options["matmul"] = True
-    for text in arguments.option:
-        name, _, value = text.partition("=")
-        try:
-            options[name] = json.loads(value)
-        except ValueError as error:
-            raise OptionError(
-                f"--option {text!r} is not NAME=VALUE with a value in JSON, such as "
-                "weight_block_size=[128,128] or 'w4a8_fallback_layers=[\"attn\"]'."
-            ) from error
-    return options
+    said = {name: f"--{name.replace('_', '-')}" for name in options}
+    if getattr(arguments, "target", None) is not None:
+        said["target"] = "--target"
+    return options | named_values("--option", arguments.option, EXAMPLE, said)

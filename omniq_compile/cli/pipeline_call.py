@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omniq_compile.cli.json_values import named_values
 from omniq_compile.cli.loading_arguments import (
     add_hub_arguments,
     add_variant_argument,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from omniq_compile.quality.comparison import Setting
 
 # What pictures come as: the others that diffusers has are latents.
+# Arguments of a pipeline's call that options of their own give; a generator there always is.
+OWN_FLAGS = {"prompt": "--prompt", "num_inference_steps": "--steps", "generator": "the seed"}
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 # Arguments of diffusers' calls that count something.
@@ -77,20 +80,16 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of a pipeline's call that the command line gives, without images.
 
     Raises:
-        OptionError: an ``--argument`` that is not NAME=JSON, a size under 1, or what nothing could
-            be saved of.
+        OptionError: an ``--argument`` that is not NAME=JSON or is said twice, a size under 1, or
+            what nothing could be saved of.
     """
     given: dict[str, Any] = {}
     if arguments.prompt is not None:
         given["prompt"] = arguments.prompt
     if arguments.steps is not None:
         given["num_inference_steps"] = arguments.steps
-    for text in arguments.argument:
-        name, _, value = text.partition("=")
-        try:
-            given[name] = json.loads(value)
-        except ValueError as error:
-            raise OptionError(f"--argument {text!r} is not NAME=JSON: {error}.") from error
+    said = {name: flag for name, flag in OWN_FLAGS.items() if name in given or name == "generator"}
+    given |= named_values("--argument", arguments.argument, "height=512", said)
     _check_sizes(given)
     _check_returns_pictures(given)
     return given
@@ -147,7 +146,7 @@ def quality_setting(
     images = read_images(arguments.image)
     loading = pipeline_arguments(arguments)
     call = {**with_images(given, images), "generator": None}
-    check_call_of_folder(arguments.folder, call, loading)
+    check_call_of_folder(arguments.folder, call, loading, config)
     return Setting(
         folder=arguments.folder,
         config=config.with_options(more, ignored_layers),

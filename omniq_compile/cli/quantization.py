@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from omniq_compile.cli.json_values import read_json
 from omniq_compile.layer_plan import describe, plan_of_quantized, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
@@ -33,7 +33,7 @@ def read_quantization(text: str | None) -> Any:
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
         raise OptionError(f"--quantization {text!r} is not JSON: {error}.") from error
 

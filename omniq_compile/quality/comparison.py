@@ -171,7 +171,7 @@ def load_pipeline(setting: Setting, config: PipelineQuantConfig | None) -> Any:
             setting's config.
     """
     pipe = load_worded(setting.folder, config, device=setting.device, **setting.loading)
-    check_call(type(pipe), {**setting.call, "generator": None})
+    check_call(type(pipe), {**setting.call, "generator": None}, setting.config)
     if config is None:
         _check_reference(setting, models_of(pipe))
     pipe.set_progress_bar_config(disable=True)

@@ -16,7 +16,7 @@ import torch
 
 from omniq_compile.denoise import denoise_step
 from omniq_compile.lowering.errors import OmniqError, OptionError
-from omniq_compile.pipeline_call import call_worded
+from omniq_compile.pipeline_call import CALLBACK, call_worded
 from omniq_compile.pipeline_output import made_by
 
 Pictures = npt.NDArray[np.float32]
@@ -77,8 +77,8 @@ def generate(
                 on_step(step + 1)
             return publish(pipeline, step, timestep, kwargs)
 
-        if "callback_on_step_end" in accepted:
-            given["callback_on_step_end"] = step_end
+        if CALLBACK in accepted:
+            given[CALLBACK] = step_end
         start = time.perf_counter()
         result = call_worded(pipe, given)
         seconds = time.perf_counter() - start
