@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from omniq_compile.lowering import decoded, decoded_bfloat16, gpu_quantize, int8_gemms
 from omniq_compile.lowering.registry import Kernel
 
+# The methods that are decoded here, and the elements of their codes, for the reason that is shown.
 ELEMENTS = {"fp8": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "mxfp4_dualscale": "e2m1"}
 
 
@@ -74,16 +75,16 @@ def kernels(
     why: str | Mapping[str, str],
     bfloat16_archs: Sequence[str] = (),
 ) -> tuple[Kernel, ...]:
-    """Make every emulated row of a device, the faster first.
+    """Make the rows that decode, for each method of `ELEMENTS`, the faster first; int8's is `int8`.
 
     Args:
         device, archs: where they are offered.
-        why: for each method why it is emulated there; or where the arithmetic is missing, such as
-            ``"CPUs"``, for all of them.
+        why: where the arithmetic is missing, such as ``"CPUs"``; or the device's own reasons by
+            method, without which it is missing on the device.
         bfloat16_archs: those of ``archs`` whose BF16 GEMMs are fast.
     """
-    if isinstance(why, str):
-        why = {method: f"no {element} arithmetic on {why}" for method, element in ELEMENTS.items()}
+    place, own = (why, {}) if isinstance(why, str) else (device, why)
+    why = {method: f"no {x} arithmetic on {place}" for method, x in ELEMENTS.items()} | own
     fast = [bfloat16(device, bfloat16_archs, method, why[method]) for method in ("mxfp8", "mxfp4")]
     exact = [float32(device, archs, method, why[method]) for method in ELEMENTS]
     return (*(fast if bfloat16_archs else ()), *exact)

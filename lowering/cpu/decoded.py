@@ -11,6 +11,7 @@ import torch
 from omniq_compile.lowering import decoded
 from omniq_compile.lowering.cpu import (
     library,
+    quantize,
     quantize_activation,
     tile_gemm,  # noqa: F401  (defines the operator)
 )
@@ -29,6 +30,9 @@ def _refuse(problem: Problem, scheme: Scheme) -> str | None:
         return "it decodes a weight, and both operands are activations"
     if problem.b_rank > 2:
         return "it takes no batch of matrices"
+    for name in (scheme.activation, scheme.weight):
+        if name not in quantize.METHODS and not block_size(name):
+            return f"its C++ has no case for {name}"
     a, b = block_size(scheme.activation), block_size(scheme.weight)
     if a and b and gcd(a[1], b[1]) % FEWEST_COLUMNS:
         return f"a scale per {b[1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
