@@ -89,7 +89,8 @@ class Target:
         if colon:
             arch = ALIKE.get(device, {}).get(arch, arch)
             if arch not in archs:
-                raise OptionError(unknown(f"{device} architecture", arch, archs))
+                why = _too_early(device, arch)
+                raise OptionError(why or unknown(f"{device} architecture", arch, archs))
             return cls(device, arch)
         if len(archs) == 1:
             return cls(device, archs[0])
@@ -161,6 +162,15 @@ def _npu() -> Target:
     npu: Any = torch.npu  # type: ignore[attr-defined]
     name = str(npu.get_device_name())
     return Target("npu", "ascend950" if "950" in name else "ascend910b")
+
+
+def _too_early(device: str, arch: str) -> str | None:
+    """Word the refusal of an NVIDIA GPU from before those that there are kernels for."""
+    if device != "cuda" or not arch.startswith("sm_") or not arch[3:].isdigit():
+        return None
+    if int(arch[3:]) >= 80:
+        return None
+    return f"omniq has no kernels for {arch}: of NVIDIA's GPUs it has some from sm_80 on."
 
 
 def _known(device: str, arch: str, found: str) -> Target:

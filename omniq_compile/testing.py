@@ -23,6 +23,7 @@ class GraphSnapshot:
 
     def __init__(self, assertion: Any) -> None:
         self._assertion = assertion
+        self._names: set[str] = set()
 
     def __call__(
         self,
@@ -53,7 +54,11 @@ class GraphSnapshot:
         self.compare(graph_text(model, inputs, options, target, stage), name)
 
     def compare(self, text: str, name: str | None = None) -> None:
-        """Compare any text with the stored one; fails the test with a diff."""
+        """Compare any text with the stored one; fails with a diff, or where a name is taken."""
+        if name in self._names:
+            pytest.fail(f"two snapshots of one test are called {name!r}", pytrace=False)
+        if name:
+            self._names.add(name)
         assertion = self._assertion(name=name) if name else self._assertion
         if assertion == text:
             return

@@ -32,6 +32,9 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
 }
 
 
+MOST_IN_A_BLOCK = 2**31 - 1  # kernels count in int32
+
+
 def _one_of(name: str, valid: tuple[str, ...]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         text = value.lower().replace("-", "_") if isinstance(value, str) else value
@@ -149,10 +152,11 @@ def _block_size(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
     sizes = list(value) if isinstance(value, (list, tuple)) else []
-    if len(sizes) != 2 or not all(_is_integer(size, 1) for size in sizes):
+    in_range = all(_is_integer(size, 1) and size <= MOST_IN_A_BLOCK for size in sizes)
+    if len(sizes) != 2 or not in_range:
         raise OptionError(
-            "option 'weight_block_size' must be two integers of at least 1, rows (N) and columns "
-            f"(K), such as [128, 128], not {value!r}."
+            "option 'weight_block_size' must be two integers from 1 to 2**31 - 1, rows (N) and "
+            f"columns (K), such as [128, 128], not {value!r}."
         )
     return sizes[0], sizes[1]
 
@@ -168,6 +172,8 @@ def _steps(value: Any) -> tuple[int, ...]:
 
 def unknown_option(name: Any) -> str:
     """Word the error for an option that there is not, which may be one of ``torch.compile``'s."""
+    if name == "backend":
+        return "'backend' is an argument of torch.compile, where omniq is given. Leave it out here."
     if name in inspect.signature(torch.compile).parameters:
         return (
             f"{name!r} is an argument of torch.compile, and no option of omniq. Give it beside the "

@@ -13,14 +13,20 @@ def matches(pattern: str, layer: str) -> bool:
     """Say whether a pattern names a layer.
 
     A pattern matches when it equals the full dotted name or a run of its dotted parts: ``img_mlp``
-    matches ``transformer_blocks.3.img_mlp.net.2``. ``*`` and ``?`` work inside a part. ``re:``
-    starts a regular expression, which has to match the full name.
+    matches ``transformer_blocks.3.img_mlp.net.2``. ``*``, ``?`` and ``[ab]``, one of some
+    letters, work inside a part. ``re:`` starts a regular expression, which has to match the full
+    name.
     """
+    if pattern == layer:
+        return True  # whatever it is called
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], layer) is not None
     wanted, parts = pattern.split("."), layer.split(".")
     return any(
-        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        all(
+            part == want or fnmatchcase(part, want)
+            for part, want in zip(parts[start:], wanted, strict=False)
+        )
         for start in range(len(parts) - len(wanted) + 1)
     )
 

@@ -71,6 +71,8 @@ def test_steps_may_be_a_range() -> None:
         ({3: 1}, ["unknown option 3"]),
         ({"max_autotune": True}, ["a setting of Inductor", "{'inductor': {'max_autotune': ...}}"]),
         ({"fullgraph": True}, ["an argument of torch.compile", "fullgraph=..., options=..."]),
+        ({"backend": "inductor"}, ["where omniq is given"]),
+        ({"weight_block_size": [1, 10**30]}, ["from 1 to 2**31 - 1"]),
         ({"method": "int9"}, ["unknown method 'int9'", "Did you mean 'int8'?", "Valid: int8"]),
         ({"method": ["int8"]}, ["unknown method ['int8']"]),
         ({"method": None}, ["unknown method None"]),

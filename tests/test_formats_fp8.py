@@ -128,6 +128,17 @@ def test_the_values_made_without_codes_are_the_codes() -> None:
         assert same_bits(fp8.codes_bfloat16(cut), fp8.decode_e4m3(cut).bfloat16())
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(10**9, 10**9), (1, 10**9), (10**9, 7)])
+def test_a_block_larger_than_the_weight_is_the_weight(rows: int, columns: int) -> None:
+    """In the memory of the weight: a tenth of 10**9 numbers would take more than there is."""
+    x = torch.randn(6, 25)
+    large, cut = fp8.block_format(rows, columns), fp8.block_format(min(rows, 6), min(columns, 25))
+    parts = large.quantize(x)
+    assert all(map(same_bits, parts, cut.quantize(x)))
+    assert same_bits(large.dequantize(parts), cut.dequantize(parts))
+    assert [part.shape for part in large.allocate(x)] == [part.shape for part in parts]
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(0, 128), (128, 0), (-1, 1)])
 def test_an_empty_block_is_refused(rows: int, columns: int) -> None:
     with pytest.raises(OptionError, match="at least 1 x 1"):

@@ -197,3 +197,11 @@ def test_every_option_that_names_layers_is_reported_and_logged_once(
         compiled(model, **options)(x)
     starts = ["ignored_layers pattern 'img_mods'", "w4a8_fallback_layers pattern 'img_nod'"]
     assert [text.partition(" matches")[0] for text in warnings(caplog)] == starts
+
+
+def test_a_name_is_its_own_pattern_whatever_letters_it_has() -> None:
+    assert matches("a[0]", "a[0]")
+    assert matches("a[0].b", "x.a[0].b")
+    assert matches("to_[qk]", "to_q")
+    assert matches("to_[qk]", "to_[qk]")
+    assert matches("re:x", "re:x")

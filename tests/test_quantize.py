@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import format_oracle as oracle
+import numpy as np
 import pytest
 import torch
 from conftest import OPTIONS, error
@@ -271,3 +272,17 @@ def test_the_state_of_a_model_survives_safetensors(tmp_path: Any) -> None:
     other.load_state_dict(state, assign=True)
     with torch.no_grad():
         assert oracle.same_bits(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (None, "not NoneType"),
+        (np.ones((4, 4), np.float32), "not ndarray"),
+        (torch.eye(4).to_sparse(), "a weight is dense"),
+        (omniq.quantize(torch.eye(4), "int8"), "quantized already, to int8"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused(weight: Any, words: str) -> None:
+    with pytest.raises(omniq.WeightError, match=words):
+        omniq.quantize(weight, "mxfp4")

@@ -92,3 +92,10 @@ def test_a_value_said_in_two_ways_is_refused(
         required += ["--quantization", "int8"]
     assert main([command, *required, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_option_of_one_value_that_reads_like_several(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = ["--layer", "img_mlp", "--layer", "txt_mlp"]
+    with pytest.raises(SystemExit):
+        main(["dump", "QwenImageTransformer2DModel:tiny", "--method", "int8", *layers])
+    assert "--layer: it takes one value, and is given twice" in capsys.readouterr().err

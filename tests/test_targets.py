@@ -100,6 +100,13 @@ def test_a_bare_device_that_is_absent_asks_for_an_architecture() -> None:
             Target.parse("cuda")
 
 
+def test_a_gpu_from_before_those_with_kernels_is_refused_by_name() -> None:
+    with pytest.raises(OptionError, match=r"no kernels for sm_75: of NVIDIA's GPUs .* from sm_80"):
+        Target.parse("cuda:sm_75")
+    with pytest.raises(OptionError, match=r"unknown cuda architecture 'sm_9x'\. Did you mean"):
+        Target.parse("cuda:sm_9x")
+
+
 def test_a_gpu_may_be_named_by_its_own_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is then what a machine that has it is."""
     for named, row in target.ALIKE["cuda"].items():

@@ -64,6 +64,15 @@ def test_a_graph_is_stored_and_a_changed_one_fails_with_a_diff(
     assert "Traceback" not in out
 
 
+def test_a_name_is_taken_once(pytester: pytest.Pytester) -> None:
+    """The second snapshot would be stored in place of the first, and never be right again."""
+    twice = PROJECT.replace("IGNORED", "[]").replace('stage="lowered"', 'name="quantized"')
+    pytester.makepyfile(test_model=twice)
+    done = pytester.runpytest_subprocess("--snapshot-update", "-k", "test_graph")
+    done.assert_outcomes(failed=1)
+    assert "two snapshots of one test are called 'quantized'" in done.stdout.str()
+
+
 def test_a_project_that_does_not_use_it_pays_nothing(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_other="""

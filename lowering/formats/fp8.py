@@ -126,7 +126,9 @@ def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
         codes float8_e4m3fn ``[..., N, K]``, and scale float32
         ``[..., ceil(N / rows), ceil(K / columns)]``.
     """
-    quotient, scale = _divide_block(x, rows, columns)
+    N, K = x.shape[-2:]
+    # A larger block is one that is smaller at the edge, and would be padded to its whole size.
+    quotient, scale = _divide_block(x, min(rows, N) or 1, min(columns, K) or 1)
     return encode_e4m3(quotient), scale
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
 from omniq_compile.cli.model_argument import find_model
+from omniq_compile.cli.once import Once
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.inspector.document import render_json
@@ -43,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to show (default: traced quantized); kernels is the generated code",
     )
     parser.add_argument(
-        "--layer", metavar="PATTERN", help="only these layers and what feeds them, such as img_mlp"
+        "--layer",
+        action=Once,
+        metavar="PATTERN",
+        help="only these layers and what feeds them, such as img_mlp",
     )
     parser.add_argument(
         "--diff", action="store_true", help="show what changes between two stages, for each block"
