@@ -83,8 +83,8 @@ def kernels(
             method, without which it is missing on the device.
         bfloat16_archs: those of ``archs`` whose BF16 GEMMs are fast.
     """
-    place, own = (why, {}) if isinstance(why, str) else (device, why)
-    why = {method: f"no {x} arithmetic on {place}" for method, x in ELEMENTS.items()} | own
-    fast = [bfloat16(device, bfloat16_archs, method, why[method]) for method in ("mxfp8", "mxfp4")]
-    exact = [float32(device, archs, method, why[method]) for method in ELEMENTS]
+    place, own = (why, {}) if isinstance(why, str) else (device, dict(why))
+    reasons = {method: f"no {x} arithmetic on {place}" for method, x in ELEMENTS.items()} | own
+    fast = [bfloat16(device, bfloat16_archs, name, reasons[name]) for name in ("mxfp8", "mxfp4")]
+    exact = [float32(device, archs, name, reasons[name]) for name in ELEMENTS]
     return (*(fast if bfloat16_archs else ()), *exact)
