@@ -111,7 +111,7 @@ def start(out: Path, *arguments: str, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = two_blocks(tmp_path / "two_blocks")
     process = start(tmp_path / "killed", "--target-psnr", "52", folder=folder)
@@ -164,6 +164,12 @@ def test_a_target_is_met_by_its_list_and_a_kill_loses_nothing(
     assert saved(tmp_path / "whole")["bytes"] <= found["bytes"]
     assert tune(tmp_path / "whole", "--max-bytes", "1000000", folder=folder) == 2
     assert "with every layer quantized the weights take 1,316,380" in capsys.readouterr().err
+    assert tune(tmp_path / "whole", "--max-bytes", "9000000", folder=folder) == 2
+    assert "leaves every layer in BF16: the weights take" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_verified", lambda *_: [1.0])
+        assert tune(tmp_path / "whole", "--target-psnr", "52", folder=folder) == 2
+    assert "no set that leaves a layer quantized was found to reach 52" in capsys.readouterr().err
     more = ("--max-bytes", "2600000", "--seeds", "2")
     assert tune(tmp_path / "whole", *more, folder=folder) == 2
     assert "it differs in seeds" in capsys.readouterr().err

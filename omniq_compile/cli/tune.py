@@ -130,6 +130,11 @@ def _run(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    if len(found.kept) == len(found.layers):
+        raise OptionError(
+            f"--max-bytes {goal.max_bytes:,} leaves every layer in BF16: the weights take "
+            f"{found.nbytes_bf16:,} bytes. Give fewer."
+        )
     method = arguments.method
     quality_plot(out / "quality.png", found, goal, f"{method}: quality for bytes")
     write_json(out / "tuned.json", _content(setting, goal, found))

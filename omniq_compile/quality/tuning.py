@@ -298,6 +298,8 @@ def tune(
     del subject, search
     release(setting.device)
     for kept in candidates:
+        if goal.psnr is not None and len(kept) == len(layers):
+            continue  # which is the reference
         config = with_kept(setting.config, components, layers, kept)
         values = _verified(setting, config, components, kept, state, work, on_work)
         points[kept] = min(values)
@@ -305,8 +307,8 @@ def tune(
             break
     else:
         raise OmniqError(
-            f"no set of kept layers reaches {goal.psnr:g} dB in a real generation; with every "
-            f"linear layer kept it is {min(values):.2f} dB."
+            f"no set that leaves a layer quantized was found to reach {goal.psnr:g} dB; the best "
+            f"measured has {max(points.values(), default=-math.inf):.2f} dB."
         )
     return Tuned(
         kept=kept,
