@@ -97,10 +97,12 @@ def test_a_video_is_as_long_in_either_format(
     rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = []
-    monkeypatch.setattr(
-        "diffusers.utils.export_to_video",
-        lambda frames, _, fps=10, **__: lengths.append(1000 * len(frames) / fps),
-    )
+
+    def export(frames: list[Any], file: str, fps: float = 10) -> None:
+        lengths.append(1000 * len(frames) / fps)
+        Path(file).write_bytes(b"mp4")
+
+    monkeypatch.setattr("diffusers.utils.export_to_video", export)
     frames = np.random.default_rng(0).random((1, 30, 8, 8, 3), dtype=np.float32)
     for name in ("fox.mp4", "fox.gif"):
         save_result(SimpleNamespace(frames=frames), tmp_path / name, rate)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from test_interrupted import files_of_at_most
 
 from omniq_compile.cli import main
 from omniq_compile.cli.output_file import check_writable, write
+from omniq_compile.cli.picture_file import save_result
+from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.pipeline_sound import Sound
 
 COMMANDS = (
     ["dump", "QwenImageTransformer2DModel:tiny", "--method", "int8", "--out"],
@@ -70,3 +77,43 @@ def test_a_result_is_written_over_an_older_one(tmp_path: Path) -> None:
     check_writable("--out", file)
     write("--out", file, "déjà")
     assert file.read_bytes() == "déjà".encode()
+
+
+NOISE = np.random.default_rng(0).random((1, 5, 64, 64, 3), dtype=np.float32)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits on this system")
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("x.json", lambda file: write("--out", file, "longer than the limit" * 200)),
+        ("x.png", lambda file: save_result(SimpleNamespace(images=NOISE[0, :1]), file)),
+        ("x.gif", lambda file: save_result(SimpleNamespace(frames=NOISE), file)),
+        ("x.wav", lambda file: save_sound(Sound([NOISE.reshape(-1, 1)], 8000), file)),
+    ],
+)
+def test_a_failed_write_leaves_what_was_there(
+    name: str, save: Callable[[Path], object], tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    for before in ([], ["older"]):
+        for text in before:
+            file.write_text(text)
+        with files_of_at_most(1024), pytest.raises(OmniqError, match="File too large"):
+            save(file)
+        assert [path.read_text() for path in tmp_path.iterdir()] == before
+    save(file)
+    assert file.stat().st_size > 1024
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write("--out", tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write("--out", tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.whole_file import written_whole
 
 
 def check_writable(option: str, file: Path | None) -> None:
@@ -31,13 +32,14 @@ def check_writable(option: str, file: Path | None) -> None:
 
 
 def write(option: str, file: Path, text: str) -> None:
-    """Write the result.
+    """Write the result, whole or not at all.
 
     Raises:
         OmniqError: the system refuses.
     """
     try:
-        file.write_text(text, encoding="utf-8")
+        with written_whole(file) as place:
+            place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _refused(option, file, str(error.strerror)) from error
 

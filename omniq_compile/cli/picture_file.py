@@ -16,6 +16,7 @@ from omniq_compile.cli import sound_file
 from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.pipeline_output import FRAMES_PER_SECOND, Kind, made_by
+from omniq_compile.whole_file import written_whole
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
@@ -73,10 +74,11 @@ def save_result(result: Any, out: Path, frames_per_second: float = FRAMES_PER_SE
         row = made.batch if made.videos else _in_a_row(made.batch)
         paths = numbered(out, len(row))
         for one, path in zip(row, paths, strict=True):
-            if made.videos:
-                _save_video([_picture(frame) for frame in one], path, frames_per_second)
-            else:
-                _save_picture(_picture(one), path)
+            with written_whole(path) as place:
+                if made.videos:
+                    _save_video([_picture(frame) for frame in one], place, frames_per_second)
+                else:
+                    _save_picture(_picture(one), place)
         return paths
     except OptionError:
         raise  # it is a ValueError too

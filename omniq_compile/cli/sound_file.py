@@ -10,6 +10,7 @@ import numpy as np
 from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.pipeline_sound import Sound
+from omniq_compile.whole_file import written_whole
 
 SUFFIX = ".wav"
 
@@ -31,7 +32,12 @@ def save_sound(sound: Sound, out: Path) -> list[Path]:
     for samples, path in zip(sound.waves, paths, strict=True):
         values = (np.nan_to_num(samples).clip(-1, 1) * 32767).round().astype("<i2")
         try:
-            with path.open("wb") as opened, wave.open(opened, "wb") as file:
+            # Opened here: a Wave_write that cannot open its file fails once more when it is freed.
+            with (
+                written_whole(path) as place,
+                place.open("wb") as opened,
+                wave.open(opened, "wb") as file,
+            ):
                 file.setnchannels(values.shape[1])
                 file.setsampwidth(2)
                 file.setframerate(sound.sampling_rate)

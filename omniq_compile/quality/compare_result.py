@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.comparison import Comparison, Setting, Side
 from omniq_compile.quality.gate import Gate
 from omniq_compile.strict_json import to_json
+from omniq_compile.whole_file import written_whole
 
 VERSION = 1
 
@@ -101,9 +101,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         OptionError: it cannot be written.
     """
     text = to_json(content, indent=1)
-    aside = file.with_name(f".{file.name}.partial")
     try:
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        with written_whole(file) as place:
+            place.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{file} cannot be written: {error}.") from error
