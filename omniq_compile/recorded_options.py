@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -29,6 +29,24 @@ STORED_OPTIONS = (
 _LOADING_OPTIONS = (*STORED_OPTIONS, "target")
 
 
+def refuse_unstored(options: Iterable[str], where: str) -> None:
+    """Refuse options that shape no stored weight, and would be lost.
+
+    Args:
+        options: their names.
+        where: they go instead.
+
+    Raises:
+        OptionError: one is among them.
+    """
+    for name in options:
+        if name not in _LOADING_OPTIONS and name in CHECKS:
+            raise OptionError(
+                f"option {name!r} shapes no weight: give it to {where}. What is stored takes "
+                f"{', '.join(_LOADING_OPTIONS)}."
+            )
+
+
 class Method(StrEnum):
     """The ``quant_method`` of config.json; diffusers asks for its ``value``."""
 
@@ -52,12 +70,8 @@ class RecordedConfig:
         Raises:
             OptionError: an unknown option or value, or one that shapes no weight.
         """
+        refuse_unstored(options, "torch.compile, in its options")
         for name in options:
-            if name not in _LOADING_OPTIONS and name in CHECKS:
-                raise OptionError(
-                    f"option {name!r} shapes no weight: give it to torch.compile, in its options. "
-                    f"Loading takes {', '.join(_LOADING_OPTIONS)}."
-                )
             if name not in _LOADING_OPTIONS:
                 raise OptionError(unknown("option", name, _LOADING_OPTIONS))
         self.options = QuantConfig.from_options({"method": method, **options})

@@ -23,6 +23,8 @@ from omniq_compile.cli.quantization import (
 )
 from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.recorded_options import refuse_unstored
+from omniq_compile.variant_files import copy_as_plain, is_of_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     loading = {name: value for name, value in loading.items() if name not in hub}
     source = whole_folder(arguments.folder, hub, variant=variant)
     _check_apart(source, arguments.out)
-    quantization = read_quantization(arguments.quantization)
+    config = build_quant_config(read_quantization(arguments.quantization))
+    for options in (config.everywhere, *config.components.values()):
+        refuse_unstored(options or {}, "omniq generate, in its --quantization")
     console = Console(stderr=True)
     if (source / "model_index.json").is_file():
-        config = build_quant_config(quantization)
         components = check_components(source, config)
         chosen = {name: config.options_for(name) for name in components}
         todo = {name: options for name, options in chosen.items() if options is not None}
@@ -60,20 +63,30 @@ def run(arguments: argparse.Namespace) -> int:
 
         def write(folder: Path) -> None:
             for entry in source.iterdir():
-                if entry.name not in todo:
+                if entry.name in todo:
+                    continue
+                if variant is not None and entry.name in with_variant:
+                    copy_as_plain(entry, folder / entry.name, variant)
+                else:
                     copy = shutil.copytree if entry.is_dir() else shutil.copy2
                     copy(entry, folder / entry.name)
+            some = False
             for name, options in todo.items():
                 # Where `default` stands for it, a component that has nothing to quantize may.
                 asked = config.everywhere is not None or name in config.components
                 own = {**loading, "variant": variant if name in with_variant else None}
                 model = load_component(*components[name], source / name, options=options, **own)
-                _report(console, name, model, options, asked)
+                some |= _report(console, name, model, options, asked)
                 model.save_pretrained(folder / name)
                 _copy_rest(source / name, folder / name)
+            if not some:
+                raise OptionError(
+                    f"no layer of {source} is quantized, and nothing is written. Name components "
+                    f"that have some to quantize: it has {', '.join(components)}."
+                )
 
     else:
-        options = build_quant_config(quantization).everywhere
+        options = config.everywhere
         if options is None:
             raise OptionError(
                 f"{source} is one model, not a pipeline: give a method, such as int8."
@@ -109,8 +122,8 @@ def _check_apart(source: Path, out: Path) -> None:
 
 def _report(
     console: Console, name: str, model: Any, options: Mapping[str, Any], asked: bool
-) -> None:
-    """Print what became of a component's layers.
+) -> bool:
+    """Print what became of a component's layers, and say whether any is quantized.
 
     Raises:
         OptionError: none is quantized, where that was asked for: what would be written is BF16.
@@ -123,11 +136,11 @@ def _report(
             "or leave the component out."
         )
     console.print(line, soft_wrap=True, markup=False)
+    return quantized
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
     """Copy what a component has beside its weights, such as a generation config."""
     for entry in source.iterdir():
-        is_weights = entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json")
-        if entry.is_file() and not is_weights and not (folder / entry.name).exists():
+        if entry.is_file() and not is_of_weights(entry.name) and not (folder / entry.name).exists():
             shutil.copy2(entry, folder / entry.name)
