@@ -17,7 +17,7 @@ def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> P
     """Return the folder of one component, from its own or its pipeline's folder.
 
     Raises:
-        CheckpointError: the pipeline has no such component.
+        CheckpointError: the pipeline has no such component, or several of the class.
     """
     if subfolder is not None:
         return folder / subfolder
@@ -35,6 +35,12 @@ def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> P
             f"the pipeline in {folder} has no component {what}. It has "
             + ", ".join(f"{name} ({kind})" for name, (_, kind) in components.items())
             + ". Name one with subfolder=..."
+        )
+    if len(wanted) > 1:
+        assert cls is not None
+        raise CheckpointError(
+            f"the pipeline in {folder} has several components of class {cls.__name__}. Name one "
+            f"with subfolder=...: {', '.join(wanted)}."
         )
     return folder / wanted[0]
 

@@ -49,10 +49,14 @@ class PipelineQuantConfig:
         return {**given, "ignored_layers": ignored}
 
     @property
+    def chosen(self) -> list[Mapping[str, Any]]:
+        """The options of all that is quantized."""
+        return [o for o in (self.everywhere, *self.components.values()) if o is not None]
+
+    @property
     def reads_steps(self) -> bool:
         """Whether some options depend on the denoising step."""
-        chosen = [self.everywhere, *self.components.values()]
-        return any(options and options.get("w4a8_fallback_steps") for options in chosen)
+        return any(options.get("w4a8_fallback_steps") for options in self.chosen)
 
     def with_options(
         self, more: Mapping[str, Any], ignored_layers: Iterable[str] = ()

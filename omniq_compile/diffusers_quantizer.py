@@ -264,6 +264,8 @@ def describe(model: Any, about: Mapping[str, Any]) -> None:
 
 
 def _save_config(model: Any, *args: Any, **kwargs: Any) -> None:
+    # Before the first file is written, which would stay.
+    refuse_adapters(name for name, _ in model.named_parameters())
     config = model._internal_dict
     model.register_to_config(quantization_config=model.omniq_quantization)
     try:

@@ -204,6 +204,7 @@ class _Repository:
             told = _without_token(str(error), self._hub.get("token"))
             # A traceback would show the original's words too.
             cause = error if told == str(error) else None
+            told = " ".join(told.split())
             meant = hint(self._id, [str(entry) for entry in Path(self._id).parent.glob("*")])
             raise CheckpointError(
                 f"there is no folder {self._id!r}, and {self._id!r} cannot be downloaded: "

@@ -67,6 +67,11 @@ def load_model(
     dtype = check_dtype(dtype, torch_dtype)
     device = check_device(device)
     cls = source if isinstance(source, type) else None
+    if cls is None and folder is not None:
+        raise OptionError(
+            f"load_model takes one folder, and before it a class or nothing: {str(source)!r} is "
+            f"no class, and {str(folder)!r} is a second folder."
+        )
     where = folder if cls is not None else source
     if where is None:
         raise OptionError("load_model needs the folder to load from, after the class.")

@@ -40,7 +40,7 @@ def check_call_of_folder(
     config: PipelineQuantConfig,
     *,
     sound: bool = False,
-) -> None:
+) -> type | None:
     """Check a pipeline and its arguments before its weights are downloaded or read.
 
     Code that the folder brings along is imported by diffusers only, so its call is checked after.
@@ -52,14 +52,19 @@ def check_call_of_folder(
         config: of its components.
         sound: whether a pipeline that returns sound alone will do.
 
+    Returns:
+        The class of the pipeline; None where the folder brings it along.
+
     Raises:
         OptionError: see `check_call`; or the pipeline returns nothing that is saved.
         CheckpointError: there is no such pipeline.
     """
-    cls = pipeline_class(index_folder(folder, hub_arguments(loading)))
-    if cls is not DiffusionPipeline:
-        check_returns(cls, sound=sound)
-        check_call(cls, given, config)
+    cls: type = pipeline_class(index_folder(folder, hub_arguments(loading)))
+    if cls is DiffusionPipeline:
+        return None
+    check_returns(cls, sound=sound)
+    check_call(cls, given, config)
+    return cls
 
 
 def check_call(pipeline: Any, given: Mapping[str, Any], config: PipelineQuantConfig) -> None:

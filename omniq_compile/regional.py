@@ -17,6 +17,7 @@ from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.block_functions import BlockFunctions
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.own_method import OwnMethod
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
@@ -65,7 +66,10 @@ def compile(
             "torch.compile(model, backend='omniq', options=...)."
         )
     warn_unmatched_in(model, config)
-    _Regions(type(model).__name__, blocks, config, compile_arguments)
+    stored = any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+    # A model that is kept whole is so by no option, which a user could change.
+    warned = None if stored or config.keep_all else type(model).__name__
+    _Regions(warned, blocks, config, compile_arguments)
     refuse_whole(model)
     return model
 
@@ -92,16 +96,19 @@ def module_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Regions:
-    """The compiled forms of a model's blocks, made when each block first runs."""
+    """The compiled forms of a model's blocks, made when each block first runs.
+
+    ``warned`` is what a warning calls the model where nothing is quantized; None is no warning.
+    """
 
     def __init__(
         self,
-        model: str,
+        warned: str | None,
         blocks: dict[str, nn.Module],
         config: QuantConfig,
         compile_arguments: dict[str, Any],
     ) -> None:
-        self._model = model
+        self._warned = warned
         self._count = len(blocks)
         self._kept = KeptLayers()
         self._config = config
@@ -131,9 +138,8 @@ class _Regions:
         block._compiled_call_impl = OwnMethod(compiled, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
         functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
-        # A model that is kept whole is so by no option, which a user could change.
-        if len(self._order) == self._count and not self._config.keep_all:
-            self._kept.warn(self._model)
+        if len(self._order) == self._count and self._warned is not None:
+            self._kept.warn(self._warned)
         return result
 
     def _functions_of(self, block: nn.Module, config: QuantConfig) -> BlockFunctions:

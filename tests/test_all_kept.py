@@ -266,6 +266,17 @@ def test_blocks_of_one_call_of_omniqs_compile_are_judged_together(told: Any) -> 
     assert call(*(nn.Sequential(nn.LayerNorm(64)) for _ in range(2))) == []
 
 
+def test_what_is_stored_quantized_beside_the_blocks_is_quantized(told: Any) -> None:
+    model = Chain(WideBlock(), WideBlock()).requires_grad_(False)
+    model.head = nn.Linear(300, 300)
+    options = OPTIONS | {"ignored_layers": ["re:.*middle"]}
+    omniq_compile.quantize_(model, options)
+    told()
+    omniq_compile.compile(model, options)
+    model(X)
+    assert told() == []
+
+
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_leading_blocks_that_are_all_there_are(blockwise: bool, told: Any) -> None:
     options = {"method": "mxfp4_dualscale", "compiler": "eager"}

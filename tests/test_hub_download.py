@@ -319,7 +319,7 @@ def test_a_path_that_is_misspelt_is_still_hinted_at(
     hub: Hub, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none_found(repo_id: str, **given: Any) -> str:
-        raise FileNotFoundError(f"no repository {repo_id}")
+        raise FileNotFoundError(f"no repository\n {repo_id}")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", none_found)
     Path("models/flux").mkdir(parents=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from tiny_pipelines import save_text_to_image
 
 import omniq_compile as omniq
-from omniq_compile import OptionError
+from omniq_compile import CheckpointError, OptionError
 
 pytest.importorskip("transformers")
 OPTIONS = {"method": "int8", "min_features": 32}
@@ -69,3 +71,20 @@ def test_a_dtype_or_device_that_is_none(folder: Path, given: Any, words: str) ->
         omniq.load_model(folder, options=OPTIONS, **given)
     with pytest.raises(OptionError, match=words):
         omniq.from_pretrained(folder, OPTIONS, **given)
+
+
+def test_one_of_several_components_of_a_class_is_to_be_named(tmp_path: Path) -> None:
+    kind = ["diffusers", "WanTransformer3DModel"]
+    experts = {"transformer": kind, "transformer_2": kind}
+    (tmp_path / "model_index.json").write_text(json.dumps(experts))
+    words = "several components of class Wan.*subfolder=.*: transformer, transformer_2"
+    with pytest.raises(CheckpointError, match=words):
+        omniq.load_model(WanTransformer3DModel, tmp_path, options=OPTIONS)
+    for name in experts:  # then it is read, and there is nothing
+        with pytest.raises(CheckpointError, match=f"{name} is not a folder"):
+            omniq.load_model(WanTransformer3DModel, tmp_path, options=OPTIONS, subfolder=name)
+
+
+def test_a_second_folder_is_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"is no class, and .* is a second folder"):
+        omniq.load_model(folder / "transformer", folder, options=OPTIONS)

@@ -69,7 +69,7 @@ def test_a_variant_of_what_is_copied_has_plain_names(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("w4a8_fallback_layers", ["to_q"]), ("w4a8_fallback_steps", [0]), ("compiler", "eager")],
+    [("w4a8_fallback_layers", ["to_q"]), ("w4a8_fallback_steps", [0]), ("matmul", True)],
 )
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_option_that_is_not_stored_is_refused(
@@ -80,6 +80,12 @@ def test_an_option_that_is_not_stored_is_refused(
     said = capsys.readouterr().err
     assert f"option {option!r} shapes no weight: give it to omniq generate" in said
     assert not Path("made").exists()
+
+
+def test_how_to_run_is_not_stored(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize({"transformer": SMALL | {"compiler": "eager", "mode": "default"}}) == 0
+    assert "not stored, as they say how a model is run: compiler, mode\n" in capsys.readouterr().err
+    assert "compiler" not in Path("made", "transformer", "config.json").read_text()
 
 
 @pytest.mark.parametrize("options", [{"default": "int8"}, {"vae": None}])

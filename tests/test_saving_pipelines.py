@@ -118,6 +118,7 @@ def test_a_model_is_not_saved_with_an_adapter_loaded(tmp_path: Path) -> None:
         omniq.save_model(model, tmp_path / "a")
     with pytest.raises(CheckpointError, match=words):
         model.save_pretrained(tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
     assert not (tmp_path / "a").exists()
     model.delete_adapters("one")
     model.unload_lora()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from omniq_compile.cli.loading_arguments import add_dtype_argument
 from omniq_compile.cli.output_file import check_writable
-from omniq_compile.cli.picture_file import check_encoder, check_ending, save_result
+from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
 from omniq_compile.cli.pipeline_call import (
     add_call_arguments,
     given_arguments,
@@ -67,12 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_writable("--out", arguments.out)
     check_ending(arguments.out, None)
+    check_rate(arguments.out, arguments.fps)
     config = build_quant_config(read_quantization(arguments.quantization))
     device = usable_device(arguments.device)
     given = with_images(given_arguments(arguments), read_images(arguments.image))
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
     loading = pipeline_arguments(arguments)
-    check_call_of_folder(arguments.folder, given, loading, config, sound=True)
+    known = check_call_of_folder(arguments.folder, given, loading, config, sound=True)
+    if known is not None:
+        check_ending(arguments.out, kind_returned(known))
     pipe = load_worded(arguments.folder, config, device=device, **loading)
     check_call(type(pipe), given, config)
     check_ending(arguments.out, kind_returned(type(pipe)))

@@ -48,6 +48,16 @@ def check_ending(out: Path, kind: Kind | None) -> None:
         )
 
 
+def check_rate(out: Path, frames_per_second: float | None) -> None:
+    """Check that a file can show as many frames in a second.
+
+    Raises:
+        OptionError: GIF counts hundredths of a second.
+    """
+    if out.suffix == ".gif" and frames_per_second is not None and frames_per_second > 100:
+        raise OptionError(f"--out {out}: a .gif shows at most 100 frames a second; name it .mp4.")
+
+
 def check_encoder(out: Path) -> None:
     """Check that what diffusers writes an .mp4 with is installed: OpenCV where imageio is not.
 

@@ -165,7 +165,9 @@ def usable_device(text: str) -> torch.device:
         OptionError: it is unknown, or this machine has none.
     """
     try:
-        tried(text)
+        device = tried(text)
     except RuntimeError as error:
         raise OptionError(f"--device {text!r} cannot be used: {error}") from error
+    if device.type == "meta":
+        raise OptionError(f"--device {text!r} cannot be used: its tensors have no values.")
     return torch.device(text)

@@ -26,6 +26,9 @@ from omniq_compile.lowering.errors import OptionError
 from omniq_compile.recorded_options import refuse_unstored
 from omniq_compile.variant_files import copy_as_plain, is_of_weights
 
+# Options that change no number, so that a set found by `omniq tune` may have them.
+OF_A_RUN = ("compiler", "inductor", "mode")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -52,9 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     source = whole_folder(arguments.folder, hub, variant=variant)
     _check_apart(source, arguments.out)
     config = build_quant_config(read_quantization(arguments.quantization))
-    for options in (config.everywhere, *config.components.values()):
-        refuse_unstored(options or {}, "omniq generate, in its --quantization")
     console = Console(stderr=True)
+    given = {name for options in config.chosen for name in options}
+    refuse_unstored(given.difference(OF_A_RUN), "omniq generate, in its --quantization")
+    if of_a_run := given.intersection(OF_A_RUN):
+        names = ", ".join(sorted(of_a_run))
+        console.print(f"not stored, as they say how a model is run: {names}", soft_wrap=True)
     if (source / "model_index.json").is_file():
         components = check_components(source, config)
         chosen = {name: config.options_for(name) for name in components}
