@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.block_functions import BlockFunctions
 from omniq_compile.given_model import check_model
-from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.own_method import OwnMethod
 from omniq_compile.passes.config import QuantConfig
@@ -28,6 +29,8 @@ from omniq_compile.unmatched import warn_unmatched_in
 from omniq_compile.whole_or_blocks import check_not_whole, refuse_whole
 
 logger = logging.getLogger("omniq")
+
+NOT_PASSED_ON = ("model", "backend", "options")
 
 
 def compile(
@@ -80,6 +83,11 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             "omniq_compile.compile takes no argument 'backend': it compiles with omniq's. Other "
             "backends are for torch.compile."
         )
+    # Those that it passes on; the model and the options are its own.
+    valid = [n for n in inspect.signature(torch.compile).parameters if n not in NOT_PASSED_ON]
+    for name in given:
+        if name not in valid:
+            raise OptionError(unknown("argument of omniq_compile.compile", name, valid))
 
 
 def module_blocks(model: nn.Module) -> dict[str, nn.Module]:

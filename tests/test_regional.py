@@ -261,9 +261,11 @@ def test_a_wrapped_block_refuses_full_names_too() -> None:
         model(torch.randn(7, 38))
 
 
-def test_a_backend_beside_omniq_is_refused() -> None:
+def test_arguments_that_torch_compile_does_not_get_are_refused() -> None:
     with pytest.raises(omniq_compile.OptionError, match="takes no argument 'backend'"):
         omniq_compile.compile(Tower(), OPTIONS | {"method": "int8"}, backend="inductor")
+    with pytest.raises(omniq_compile.OptionError, match=r"'fullgrap'\. Did you mean 'fullgraph'\?"):
+        omniq_compile.compile(Tower(), OPTIONS, fullgrap=True)
 
 
 def test_a_model_that_is_compiled_whole_is_refused() -> None:
