@@ -33,14 +33,18 @@ def check_weight(weight: torch.Tensor) -> None:
     """Check that a tensor can be quantized as a weight, but for its values.
 
     Raises:
-        WeightError: it is not a matrix of at least 16-bit floating numbers, is empty, or is made of
-            other tensors.
+        WeightError: it is not a dense matrix of at least 16-bit floating numbers, is empty, or is
+            made of other tensors.
     """
+    if not isinstance(weight, torch.Tensor):
+        raise WeightError(f"a weight is a torch.Tensor, not {type(weight).__name__}.")
     if kind := foreign_kind(weight):
         raise WeightError(
             f"cannot quantize a {kind}, whose values other tensors hold: "
             "give the values as a plain tensor."
         )
+    if weight.layout is not torch.strided:
+        raise WeightError(f"a weight is dense, not {weight.layout}. Give weight.to_dense().")
     # Codes of 8 bits are floating too, and mean nothing without their scales.
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise WeightError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from omniq_compile.load_arguments import (
 from omniq_compile.loading import load_model
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint
 from omniq_compile.text_encoders import load_quantized
+from omniq_compile.variant_files import mark_of
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
 # under another name it is a stage of its own.
@@ -124,8 +124,8 @@ def components_with(variant: str | None, place: Path, components: Iterable[str])
     """
     if variant is None:
         return []
-    named = re.compile(rf"\.{re.escape(variant)}[.-]")
-    found = [n for n in components if any(named.search(f.name) for f in (place / n).iterdir())]
+    mark = mark_of(variant)
+    found = [n for n in components if any(mark.search(f.name) for f in (place / n).iterdir())]
     if not found:
         raise CheckpointError(
             f"no component of {place} has weights of variant {variant!r}, as in "

@@ -41,21 +41,12 @@ def quantize(weight: torch.Tensor, method: str, **options: Any) -> QuantizedTens
         if name not in WEIGHT_OPTIONS:
             raise OptionError(unknown("option of quantize", name, WEIGHT_OPTIONS))
     config = QuantConfig.from_options({"method": method, **options})
-    _check_weight(weight)
-    return QuantizedTensor.from_weight(weight, config.scheme.weight, config.method)
-
-
-def _check_weight(weight: Any) -> None:
-    """Raise a `WeightError` for what is no plain tensor of values."""
-    if not isinstance(weight, torch.Tensor):
-        raise WeightError(f"a weight is a torch.Tensor, not {type(weight).__name__}.")
     if isinstance(weight, QuantizedTensor):
         raise WeightError(
             f"the weight is quantized already, to {weight.method}. Give weight.dequantize() to "
             "quantize its values again."
         )
-    if weight.layout is not torch.strided:
-        raise WeightError(f"a weight is dense, not {weight.layout}. Give weight.to_dense().")
+    return QuantizedTensor.from_weight(weight, config.scheme.weight, config.method)
 
 
 def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> list[LayerPlan]:

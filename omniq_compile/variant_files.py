@@ -1,4 +1,4 @@
-"""The files of a variant of a checkpoint, such as ``model.fp16.safetensors``, by plain names."""
+"""A variant of a checkpoint, such as ``model.fp16.safetensors``: its names, and plain copies."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def is_of_weights(name: str) -> bool:
     return name.endswith(WEIGHTS) or re.search(r"\.index(\.[^.]+)?\.json$", name) is not None
 
 
+def mark_of(variant: str) -> re.Pattern[str]:
+    """Return what is in the name of every file of a variant, and in no other's."""
+    # diffusers: NAME.fp16.safetensors, NAME.fp16-00001-of-00002.safetensors or, older,
+    # NAME-00001-of-00002.fp16.safetensors, and NAME.safetensors.index.fp16.json.
+    return re.compile(rf"\.{re.escape(variant)}(?=[.-])")
+
+
 def copy_as_plain(source: Path, folder: Path, variant: str) -> None:
     """Copy a component with the weights of one variant alone, by the names of no variant.
 
@@ -23,9 +30,7 @@ def copy_as_plain(source: Path, folder: Path, variant: str) -> None:
         folder: to make.
         variant: such as ``"fp16"``.
     """
-    # diffusers: NAME.fp16.safetensors, NAME.fp16-00001-of-00002.safetensors or, older,
-    # NAME-00001-of-00002.fp16.safetensors, and NAME.safetensors.index.fp16.json.
-    mark = re.compile(rf"\.{re.escape(variant)}(?=[.-])")
+    mark = mark_of(variant)
     folder.mkdir()
     for entry in source.iterdir():
         if entry.is_dir():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from diffusers import FluxPipeline, LTXPipeline, PixArtAlphaPipeline, WanPipeline
 from PIL import Image, ImageSequence
+from tiny_pipelines import write_index
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
@@ -71,7 +72,7 @@ def test_a_file_that_does_not_fit_the_pipeline_is_refused_before_generating(
     monkeypatch.setattr(kind, "__call__", generate)
     monkeypatch.setattr("omniq_compile.cli.picture_file.find_spec", lambda _: None)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    write_index(tmp_path, kind.__name__)
     arguments = ["generate", str(tmp_path), "--prompt", "", "--out", str(tmp_path / out)]
     if words is not None and "needs an encoder" not in words:
         monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
@@ -145,7 +146,7 @@ def test_a_video_is_saved_at_the_rate_that_it_is_made_for(
     pipe = kind(**dict.fromkeys(inspect.signature(kind).parameters))
     monkeypatch.setattr(kind, "__call__", generate)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    write_index(tmp_path, kind.__name__)
     out = tmp_path / "fox.gif"
     assert main(["generate", str(tmp_path), "--prompt", "", *given, "--out", str(out)]) == 0
     assert milliseconds(out) == pytest.approx(100 * 1000 / rate, abs=5)
@@ -161,7 +162,7 @@ def test_steps_that_a_pipeline_does_not_say_are_refused_before_loading(
     """Every step would count as the first."""
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert "callback_on_step_end" not in inspect.signature(PixArtAlphaPipeline.__call__).parameters
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    write_index(tmp_path, "PixArtAlphaPipeline")
     options = json.dumps({"method": "mxfp4", "w4a8_fallback_steps": [1]})
     out = ["--prompt", "", "--out", str(tmp_path / "out.png")]
     assert main([command, str(tmp_path), "--quantization", options, *out]) == 2

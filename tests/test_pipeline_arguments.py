@@ -147,7 +147,7 @@ def pipeline_called(kind: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) ->
     monkeypatch.setattr(kind, "to", lambda self, *_: self)
     monkeypatch.setattr(kind, "__call__", call)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    tiny_pipelines.write_index(folder, kind.__name__)
     return seen
 
 

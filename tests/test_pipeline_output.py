@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import required_arguments
+from tiny_pipelines import required_arguments, write_index
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
@@ -66,7 +65,7 @@ def test_pipelines_that_make_nothing_to_save_are_refused_before_loading(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    write_index(tmp_path, name)
     assert main([command, str(tmp_path), *required_arguments(command, tmp_path)]) == 2
     wanted = "pictures, a video nor sound" if command == "generate" else "pictures nor a video"
     assert f"{name} returns neither {wanted}" in (said := capsys.readouterr().err)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from diffusers import (
     StableAudioPipeline,
 )
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
-from tiny_pipelines import WORDS, tiny_text
+from tiny_pipelines import WORDS, tiny_text, write_index
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
@@ -170,7 +169,7 @@ def test_sound_beside_a_video_is_a_file_by_its_name(
     pipe.vae = SimpleNamespace(config=SimpleNamespace(sampling_rate=rate))
     monkeypatch.setattr(LTXPipeline, "__call__", generate)
     monkeypatch.setattr(omniq, "from_pretrained", lambda *_, **__: pipe)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
+    write_index(tmp_path, "LTXPipeline")
     out = tmp_path / "fox.gif"
     assert main(["generate", str(tmp_path), "--prompt", "", "--out", str(out)]) == 0
     sounds = sorted(file.name for file in tmp_path.glob("*.wav"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ def save_image_to_video(folder: Path) -> Path:
         image_processor=None,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_index(folder: Path, class_name: str) -> None:
+    """Name a pipeline's class in its folder, which is all that commands read before they load."""
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
 
 
 def required_arguments(command: str, folder: Path, picture: str = "x.png") -> list[str]:

@@ -30,6 +30,7 @@ from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
 from omniq_compile.cli.bench_suites import SUITES, Case, Suite
 from omniq_compile.cli.bench_variants import Variant, named, suite_variants
 from omniq_compile.cli.families import preset_config, transformer_class
+from omniq_compile.cli.output_file import write
 from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.meta_run import to_meta
@@ -223,7 +224,7 @@ def run_command(
             for path, text in zip(
                 written, (markdown(result), result.to_json() + "\n"), strict=True
             ):
-                path.write_text(text, encoding="utf-8")
+                write("--report", path, text)
 
     command = shlex.join(["omniq", *sys.argv[1:]])
     chosen = suite_variants() if variants is None else named(suite_variants(), variants)

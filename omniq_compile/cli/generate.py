@@ -76,10 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     known = check_call_of_folder(arguments.folder, given, loading, config, sound=True)
     if known is not None:
         check_ending(arguments.out, kind_returned(known))
-    pipe = load_worded(arguments.folder, config, device=device, **loading)
-    check_call(type(pipe), given, config)
-    check_ending(arguments.out, kind_returned(type(pipe)))
     check_encoder(arguments.out)
+    pipe = load_worded(arguments.folder, config, device=device, **loading)
+    if known is None:  # its class came with the folder
+        check_call(type(pipe), given, config)
+        check_ending(arguments.out, kind_returned(type(pipe)))
     pipe.to(device)
     console = Console(stderr=True)
     for name, component in pipe.components.items():

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = build_quant_config(read_quantization(arguments.quantization))
     console = Console(stderr=True)
     given = {name for options in config.chosen for name in options}
-    refuse_unstored(given.difference(OF_A_RUN), "omniq generate, in its --quantization")
+    refuse_unstored(sorted(given.difference(OF_A_RUN)), "omniq generate, in its --quantization")
     if of_a_run := given.intersection(OF_A_RUN):
         names = ", ".join(sorted(of_a_run))
         console.print(f"not stored, as they say how a model is run: {names}", soft_wrap=True)
