@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,12 +70,16 @@ def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
     low_precision = bool(dtypes & {torch.bfloat16, torch.float16})
     leading = _leading(model, config)
     shared = _shared_with_others(model)
+    names_of = defaultdict(list)  # a module may stand in several places
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of[module].append(name)
     reasons: dict[str, str | None] = {}
     by_weight: dict[int, list[str]] = {}
     for name, module in linears.items():
+        places = [layer_name([], place) for place in names_of[module]]
         reasons[name] = (
             shared.get(id(module.weight))
-            or ignored_reason(config, layer_name([], name))
+            or next(filter(None, (ignored_reason(config, n) for n in places)), None)
             or (leading_reason(config) if name.startswith(leading) else None)
             or _keep(module.weight, config, low_precision)
         )

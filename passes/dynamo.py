@@ -139,6 +139,13 @@ def layer_name(node: fx.Node) -> str:
     return _dotted(path)
 
 
+def is_in_linear(node: fx.Node) -> bool:
+    """Say whether the innermost module that made the node is an ``nn.Linear``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    kind = list(stack.values())[-1][1] if stack else None
+    return isinstance(kind, type) and issubclass(kind, torch.nn.Linear)
+
+
 def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
     """Return the (dotted name, class) of each module the node was traced in, the root left out."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
     return Site(
         node=node,
         spelling=SPELLINGS[node.target][0],
-        layer=layer_name(names, dynamo.layer_name(node)),
+        layer=_layer(node, names),
         kind=kind,
         product=product,
         problem=None if product.unsupported else _problem(node, product, weight is not None),
@@ -117,6 +117,14 @@ def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
         autocast=autocast,
         gradients=dynamo.first_value(node).requires_grad,
     )
+
+
+def _layer(node: fx.Node, weights: Sequence[str]) -> str:
+    module = dynamo.layer_name(node)
+    if module and dynamo.is_in_linear(node):
+        # Of a weight that several layers hold, Dynamo knows one name, the first layer's.
+        return layer_name([], module)
+    return layer_name(weights, module)
 
 
 def _stored(weight: WeightExpression | None) -> QuantizedTensor | None:

@@ -132,4 +132,6 @@ class Site:
     def layer_in(self, place: str) -> str:
         """Return the layer's name in a model that has the traced module at ``place``."""
         weights = [name for name in self.weight_name.split(" + ") if name]
+        if layer_name(weights, self.layer) != self.layer:
+            weights = []  # it is called as its module is
         return layer_name(weights, self.layer, place)

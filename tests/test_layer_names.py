@@ -15,8 +15,9 @@ import omniq_compile
 from omniq_compile import explain
 from omniq_compile.folded_trace import folded_sites
 from omniq_compile.meta_run import run_on_meta
+from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
-from omniq_compile.regional import module_blocks
+from omniq_compile.regional import block_config, module_blocks
 
 WIDTH = 64
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager", "matmul": True}
@@ -259,3 +260,47 @@ def test_a_full_name_of_any_layer_is_refused(pattern: str, layer: str) -> None:
 )
 def test_what_changes_nothing_is_not_refused(pattern: str, more: dict[str, Any]) -> None:
     assert compiled_each(pattern, ignored_layers=[pattern], **more).isfinite().all()
+
+
+class Sharing(nn.Module):
+    """One weight in two layers, and one layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.second.weight = self.first.weight
+        self.again = nn.Linear(WIDTH, WIDTH)
+        self.once_more = self.again
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.once_more(self.again(self.second(self.first(x))))
+
+
+def test_layers_that_share_a_weight_are_known_by_names_of_their_own() -> None:
+    x = torch.randn(TOKENS, WIDTH)
+    sites = explain(Sharing(), (x,), OPTIONS).sites
+    assert [site.layer for site in sites[:3]] == ["first", "second", "again"]
+    for layer in ("first", "second"):
+        config = QuantConfig.from_options(OPTIONS | {"ignored_layers": [f"block.{layer}"]})
+        in_block = block_config(config, "block", Sharing(), 0).ignored_layers
+        for patterns in ([layer], list(in_block)):
+            options = OPTIONS | {"ignored_layers": patterns}
+            kept = [site.layer for site in explain(Sharing(), (x,), options).kept]
+            assert kept == [layer]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept"),
+    [
+        ("first", ["first", "second"]),
+        ("second", ["first", "second"]),
+        ("again", ["again"]),
+        ("once_more", ["again"]),
+    ],
+)
+def test_a_stored_weight_is_kept_by_each_name_of_its_layers(layer: str, kept: list[str]) -> None:
+    """It has one form for all of them."""
+    rows = omniq_compile.quantize_(Sharing(), OPTIONS | {"ignored_layers": [layer]})
+    assert [row.layer for row in rows if row.method is None] == kept
+    assert [row.layer for row in rows] == ["first", "second", "again"]

@@ -176,7 +176,7 @@ def test_one_layer_used_twice_is_one_weight() -> None:
     model = nn.Sequential(layer, nn.ReLU(), layer)
     ran = run(model, torch.randn(7, 38))
     assert ran.counts == (2, 2)
-    assert [b.layers for b in ran.bindings] == [("0",)]
+    assert [b.layers for b in ran.bindings] == [("0", "2")]
     names = [n.name for n in ran.quantized.graph.nodes if n.op == "placeholder"]
     assert sum("codes" in name for name in names) == 1
 
