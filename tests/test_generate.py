@@ -29,6 +29,7 @@ DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
         ("x.abc", "no picture ends in '.abc'. Name it .png or .jpg, .mp4 or .gif for a video"),
         ("x", "no picture ends in ''"),
         ("x.gif --fps 101", "a .gif shows at most 100 frames a second; name it .mp4"),
+        ("x.png --fps 24", "--fps is of a video, .mp4 or .gif, which --out x.png is not"),
         ("x.png --device meta", "--device 'meta' cannot be used: its tensors have no values"),
         ("x.psd", "no picture ends in '.psd'"),  # which Pillow reads, and does not write
         (".", "Is a directory"),

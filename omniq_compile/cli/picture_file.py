@@ -49,11 +49,14 @@ def check_ending(out: Path, kind: Kind | None) -> None:
 
 
 def check_rate(out: Path, frames_per_second: float | None) -> None:
-    """Check that a file can show as many frames in a second.
+    """Check that a file can show as many frames in a second, or is not asked to.
 
     Raises:
-        OptionError: GIF counts hundredths of a second.
+        OptionError: it shows one picture, or GIF, which counts hundredths of a second, shows fewer.
     """
+    if frames_per_second is not None and out.suffix not in VIDEO_SUFFIXES:
+        videos = " or ".join(VIDEO_SUFFIXES)
+        raise OptionError(f"--fps is of a video, {videos}, which --out {out} is not: leave it out.")
     if out.suffix == ".gif" and frames_per_second is not None and frames_per_second > 100:
         raise OptionError(f"--out {out}: a .gif shows at most 100 frames a second; name it .mp4.")
 
