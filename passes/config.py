@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.schemes import METHODS, Scheme, get_scheme
@@ -26,9 +26,6 @@ DUALSCALE_FALLBACK_LAYERS = 5
 class QuantConfig:
     """The checked options of one compile.
 
-    `from_options` checks them, and fills in what a method has by default; the constructor takes its
-    arguments as they are.
-
     Attributes:
         method: how weights and activations are quantized.
         ignored_layers: patterns of layers to keep in their own precision.
@@ -43,13 +40,15 @@ class QuantConfig:
         mxfp4_scale_alg: how an mxfp4 block chooses its scale: 0 (OCP) or 2 (UOS).
         weight_block_size: fp8: ``(rows, columns)`` of a weight that share a scale; None is a scale
             per row. Activations then have one per 1 x 128 group.
-        num_bf16_fallback_layers: mxfp4_dualscale: how many leading transformer blocks stay BF16.
+        num_bf16_fallback_layers: mxfp4_dualscale: how many leading transformer blocks stay BF16;
+            None, which becomes a number here, is what the method has by default.
         w4a8_fallback_layers: mxfp4: patterns of layers whose activations are mxfp8.
         w4a8_fallback_steps: mxfp4: zero-based denoising steps in which all activations are mxfp8.
         keep_all: not an option: why every site keeps its own precision, set for whole blocks.
 
     Raises:
-        OptionError: ``inductor`` or ``mode`` for another compiler, which would not read them.
+        OptionError: a value that an option does not take, an option of another method, or
+            ``inductor`` or ``mode`` for another compiler, which would not read them.
     """
 
     method: str
@@ -63,12 +62,21 @@ class QuantConfig:
     target: Target | None = None
     mxfp4_scale_alg: int = 0
     weight_block_size: tuple[int, int] | None = None
-    num_bf16_fallback_layers: int = 0
+    num_bf16_fallback_layers: int = cast(int, None)
     w4a8_fallback_layers: tuple[str, ...] = ()
     w4a8_fallback_steps: tuple[int, ...] = ()
     keep_all: str = ""
 
     def __post_init__(self) -> None:
+        for name, check in CHECKS.items():  # the method is the first
+            value = getattr(self, name)
+            if name == "num_bf16_fallback_layers" and value is None:
+                value = DUALSCALE_FALLBACK_LAYERS if self.method == "mxfp4_dualscale" else 0
+            object.__setattr__(self, name, check(value))
+        unset = {f.name: f.default for f in fields(self)} | {"num_bf16_fallback_layers": 0}
+        _refuse_other_methods(
+            self.method, [name for name in METHODS_OF if getattr(self, name) != unset[name]]
+        )
         if self.compiler == "inductor":
             return
         for name, is_set in (("inductor", self.inductor), ("mode", self.mode != "default")):
@@ -111,18 +119,9 @@ class QuantConfig:
                 f'omniq needs options={{"method": ...}}. Methods: {", ".join(METHODS)}. Given: '
                 f"{given}."
             )
-        checked = {name: CHECKS[name](value) for name, value in options.items()}
-        method = checked["method"]
-        for name in checked:
-            methods = METHODS_OF.get(name, METHODS)
-            if method not in methods:
-                raise OptionError(
-                    f"option {name!r} is for method {' and '.join(methods)}, not for {method!r}. "
-                    "Leave it out."
-                )
-        if method == "mxfp4_dualscale":
-            checked.setdefault("num_bf16_fallback_layers", DUALSCALE_FALLBACK_LAYERS)
-        return cls(**checked)
+        config = cls(**options)
+        _refuse_other_methods(config.method, options)
+        return config
 
     def with_mode(self, mode: str | None) -> QuantConfig:
         """Return the configuration with one of ``torch.compile``'s modes; None leaves its own.
@@ -135,3 +134,14 @@ class QuantConfig:
     def with_mxfp8_activations(self) -> QuantConfig:
         """Return the configuration of a denoising step listed in ``w4a8_fallback_steps``."""
         return dataclasses.replace(self, w4a8_fallback_layers=("re:.*",), w4a8_fallback_steps=())
+
+
+def _refuse_other_methods(method: str, names: Iterable[str]) -> None:
+    """Check that options are some of a method."""
+    for name in names:
+        methods = METHODS_OF.get(name, METHODS)
+        if method not in methods:
+            raise OptionError(
+                f"option {name!r} is for method {' and '.join(methods)}, not for {method!r}. "
+                "Leave it out."
+            )

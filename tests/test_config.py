@@ -112,6 +112,11 @@ def test_a_wrong_option_names_the_valid_and_the_nearest(
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert isinstance(caught.value, ValueError)
+    given: dict[Any, Any] = {"method": "int8"} | dict(options)
+    if all(name in QuantConfig.__dataclass_fields__ for name in given):
+        with pytest.raises(OptionError) as constructed:
+            QuantConfig(**given)
+        assert str(constructed.value) == message
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -151,6 +156,42 @@ def test_case_and_hyphens_do_not_matter(name: str, value: str, expected: str) ->
 @pytest.mark.parametrize("layers", [["a", "b"], ("a", "b")])
 def test_ignored_layers_may_be_any_sequence(layers: Any) -> None:
     assert check(ignored_layers=layers).ignored_layers == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "MXFP4-Dualscale"},
+        {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
+        {"method": "fp8", "weight_block_size": [64, 96], "ignored_layers": ["a"]},
+        {"method": "mxfp4", "w4a8_fallback_steps": range(2), "target": "cpu:generic"},
+    ],
+)
+def test_the_constructor_checks_as_a_dict_is_checked(options: dict[str, Any]) -> None:
+    config = QuantConfig(**options)
+    assert config == QuantConfig.from_options(options)
+    assert hash(config) == hash(QuantConfig.from_options(options))
+    assert config.scheme == get_scheme(
+        config.method, config.mxfp4_scale_alg, config.weight_block_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "methods"),
+    [
+        ("weight_block_size", (128, 128), "fp8"),
+        ("mxfp4_scale_alg", 2, "mxfp4 and mxfp4_dualscale"),
+        ("num_bf16_fallback_layers", 3, "mxfp4_dualscale"),
+        ("w4a8_fallback_layers", ["a"], "mxfp4"),
+        ("w4a8_fallback_steps", [0], "mxfp4"),
+    ],
+)
+def test_an_option_of_another_method_is_refused(name: str, value: Any, methods: str) -> None:
+    words = f"{name!r} is for method {methods}, not for 'int8'"
+    with pytest.raises(OptionError, match=words):
+        QuantConfig("int8", **{name: value})
+    with pytest.raises(OptionError, match=words):
+        check(**{name: value})
 
 
 @pytest.mark.parametrize("device", sorted(ARCHITECTURES))
