@@ -106,20 +106,30 @@ def _is_one(size: Any) -> bool:
 
 
 def _letters(equation: str, ranks: tuple[int, int]) -> tuple[str, str, str] | None:
-    """Spell out an equation of two operands: the ellipsis becomes letters.
+    """Spell out an equation of two operands: an ellipsis becomes letters, and the output is written.
 
-    None where two operands have an ellipsis, a term has a letter twice, or the output is implied.
+    None where there are not two terms, or one has a letter twice.
     """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    has_dots = ["..." in term for term in terms]
-    # With dots on both sides the two would broadcast against each other.
-    if len(terms) != 2 or all(has_dots) or not arrow:
+    if len(terms) != 2:
         return None
     free = [c for c in string.ascii_letters if c not in equation]
-    dots = [r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True)]
-    spelled = "".join(free[: max((d for d, h in zip(dots, has_dots, strict=True) if h), default=0)])
-    a, b, out = (term.replace("...", spelled) for term in (*terms, out))
+    widths = [
+        rank - len(term.replace("...", "")) if "..." in term else 0
+        for rank, term in zip(ranks, terms, strict=True)
+    ]
+    # Two ellipses are aligned at their ends, as in broadcasting.
+    spelled = "".join(free[: max(widths)])
+    a, b = (
+        term.replace("...", spelled[len(spelled) - width :])
+        for term, width in zip(terms, widths, strict=True)
+    )
+    if arrow:
+        out = out.replace("...", spelled)
+    else:
+        once = (c for c in {*inputs} - {*",."} if inputs.count(c) == 1)
+        out = spelled + "".join(sorted(once))
     if any(len(set(term)) != len(term) for term in (a, b, out)):
         return None
     return a, b, out

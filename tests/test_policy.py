@@ -48,16 +48,17 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...
     "einsum_elementwise": einsum("mk,mk->mk", (7, 38), (7, 38)),
     "einsum_row_sums": einsum("mk,mk->m", (7, 38), (7, 38)),
     "einsum_vector": einsum("k,kn->n", (38,), (38, 19)),
-    "einsum_implied_output": einsum("mk,kn", (7, 38), (38, 19)),
-    "einsum_two_ellipses": einsum("...mk,...kn->...mn", (3, 7, 38), (3, 38, 19)),
+    "einsum_implied_sum": einsum("mk,mk", (7, 38), (7, 38)),
+    "einsum_two_ellipses_of_different_ranks": einsum(
+        "...mk,...kn->...mn", (3, 7, 38), (2, 3, 38, 19)),
     "einsum_ellipsis_summed": einsum("...k,kn->n", (7, 38), (38, 19)),
     "einsum_batched_two_rows": einsum("gmpk,gkn->gmpn", (3, 7, 5, 38), (3, 38, 19)),
     "einsum_broadcast_sum_of_x": einsum("mk,kn->mn", (7, 1), (38, 19)),
     "einsum_three_operands": (
         lambda x, w: torch.einsum("mk,nk,n->m", x, w, w[:, 0]), (7, 38), (19, 38),
         no_product("mk,nk,n->m")),
-    "einsum_implied_output_of_numbers": (
-        lambda x, w: torch.einsum(x, [0, 1], w, [1, 2]), (7, 38), (38, 19), no_product("AB,BC")),
+    "einsum_implied_sum_of_numbers": (
+        lambda x, w: torch.einsum(x, [0, 1], w, [0, 1]), (7, 38), (7, 38), no_product("AB,AB")),
     "gru_cell": (lambda x, w: torch.gru_cell(x, x, w, w), (7, 19), (57, 19), CELL),
     "lstm_cell": (lambda x, w: torch.lstm_cell(x, (x, x), w, w)[0], (7, 19), (76, 19), CELL),
     "rnn_cell": (lambda x, w: torch.rnn_relu_cell(x, x, w, w), (7, 19), (19, 19), CELL),

@@ -149,6 +149,19 @@ CASES = {
     "einsum_ellipsis_weight": case(
         "einsum", einsum("mk,...k->m..."), X, LAST, (2, 19, 38), LAST, (7, 38, 38)
     ),
+    "einsum_implied": case("einsum", einsum("mk,kn")),
+    "einsum_implied_capital_first": case("einsum", einsum("mk,kN")),
+    "einsum_implied_numbers": case("einsum", lambda x, w: torch.einsum(x, [0, 51], w, [51, 2])),
+    "einsum_implied_ellipsis": case("einsum", einsum("...k,nk"), (2, 3, *X), LAST, W, LAST, SIX),
+    "einsum_two_ellipses": case(
+        "einsum", einsum("...mk,...kn->...mn"), (3, *X), LAST, (3, *T)
+    ),
+    "einsum_two_ellipses_implied": case(
+        "einsum", einsum("m...k,k...n"), (7, 3, 38), LAST, (38, 3, 19), (0,)
+    ),
+    "einsum_two_ellipses_one_empty": case(
+        "einsum", einsum("...mk,...nk->n...m"), (3, *X), LAST, W, LAST, THREE
+    ),
     "einsum_batched_weight": case("einsum", einsum("gmk,gkn->gmn"), (3, *X), LAST, (3, *T)),
     "einsum_batched_weight_moved": case(
         "einsum", einsum("mgk,gkn->nmg"), (7, 3, 38), LAST, (3, *T)
