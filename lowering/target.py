@@ -113,26 +113,29 @@ def present(device: str) -> Target | None:
     return found if found.device == device else None
 
 
-def detectable(torch_device: str) -> bool:
-    """Say whether omniq has kernels for a ``torch.device`` type."""
-    return torch_device in _DETECT
+def detectable(torch_device: str | torch.device) -> bool:
+    """Say whether omniq has kernels for a ``torch.device``, by its type."""
+    return str(torch_device).partition(":")[0] in _DETECT
 
 
-def detect(torch_device: str) -> Target:
-    """Return the target for a ``torch.device`` type that this machine has, such as ``"cuda"``.
+def detect(torch_device: str | torch.device) -> Target:
+    """Return the target that a device of this machine is, such as ``"cuda"`` or ``"cuda:1"``.
+
+    Without an index it is the current one; a machine may have GPUs of several architectures.
 
     Raises:
         OptionError: omniq has no kernels for that device type, or for its architecture.
     """
-    if not detectable(torch_device):
+    kind, _, index = str(torch_device).partition(":")
+    if kind not in _DETECT:
         raise OptionError(
-            f"omniq has no kernels for device {torch_device!r}; it has for: "
+            f"omniq has no kernels for device {kind!r}; it has for: "
             f"{', '.join(_DETECT)}. Move the model there, or compile it with backend='inductor'."
         )
-    return _DETECT[torch_device]()
+    return _DETECT[kind](int(index) if index else None)
 
 
-def _cpu() -> Target:
+def _cpu(index: int | None) -> Target:
     # oneDNN reaches its fast s8 GEMM through AVX-512 VNNI or AMX; every other CPU would run
     # `torch._int_mm` as a plain loop (measured 30 times slower than a float32 GEMM on AVX2).
     capabilities = torch.cpu.get_capabilities()
@@ -143,12 +146,12 @@ def _cpu() -> Target:
     return Target("cpu", "avx512_bf16" if fast_bfloat16 else "avx512_vnni")
 
 
-def _cuda() -> Target:
+def _cuda(index: int | None) -> Target:
     if torch.version.hip:
         # Such as "gfx942:sramecc+:xnack-".
-        name = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+        name = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
         return _known("rocm", ALIKE["rocm"].get(name, name), name)
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     major, minor = capability
     # Those that have no row of their own, such as 11.0, have what 8.9 has.
     arch = {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "")
@@ -157,10 +160,14 @@ def _cuda() -> Target:
     return _known("cuda", arch, f"compute capability {major}.{minor}")
 
 
-def _npu() -> Target:
+def _xpu(index: int | None) -> Target:
+    return Target("xpu", "xe")
+
+
+def _npu(index: int | None) -> Target:
     # torch_npu adds the module; names are such as "Ascend910B3" and "Ascend950PR".
     npu: Any = torch.npu  # type: ignore[attr-defined]
-    name = str(npu.get_device_name())
+    name = str(npu.get_device_name(index))
     return Target("npu", "ascend950" if "950" in name else "ascend910b")
 
 
@@ -182,4 +189,4 @@ def _known(device: str, arch: str, found: str) -> Target:
     )
 
 
-_DETECT = {"cpu": _cpu, "cuda": _cuda, "xpu": lambda: Target("xpu", "xe"), "npu": _npu}
+_DETECT = {"cpu": _cpu, "cuda": _cuda, "xpu": _xpu, "npu": _npu}

@@ -208,10 +208,9 @@ def _refuse_meta(inputs: Sequence[Any]) -> None:
 
 def run_target(config: QuantConfig, inputs: Sequence[Any]) -> Target:
     """Return the target to run on; the options may name another architecture of its device."""
-    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"meta"}
-    accelerators = sorted(devices - {"cpu"})
-    device = accelerators[0] if accelerators else "cpu"
-    here = detect(device)
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    accelerators = sorted(str(d) for d in devices if d.type not in ("cpu", "meta"))
+    here = detect(accelerators[0] if accelerators else "cpu")
     if config.target is None or here.runs(config.target):
         return config.target or here
     raise OptionError(

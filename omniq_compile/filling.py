@@ -86,10 +86,11 @@ def device_of(name: str, devices: Devices) -> torch.device:
 
 
 def with_target(config: QuantConfig, devices: Devices) -> QuantConfig:
-    """Return the options with the target that they are on, where they name none and it is known."""
-    kinds = {torch.device(device).type for device in devices.values()}
-    if config.target is None and len(kinds) == 1 and detectable(*kinds):
-        return dataclasses.replace(config, target=detect(*kinds))
+    """Return the options with the target that they are on, where they name none and it is one."""
+    if config.target is None and all(map(detectable, devices.values())):
+        targets = {detect(device) for device in devices.values()}
+        if len(targets) == 1:
+            return dataclasses.replace(config, target=targets.pop())
     return config
 
 

@@ -143,7 +143,7 @@ def _no_kernel(weight: torch.Tensor, config: QuantConfig) -> str | None:
 def _target(weight: torch.Tensor, config: QuantConfig) -> Target | None:
     if config.target is not None:
         return config.target
-    device = weight.device.type
+    device = weight.device
     return detect(device) if detectable(device) else None
 
 

@@ -106,7 +106,7 @@ def _is_one(size: Any) -> bool:
 
 
 def _letters(equation: str, ranks: tuple[int, int]) -> tuple[str, str, str] | None:
-    """Spell out an equation of two operands: an ellipsis becomes letters, and the output is written.
+    """Spell out an equation of two operands: an ellipsis as letters, and the output that it has.
 
     None where there are not two terms, or one has a letter twice.
     """

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Holder
+from torch._subclasses import FakeTensorMode
 
 import omniq_compile as omniq
+from omniq_compile.backend import run_target
+from omniq_compile.filling import with_target
 from omniq_compile.lowering import registry, target
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.registry import Problem
@@ -38,7 +41,7 @@ by_target = pytest.mark.parametrize("place", TARGETS, ids=str)
 def test_a_capability_names_its_architecture(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert str(detect("cuda")) == expected
 
 
@@ -46,7 +49,7 @@ def test_a_capability_names_its_architecture(
 def test_a_capability_without_kernels_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with pytest.raises(OptionError, match=f"{capability[0]}.{capability[1]}.*sm_120.*inductor"):
         detect("cuda")
 
@@ -68,7 +71,7 @@ def test_amd_gpus_are_the_cuda_device_of_a_hip_build(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = SimpleNamespace(gcnArchName=arch)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert detect("cuda") == Target("rocm", expected)
     assert Target("rocm", expected).torch_device == "cuda"
 
@@ -79,9 +82,25 @@ def test_amd_gpus_with_other_matrix_instructions_or_none_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = SimpleNamespace(gcnArchName=arch)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     with pytest.raises(OptionError, match=rf"\({arch.partition(':')[0]}\).*gfx950.*inductor"):
         detect("cuda")
+
+
+def test_gpus_of_one_machine_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is chosen for the GPU that the model is on, and not for the current one."""
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    assert str(detect("cuda")) == str(detect(torch.device("cuda:0"))) == "cuda:sm_90"
+    assert str(detect(torch.device("cuda:1"))) == "cuda:sm_80"
+    with FakeTensorMode():
+        here, there = (torch.empty(4, 512, device=f"cuda:{index}") for index in range(2))
+    config = omniq.QuantConfig("fp8")
+    assert str(run_target(config, [there, torch.empty(3), 5])) == "cuda:sm_80"
+    assert str(run_target(config, [here])) == "cuda:sm_90"
+    devices = {"": "cuda:1"}
+    assert str(with_target(config, devices).target) == "cuda:sm_80"
+    assert with_target(config, devices | {"a": "cuda:0"}).target is None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +108,7 @@ def test_amd_gpus_with_other_matrix_instructions_or_none_are_refused(
     [("Ascend910B3", "ascend910b"), ("Ascend910_9392", "ascend910b"), ("Ascend950PR", "ascend950")],
 )
 def test_an_npu_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, arch: str) -> None:
-    npu = SimpleNamespace(get_device_name=lambda: name, is_available=lambda: True)
+    npu = SimpleNamespace(get_device_name=lambda _: name, is_available=lambda: True)
     monkeypatch.setattr(torch, "npu", npu, raising=False)
     assert present("npu") == Target("npu", arch)
 
@@ -112,13 +131,13 @@ def test_a_gpu_may_be_named_by_its_own_architecture(monkeypatch: pytest.MonkeyPa
     for named, row in target.ALIKE["cuda"].items():
         assert str(Target.parse(f"cuda:{named}")) == f"cuda:{row}"
         capability = divmod(int(named.removeprefix("sm_")), 10)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert detect("cuda") == Target.parse(f"cuda:{named}")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for named, row in target.ALIKE["rocm"].items():
         assert str(Target.parse(f"rocm:{named}")) == f"rocm:{row}"
         properties = SimpleNamespace(gcnArchName=named)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda found=properties: found)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
         assert detect("cuda") == Target.parse(f"rocm:{named}")
 
 

@@ -165,8 +165,7 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         raise OmniqError(f"Triton kernels run on GPUs, and these operands are on {str(device)!r}.")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    with torch.cuda.device(device):
-        return Device(detect(device.type).arch, processors)
+    return Device(detect(device).arch, processors)
 
 
 def row_scaled(

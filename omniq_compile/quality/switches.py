@@ -57,7 +57,7 @@ class Switches:
             )
         self._model = model
         self._config = config
-        self._target = config.target or detect(next(model.parameters()).device.type)
+        self._target = config.target or detect(next(model.parameters()).device)
         blocks = tuple(f"{name}." for name in module_blocks(model))
         self.names = [r.layer for r in plan_layers(model, config) if r.method is not None]
         self._forms: dict[str, Linear] = {}

@@ -164,7 +164,7 @@ def _check(
         off = misplaced(values, x, scheme.activation)
         assert off == 0, f"{where}: {off} values of x are not on their codes"
     expected = values[..., : problem.K] @ weight.t() + (0 if bias is None else bias)
-    limit = limit_of(kernel, problem.dtype, detect(x.device.type).arch)
+    limit = limit_of(kernel, problem.dtype, detect(x.device).arch)
     assert out.shape == (*x.shape[:-1], problem.N), where
     assert out.dtype is problem.dtype, where
     error = _error(out, expected)
