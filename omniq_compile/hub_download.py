@@ -130,12 +130,16 @@ def whole_component(
     if folder is not None:
         return component_folder(folder, subfolder, cls)
     repository = _Repository(where, hub)
-    described = ["model_index.json", "config.json"]
-    place = repository.fetch([f"{subfolder}/config.json"] if subfolder else described)
+    described = f"{subfolder}/config.json" if subfolder else "config.json"
+    place = repository.fetch(["model_index.json", described])
     component = component_folder(place, subfolder, cls)
     name = component.relative_to(place).as_posix().removeprefix(".")
     files = _prefix(name)
     repository.fetch([f"{files}*"], [*_WEIGHTS, f"{files}*/*"])
+    if not component.is_dir():
+        has_index = (place / "model_index.json").is_file()
+        meant = hint(name, pipeline_components(place)) if has_index else ""
+        raise CheckpointError(f"{where} has no folder {name!r}.{meant}")
     repository.fetch_weights([name], variant)
     return component
 

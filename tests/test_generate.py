@@ -28,7 +28,7 @@ DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
     [
         ("x.abc", "no picture ends in '.abc'. Name it .png or .jpg, .mp4 or .gif for a video"),
         ("x", "no picture ends in ''"),
-        ("x.gif --fps 101", "a .gif shows at most 100 frames a second; name it .mp4"),
+        ("x.GIF --fps 101", "a .gif shows at most 100 frames a second; name it .mp4"),
         ("x.png --fps 24", "--fps is of a video, .mp4 or .gif, which --out x.png is not"),
         ("x.png --device meta", "--device 'meta' cannot be used: its tensors have no values"),
         ("x.psd", "no picture ends in '.psd'"),  # which Pillow reads, and does not write
@@ -94,9 +94,10 @@ def test_every_video_is_saved_in_a_file_of_its_own(tmp_path: Path) -> None:
         with Image.open(path) as gif:
             gif.seek(gif.n_frames - 1)
             assert gif.convert("RGB").getpixel((4, 4))[0] == red
-    assert save_result(SimpleNamespace(frames=videos[1:]), tmp_path / "x.gif") == [
-        tmp_path / "x.gif"
-    ]
+    (capital,) = save_result(SimpleNamespace(frames=videos[1:]), tmp_path / "x.GIF")
+    assert capital == tmp_path / "x.GIF"
+    with Image.open(capital) as gif:
+        assert (gif.format, gif.n_frames) == ("GIF", 3)
 
 
 @pytest.mark.parametrize("rate", [8, 24.0, 30, 60])
@@ -111,9 +112,9 @@ def test_a_video_is_as_long_in_either_format(
 
     monkeypatch.setattr("diffusers.utils.export_to_video", export)
     frames = np.random.default_rng(0).random((1, 30, 8, 8, 3), dtype=np.float32)
-    for name in ("fox.mp4", "fox.gif"):
+    for name in ("fox.mp4", "fox.MP4", "fox.gif"):
         save_result(SimpleNamespace(frames=frames), tmp_path / name, rate)
-    assert lengths == [pytest.approx(milliseconds(tmp_path / "fox.gif"), abs=5)]
+    assert lengths == [pytest.approx(milliseconds(tmp_path / "fox.gif"), abs=5)] * 2
 
 
 def milliseconds(file: Path) -> float:

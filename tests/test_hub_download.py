@@ -174,6 +174,15 @@ def test_of_a_pipeline_one_model_is_downloaded(hub: Hub, subfolder: str | None) 
     assert hub.downloaded() - {f"transformer/{name}" for name in files} <= {"model_index.json"}
 
 
+def test_a_folder_that_the_repository_has_not(hub: Hub) -> None:
+    words = rf"{HUB_ID} has no folder 'transfomer'\. Did you mean 'transformer'\?"
+    with pytest.raises(CheckpointError, match=words):
+        omniq.load_model(HUB_ID, options=OPTIONS, subfolder="transfomer")
+    hub.files = hub.files / "transformer"
+    with pytest.raises(CheckpointError, match=rf"{HUB_ID} has no folder 'unet'\.$"):
+        omniq.load_model(HUB_ID, options=OPTIONS, subfolder="unet")
+
+
 def test_a_model_alone_in_its_repository(hub: Hub) -> None:
     hub.files = hub.files / "transformer"
     (hub.files / "examples").mkdir()

@@ -302,8 +302,8 @@ def test_without_dot_the_error_says_what_to_install(
         ({"architectures": ["T5EncoderModel"]}, ["has no _class_name"]),
         (CONFIG | {"num_layer": 3}, ["no setting 'num_layer'", "Did you mean 'num_layers'?"]),
         (CONFIG | {"attention_head_dim": "x"}, ["cannot be built from this configuration"]),
-        ([1, 2], ["holds list, and a configuration is an object"]),
-        ("{", ["is not valid JSON"]),
+        ([1, 2], ["does not hold a JSON object"]),
+        ("{", ["cannot be read: "]),
         (None, ["no folder or configuration"]),
     ],
 )  # fmt: skip

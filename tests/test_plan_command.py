@@ -121,7 +121,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("near.json", {"_class_name": "QwenImageTransformer2DModl"})
     write("typo.json", {"_class_name": "FluxTransformer2DModel", "num_layer": 3})
     write("wrong.json", {"_class_name": "FluxTransformer2DModel", "num_layers": "many"})
-    write("unet/model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]})
+    write("unet/model_index.json", {
+        "_class_name": "SomePipeline", "_name_or_path": ["a", "b"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "transformer_2": [None, None],
+    })  # fmt: skip
     write("half/model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]})
     write("empty/readme", "")
 
@@ -135,16 +138,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
          ["LTXVideoTransformer3DModel is a class of diffusers that omniq plan and dump do not"]),
         (["FluxTransformer2DModel:tinny"], ["unknown preset 'tinny'. Did you mean 'tiny'?"]),
         (["nowhere/config.json"], ["no folder or configuration nowhere/config.json"]),
-        (["broken.json"], ["broken.json is not valid JSON"]),
-        (["list.json"], ["list.json holds list, and a configuration is an object"]),
+        (["broken.json"], ["broken.json cannot be read: "]),
+        (["list.json"], ["list.json does not hold a JSON object"]),
         (["clip.json"], ["clip.json has no _class_name"]),
         (["vae.json"], ["vae.json is of AutoencoderKL, an autoencoder, and not of a transformer"]),
         (["near.json"], ["Did you mean 'QwenImageTransformer2DModel'?"]),
         (["typo.json"], ["no setting 'num_layer'. Did you mean 'num_layers'?"]),
         (["nowhere.json"], ["no folder or configuration nowhere.json.", "Did you mean"]),
         (["wrong.json"], ["wrong.json: FluxTransformer2DModel cannot be built", "TypeError"]),
-        (["unet"], ["names no transformer that omniq knows, but unet (UNet2DConditionModel)"]),
-        (["half"], ["cannot read half/transformer/config.json: No such file or directory"]),
+        (["unet"], ["names no transformer that omniq knows, but unet (UNet2DConditionModel);"]),
+        (["half"], ["half/transformer/config.json is missing."]),
         (["empty"], ["empty has no config.json"]),
         (["FluxTransformer2DModel", "--frames", "9"], ["--frames is for video"]),
         (["FluxTransformer2DModel", "--width", "1000"], ["--width 1000 is not a multiple of 16"]),

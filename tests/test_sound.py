@@ -97,8 +97,8 @@ def test_sound_is_generated_in_int8(folder: Path, tmp_path: Path) -> None:
 
 def test_several_sounds_are_several_files(folder: Path, tmp_path: Path) -> None:
     several = ["--argument", "num_waveforms_per_prompt=2", "--eager", "--quantization", "int8"]
-    assert generate(folder, tmp_path / "fox.wav", *several) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["fox_0.wav", "fox_1.wav"]
+    assert generate(folder, tmp_path / "fox.WAV", *several) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fox_0.WAV", "fox_1.WAV"]
     assert not np.array_equal(*(read(file)[0] for file in tmp_path.iterdir()))
 
 

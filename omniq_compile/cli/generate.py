@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         if CALLBACK in inspect.signature(pipe.__call__).parameters:
             given.setdefault(CALLBACK, step)
         result = call_worded(pipe, given)
-    if has_sound(result) and arguments.out.suffix == SOUND_SUFFIX:
+    if has_sound(result) and arguments.out.suffix.lower() == SOUND_SUFFIX:
         paths = save_sound(sound_of(pipe, result), arguments.out)
     else:
         paths = save_result(result, arguments.out, arguments.fps or frame_rate(pipe, given))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.checkpoint_folder import pipeline_components, read_json
 from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.filling import set_dtypes
 from omniq_compile.hub_download import described_folder, may_be_hub_id
@@ -108,11 +108,7 @@ def _of_folder(folder: Path) -> list[ModelConfig]:
                 "model_index.json and transformer/) or a transformer's own folder"
             )
         return [_of_file(folder / "config.json")]
-    components = {
-        name: kind[1]
-        for name, kind in _read(index).items()
-        if isinstance(kind, list) and len(kind) == 2
-    }
+    components = {name: kind for name, (_, kind) in pipeline_components(folder).items()}
     names = [name for name, kind in components.items() if kind in FAMILIES]
     if not names:
         found = ", ".join(f"{name} ({kind})" for name, kind in components.items()) or "nothing"
@@ -124,7 +120,7 @@ def _of_folder(folder: Path) -> list[ModelConfig]:
 
 
 def _of_file(path: Path) -> ModelConfig:
-    content = _read(path)
+    content = read_json(path)
     class_name = content.get("_class_name")
     if class_name is None:
         raise CheckpointError(
@@ -170,20 +166,6 @@ def _unknown_class(class_name: str) -> str:
             f"Valid: {', '.join(FAMILIES)}."
         )
     return unknown("transformer class", class_name, FAMILIES)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} holds {type(content).__name__}, and a configuration is an object"
-        )
-    return content
 
 
 def _of_preset(text: str, class_name: str, preset: str) -> ModelConfig:

@@ -32,9 +32,9 @@ def check_ending(out: Path, kind: Kind | None) -> None:
         OptionError: it does not.
     """
     videos = " or ".join(VIDEO_SUFFIXES)
-    if kind in ("videos", None) and out.suffix in VIDEO_SUFFIXES:
+    if kind in ("videos", None) and out.suffix.lower() in VIDEO_SUFFIXES:
         return
-    if kind in ("sound", None) and out.suffix == sound_file.SUFFIX:
+    if kind in ("sound", None) and out.suffix.lower() == sound_file.SUFFIX:
         return
     if kind == "videos":
         raise OptionError(f"--out {out}: a video is saved as {videos}.")
@@ -54,10 +54,10 @@ def check_rate(out: Path, frames_per_second: float | None) -> None:
     Raises:
         OptionError: it shows one picture, or GIF, which counts hundredths of a second, shows fewer.
     """
-    if frames_per_second is not None and out.suffix not in VIDEO_SUFFIXES:
+    if frames_per_second is not None and out.suffix.lower() not in VIDEO_SUFFIXES:
         videos = " or ".join(VIDEO_SUFFIXES)
         raise OptionError(f"--fps is of a video, {videos}, which --out {out} is not: leave it out.")
-    if out.suffix == ".gif" and frames_per_second is not None and frames_per_second > 100:
+    if out.suffix.lower() == ".gif" and frames_per_second is not None and frames_per_second > 100:
         raise OptionError(f"--out {out}: a .gif shows at most 100 frames a second; name it .mp4.")
 
 
@@ -68,7 +68,7 @@ def check_encoder(out: Path) -> None:
         OptionError: it is not.
     """
     needed = "imageio_ffmpeg" if find_spec("imageio") else "cv2"
-    if out.suffix == ".mp4" and find_spec(needed) is None:
+    if out.suffix.lower() == ".mp4" and find_spec(needed) is None:
         raise OptionError(
             f"--out {out}: .mp4 needs an encoder: pip install imageio imageio-ffmpeg, or name it "
             ".gif."
@@ -141,7 +141,7 @@ def _takes_alpha(out: Path) -> bool:
 
 def _save_video(frames: list[Image.Image], out: Path, frames_per_second: float) -> None:
     check_ending(out, "videos")
-    if out.suffix == ".mp4":
+    if out.suffix.lower() == ".mp4":
         from diffusers.utils import export_to_video
 
         export_to_video(frames, str(out), fps=frames_per_second)

@@ -27,7 +27,7 @@ def save_sound(sound: Sound, out: Path) -> list[Path]:
         OptionError: a file cannot be written.
     """
     paths = numbered(out, len(sound.waves))
-    if out.suffix != SUFFIX:
+    if out.suffix.lower() != SUFFIX:
         paths = [path.with_name(path.name + SUFFIX) for path in paths]
     for samples, path in zip(sound.waves, paths, strict=True):
         values = (np.nan_to_num(samples).clip(-1, 1) * 32767).round().astype("<i2")
