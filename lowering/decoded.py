@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from omniq_compile.lowering import float32_matmul  # noqa: F401  (defines the operator)
-from omniq_compile.lowering.formats import fp8, get_format, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -36,6 +36,26 @@ class Decoder(NamedTuple):
 def _fp8_weight(parts: Parts) -> Values:
     codes, scale = parts
     return fp8.codes_bfloat16(codes).to(torch.float32), scale
+
+
+def _fp8_block(rows: int, columns: int) -> Decoder:
+    """Make that of blocks, and of groups, which are blocks of one row, without e4m3 arithmetic."""
+
+    def applied(values: torch.Tensor, scale: torch.Tensor) -> Values:
+        # Of one row any number of rows is left as it is.
+        N = 1 if rows == 1 else values.shape[-2]
+        return (values * fp8.repeat_scale(scale, rows, columns, N, values.shape[-1]),)
+
+    def activation(x: torch.Tensor) -> Values:
+        if rows == 1:
+            return applied(*fp8.fake_quantize_group(x, columns))
+        return applied(*fp8.fake_quantize_block(x, rows, columns))
+
+    def weight(parts: Parts) -> Values:
+        codes, scale = parts
+        return applied(fp8.codes_bfloat16(codes).to(torch.float32), scale)
+
+    return Decoder(activation, weight)
 
 
 def _dualscale(scale_alg: int) -> Callable[[torch.Tensor], Values]:
@@ -74,10 +94,9 @@ _DECODERS = {
 def _decoder(name: str) -> Decoder:
     if name in _DECODERS:
         return _DECODERS[name]
-    form = get_format(name)
-    return Decoder(
-        lambda x: (form.dequantize(form.quantize(x)),), lambda parts: (form.dequantize(parts),)
-    )
+    block = block_size(name)
+    assert block is not None
+    return _fp8_block(*block)
 
 
 def quantize(x: torch.Tensor, format: str) -> Values:

@@ -21,6 +21,7 @@ FORMATS = [
 FAKES = [
     fp8.fake_quantize,
     partial(fp8.fake_quantize_group, columns=48),
+    partial(fp8.fake_quantize_block, rows=3, columns=24),
     mxfp8.fake_quantize,
     partial(mxfp4.fake_quantize, scale_alg=mx.UOS),
     mxfp4_dualscale.fake_quantize,

@@ -123,6 +123,10 @@ def test_the_values_made_without_codes_are_the_codes() -> None:
     values, same_scale = fp8.fake_quantize_group(x, 128)
     assert same_bits(values.contiguous(), fp8.decode_e4m3(codes))
     assert same_bits(scale, same_scale)
+    codes, scale = fp8.block_format(4, 100).quantize(x)
+    values, same_scale = fp8.fake_quantize_block(x, 4, 100)
+    assert same_bits(values.contiguous(), fp8.decode_e4m3(codes))
+    assert same_bits(scale, same_scale)
     for K in (332, 333):
         cut = codes[:, :K].contiguous()
         assert same_bits(fp8.codes_bfloat16(cut), fp8.decode_e4m3(cut).bfloat16())

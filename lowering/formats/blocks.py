@@ -27,7 +27,9 @@ def repeat(scale: torch.Tensor, dim: int, times: int, size: int) -> torch.Tensor
         # Not an integer division: Inductor's C++ backend turns one into a split loop that leaves
         # out the last, incomplete block (pytorch issue 195582). Exact for every size below 2**22.
         # Counted from the scale's own tensor, so that a kernel can be traced into a graph.
-        at = (scale.new_ones((size,)).cumsum(0) - 0.5) / times
+        # Of integers: on GPUs a sum of floats is not among the deterministic algorithms.
+        place = scale.new_ones((size,), dtype=torch.int64).cumsum(0).to(torch.float32)
+        at = (place - 0.5) / times
         return scale.index_select(dim, at.to(torch.int64))
     shape = [-1] * (scale.dim() + 1)
     shape[dim] = times

@@ -96,8 +96,8 @@ def _ceil(size: int, block: int) -> int:
     return (size + block - 1) // block
 
 
-def _repeat(scale: torch.Tensor, rows: int, columns: int, N: int, K: int) -> torch.Tensor:
-    """Give each element its block's scale: ``[..., N, K]``."""
+def repeat_scale(scale: torch.Tensor, rows: int, columns: int, N: int, K: int) -> torch.Tensor:
+    """Give each element its block's scale: float32 ``[..., N, K]``."""
     by_column = repeat(scale, -1, columns, K)
     return by_column if rows == 1 else repeat(by_column, -2, rows, N)
 
@@ -111,7 +111,7 @@ def _divide_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tenso
         whole = F.pad(real, (0, across * columns - K, 0, down * rows - N))
     block = whole.unflatten(-1, (across, columns)).unflatten(-3, (down, rows))
     scale = amax_scale(block, (-3, -1))
-    return divide(real, _repeat(scale, rows, columns, N, K)), scale
+    return divide(real, repeat_scale(scale, rows, columns, N, K)), scale
 
 
 def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,10 +126,23 @@ def quantize_block(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
         codes float8_e4m3fn ``[..., N, K]``, and scale float32
         ``[..., ceil(N / rows), ceil(K / columns)]``.
     """
+    return _quantize_block(x, rows, columns, encode_e4m3)
+
+
+def fake_quantize_block(
+    x: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of `quantize_block` as float32 values ``[..., N, K]``, and the scales."""
+    return _quantize_block(x, rows, columns, round_to_e4m3)
+
+
+def _quantize_block(
+    x: torch.Tensor, rows: int, columns: int, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     N, K = x.shape[-2:]
     # A larger block is one that is smaller at the edge, and would be padded to its whole size.
     quotient, scale = _divide_block(x, min(rows, N) or 1, min(columns, K) or 1)
-    return encode_e4m3(quotient), scale
+    return encode(quotient), scale
 
 
 def _quantize_group(
@@ -183,7 +196,7 @@ def dequantize_block(parts: Parts, rows: int, columns: int) -> torch.Tensor:
     """Return ``codes * scale`` in float32, ``[..., N, K]``."""
     codes, scale = parts
     N, K = codes.shape[-2:]
-    return decode_e4m3(codes) * _repeat(scale, rows, columns, N, K)
+    return decode_e4m3(codes) * repeat_scale(scale, rows, columns, N, K)
 
 
 def block_format(rows: int, columns: int) -> Format:

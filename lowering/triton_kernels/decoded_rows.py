@@ -146,7 +146,8 @@ def _gemm_weight_only(
     a: Parts, b: Parts, bias: torch.Tensor | None, problem: Problem, scheme: Scheme
 ) -> torch.Tensor:
     codes, scale = b
-    if not in_one_tile(problem, TILE_ROWS):
+    # Codes of an odd K, Inductor would load as e4m3 (before torch 2.13), which Triton has not here.
+    if not in_one_tile(problem, TILE_ROWS) and codes.shape[-1] % 2 == 0:
         codes = fp8.codes_bfloat16(codes).to(problem.dtype)
     x = a[0].to(problem.dtype)
     return _multiply((x,), (codes, None, scale), bias, problem, *(block_size(scheme.weight) or ()))
