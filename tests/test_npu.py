@@ -172,6 +172,35 @@ def test_each_scheme_calls_these_operators(
 
 
 @by_scheme
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_no_rows_need_no_operator(
+    recorder: Recorder, scheme: Scheme, leading: tuple[int, ...]
+) -> None:
+    kernel, w = native(scheme), torch.randn(9, 128, dtype=BF16)
+    x = torch.randn(*leading, 128, dtype=BF16)
+    weight = kernel.arrange(get_format(scheme.weight).quantize(w))
+    asked = len(recorder.calls)
+    a = kernel.quantize(x, scheme.activation)
+    out = kernel.gemm(a, weight, None, problem(x, w), scheme)
+    assert (out.shape, out.dtype) == ((*leading, 9), BF16)
+    assert len(recorder.calls) == asked
+    for part, format in zip(a, get_format(scheme.activation).quantize(x), strict=True):
+        assert (part.dtype, part.shape) == (format.dtype, format.shape)
+
+
+@by_scheme
+def test_an_activation_that_autocast_would_cast_is_cast(recorder: Recorder, scheme: Scheme) -> None:
+    """`torch.nn.functional.linear` multiplies in bfloat16 then, and its input is in float32."""
+    x = torch.randn(7, 128)
+    wide, cast = (native(scheme).quantize(of, scheme.activation) for of in (x, x.to(BF16)))
+    if scheme is SCHEMES["dualscale uos"]:  # which no operator quantizes
+        assert recorder.calls == []
+        return
+    for one, other in zip(wide, cast, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@by_scheme
 def test_a_weight_is_not_copied_to_be_transposed(recorder: Recorder, scheme: Scheme) -> None:
     x, w = torch.randn(7, 128, dtype=BF16), torch.randn(9, 128, dtype=BF16)
     kernel = native(scheme)

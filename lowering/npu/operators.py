@@ -31,6 +31,7 @@ from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.blocks import pad_last
 from omniq_compile.lowering.formats.mx import BLOCK
+from omniq_compile.lowering.npu.limits import DTYPES
 
 # What amax may be of e2m1's scale before that is doubled; see `formats.mx.block_scale`.
 UOS_MAX = 7.25
@@ -61,9 +62,13 @@ def _torch_npu() -> Any:
 def npu_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row: ``x [..., K]`` -> int8 ``[..., K]`` and float32 scale ``[...]``.
 
-    The scale is amax / 127. How a tie is rounded is the operator's own choice.
+    The scale is amax / 127. How a tie is rounded is the operator's own choice. ``x`` is bfloat16 or
+    float16; another dtype becomes bfloat16.
     """
-    codes, scale = _torch_npu().npu_dynamic_quant(_rows(x))
+    if not x.numel():
+        codes, scale = get_format("int8").allocate(x)
+        return codes, scale
+    codes, scale = _torch_npu().npu_dynamic_quant(_values(x))
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -93,6 +98,8 @@ def npu_quant_matmul(
             float32, which is what the operator takes beside a scale per token.
         dtype: of the result ``[..., M, N]``, bfloat16 or float16.
     """
+    if not a.numel():
+        return _result_like(a, b, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(torch.float32)
     out = _torch_npu().npu_quant_matmul(
@@ -118,19 +125,22 @@ def npu_dynamic_mx_quant(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Quantize blocks of 32 along K, which is padded to whole blocks first.
 
     Args:
-        x: ``[..., K]``, bfloat16 or float16.
+        x: ``[..., K]``, bfloat16 or float16; another dtype becomes bfloat16.
         format: ``"mxfp8"``, ``"mxfp4"`` or ``"mxfp4_uos"``.
 
     Returns:
         codes and e8m0 scale, as that format defines them.
     """
+    if not x.numel():
+        codes, scale = get_format(format).allocate(x)
+        return codes, scale
     npu = _torch_npu()
     options: dict[str, Any] = {"dst_type": npu.float4_e2m1fn_x2, "scale_alg": 0}
     if format == "mxfp8":
         options["dst_type"] = npu.float8_e4m3fn
     elif format == "mxfp4_uos":
         options |= {"scale_alg": 2, "dst_type_max": UOS_MAX}
-    rows = pad_last(_rows(x), BLOCK)
+    rows = pad_last(_values(x), BLOCK)
     codes, scale = npu.npu_dynamic_mx_quant(
         rows, axis=-1, round_mode="rint", block_size=BLOCK, **options
     )
@@ -163,6 +173,8 @@ def npu_mx_quant_matmul(
         dtype: of the result ``[..., M, N]``: bfloat16 or float16, and bfloat16 alone for e4m3 times
             e2m1.
     """
+    if not a.numel():
+        return _result_like(a, b, dtype)
     npu = _torch_npu()
     mixed = a.dtype is not b.dtype
     options: dict[str, Any] = {}
@@ -202,12 +214,15 @@ def npu_dynamic_dual_level_mx_quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     does not: a code may differ by one step from what `formats.mxfp4_dualscale` gives.
 
     Args:
-        x: ``[..., K]``, bfloat16 or float16.
+        x: ``[..., K]``, bfloat16 or float16; another dtype becomes bfloat16.
 
     Returns:
         codes, e8m0 scale and coarse scale, as the format ``mxfp4_dualscale`` defines them.
     """
-    rows = pad_last(_rows(x), BLOCK)
+    if not x.numel():
+        codes, scale, coarse = get_format("mxfp4_dualscale").allocate(x)
+        return codes, scale, coarse
+    rows = pad_last(_values(x), BLOCK)
     codes, coarse, scale = _torch_npu().npu_dynamic_dual_level_mx_quant(rows, round_mode="rint")
     shape = x.shape[:-1]
     return codes.view(*shape, -1), _unpaired(scale, rows, x), coarse.view(*shape, -1)
@@ -262,6 +277,8 @@ def npu_dual_level_quant_matmul(
         bias: ``[N]`` of any float dtype, or None; passed on in float32.
         dtype: of the result ``[..., M, N]``, bfloat16 or float16.
     """
+    if not a.numel():
+        return _result_like(a, b, dtype)
     out = _torch_npu().npu_dual_level_quant_matmul(
         _rows(a),
         b,
@@ -292,6 +309,15 @@ def _(
 def _rows(x: Tensor) -> Tensor:
     """Join all dimensions but the last: ``[..., K]`` -> contiguous ``[M, K]``."""
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _values(x: Tensor) -> Tensor:
+    """Join as `_rows` does, in a dtype that is quantized: autocast leaves activations as they are.
+
+    torch_npu's operators take bfloat16 and float16, where `torch` would have cast to either.
+    """
+    rows = _rows(x)
+    return rows if rows.dtype in DTYPES else rows.to(torch.bfloat16)
 
 
 def _paired(scale: Tensor) -> Tensor:
