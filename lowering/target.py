@@ -82,6 +82,8 @@ class Target:
             OptionError: the device or the architecture is not one omniq lowers to, or a bare
                 device is not in this machine.
         """
+        if not isinstance(text, str):
+            raise OptionError(f"a target must be text such as 'cpu' or 'cuda:sm_90', not {text!r}.")
         device, colon, arch = text.strip().lower().partition(":")
         if device not in ARCHITECTURES:
             raise OptionError(unknown("target device", device, ARCHITECTURES))

@@ -93,7 +93,8 @@ def watched(weight: TensorOfParts, values: torch.Tensor) -> torch.Tensor:
             return values
         _live.setdefault(views.codes, []).append(views)
         weakref.finalize(handle, views.end).atexit = False
-        return from_dlpack(handle)
+        with torch.cuda.device_of(handle):  # of another than the current device none is exchanged
+            return from_dlpack(handle)
 
 
 def _of(weight: TensorOfParts) -> tuple[_Views, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +111,9 @@ def _compile_for_steps(
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
-    context = Context(config, run_target(config, example_inputs), stages={} if traced else None)
+    context = Context(
+        config, run_target(config, dynamo.devices(gm.graph)), stages={} if traced else None
+    )
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
     _refuse_inner_gradients(context.sites)
@@ -206,9 +208,13 @@ def _refuse_meta(inputs: Sequence[Any]) -> None:
         )
 
 
-def run_target(config: QuantConfig, inputs: Sequence[Any]) -> Target:
-    """Return the target to run on; the options may name another architecture of its device."""
-    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+def run_target(config: QuantConfig, devices: Iterable[torch.device]) -> Target:
+    """Return the target to run on; the options may name another architecture of its device.
+
+    Args:
+        config: the options.
+        devices: of the tensors in the graph, of which an accelerator goes before the CPU.
+    """
     accelerators = sorted(str(d) for d in devices if d.type not in ("cpu", "meta"))
     here = detect(accelerators[0] if accelerators else "cpu")
     if config.target is None or here.runs(config.target):

@@ -87,8 +87,9 @@ def device_of(name: str, devices: Devices) -> torch.device:
 
 def with_target(config: QuantConfig, devices: Devices) -> QuantConfig:
     """Return the options with the target that they are on, where they name none and it is one."""
-    if config.target is None and all(map(detectable, devices.values())):
-        targets = {detect(device) for device in devices.values()}
+    places = set(map(torch.device, devices.values()))
+    if config.target is None and all(map(detectable, places)):
+        targets = set(map(detect, places))
         if len(targets) == 1:
             return dataclasses.replace(config, target=targets.pop())
     return config

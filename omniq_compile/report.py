@@ -16,7 +16,7 @@ from omniq_compile.backend import run_target
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes import pipeline
+from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes import sites as passes_sites
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
@@ -137,7 +137,8 @@ def explain(
             takes time, and ``()`` leaves all out.
 
     Raises:
-        OptionError: no module, unknown options, target or stage.
+        OptionError: no module, no arguments of a call, unknown options, target or stage.
+        OmniqError: Dynamo traced no graph.
     """
     check_model(model, "explain")
     for stage in stages:
@@ -158,13 +159,18 @@ def trace(
     contexts: list[Context] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        context = Context(config, chosen or run_target(config, example_inputs), stages={})
+        context = Context(config, chosen or run_target(config, dynamo.devices(gm.graph)), stages={})
         pipeline.run(gm, pipeline.build(config), context)
         contexts.append(context)
         return gm.forward
 
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
+    if not isinstance(inputs, (Mapping, Sequence)) or isinstance(inputs, str):
+        raise OptionError(
+            "inputs must be the model's arguments as a list or tuple, those by name as a dict, or "
+            f"one tensor, not {inputs!r}."
+        )
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     run_traced(model, args, kwargs, record)
     if not contexts:

@@ -178,8 +178,9 @@ class DeviceComparison:
         values = self._samples.values
         self._device = values[0].device
         with torch.inference_mode(False):
+            # The default device may be an accelerator, whose memory is not pinned.
             self._answers = torch.zeros(
-                len(values), dtype=torch.bool, pin_memory=self._device.type != "cpu"
+                len(values), dtype=torch.bool, device="cpu", pin_memory=self._device.type != "cpu"
             )
         self._event = new_event(self._device)
         # What was just read or compared needs no question.

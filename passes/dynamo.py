@@ -19,9 +19,10 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 # A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
-# for a name that is no identifier.
+# for a name that is no identifier; what follows a dot may be one too.
 _NAME_PART = re.compile(
-    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?:getattr\()|([^.\[\]'"(),\s]+)"""
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?:getattr\()|"""
+    r"""((?<=\.)[^.\[\]'"]+?(?=[.\[]|, ['"]|$)|[^.\[\]'"(),\s]+)"""
 )
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
 
@@ -40,6 +41,11 @@ def first_value(node: fx.Node) -> Any:
     """Return a node's fake value, or the first of several."""
     found = value(node)
     return found[0] if isinstance(found, tuple) and found else found
+
+
+def devices(graph: fx.Graph) -> set[torch.device]:
+    """Return the devices of all tensors in a graph, its inputs among them."""
+    return {value(node).device for node in graph.nodes if is_tensor(node)}
 
 
 def is_transformed(node: fx.Node) -> bool:

@@ -35,8 +35,11 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
     leading = _in_leading_blocks(sites, config)
     graphs = {site.node.graph for site in sites}
     shared = {graph: writes.inputs_in_one_memory(graph) for graph in graphs}
+    mixed = len({_device(site) for site in sites} - {"meta"}) > 1
     for site in sites:
         reason = _keep(site, config, low_precision, leading)
+        if reason is None and mixed and _device(site) != target.torch_device:
+            reason = f"it is on {_device(site)!r}, and this graph is compiled for {str(target)!r}"
         if reason is None and site.kind is Kind.WEIGHT:
             reason = _changed(site, shared[site.node.graph])
         if reason is not None:
@@ -52,6 +55,11 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
         else:
             reason = "; ".join(text for text in (note, refusals or kernel.about) if text)
             site.decision = Decision(scheme, reason, kernel)
+
+
+def _device(site: Site) -> str:
+    """Return the type of the ``torch.device`` that a site multiplies on."""
+    return str(dynamo.value(site.product.a.node).device.type)
 
 
 def _scheme(site: Site, config: QuantConfig) -> tuple[Scheme, str]:

@@ -232,6 +232,10 @@ def test_the_target_of_explain_wins_over_the_option() -> None:
         assert explain(model, inputs, OPTIONS, target=target).target == target
     with pytest.raises(OptionError, match="unknown target device 'tpu'"):
         explain(model, inputs, OPTIONS, target="tpu")
+    with pytest.raises(OptionError, match=r"a target must be text such as 'cpu'.*, not 3"):
+        explain(model, inputs, OPTIONS, target=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"inputs must be the model's arguments.*, not None"):
+        explain(model, None, OPTIONS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale"])

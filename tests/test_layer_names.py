@@ -262,6 +262,22 @@ def test_what_changes_nothing_is_not_refused(pattern: str, more: dict[str, Any])
     assert compiled_each(pattern, ignored_layers=[pattern], **more).isfinite().all()
 
 
+def test_a_name_that_is_no_identifier() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in NAMES})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.rows.values():
+                x = layer(x)
+            return self.rows["x-y"](x)
+
+    NAMES = ["a b", "x-y", "2", "f(x), 'z'"]
+    sites = explain(Named(), (torch.randn(TOKENS, WIDTH),), OPTIONS).sites
+    assert [site.layer for site in sites] == [f"rows.{name}" for name in [*NAMES, "x-y"]]
+
+
 class Sharing(nn.Module):
     """One weight in two layers, and one layer in two places."""
 

@@ -15,7 +15,7 @@ from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
 from omniq_compile.lowering.formats import block_size, get_format, mx
 
 
-@torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=())
+@torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=(), device_types="cpu")
 def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
     """Return what `decoded_bfloat16.quantize_scaled` does, bit for bit but for float32 denormals.
 

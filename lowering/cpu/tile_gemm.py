@@ -37,7 +37,7 @@ class _Arguments(ctypes.Structure):
     )
 
 
-@torch.library.custom_op("omniq::cpu_tile_gemm", mutates_args=())
+@torch.library.custom_op("omniq::cpu_tile_gemm", mutates_args=(), device_types="cpu")
 def cpu_tile_gemm(
     a: Tensor,
     a_scale: Tensor | None,
