@@ -336,4 +336,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
+    # Taken apart it begins with a view, which would be watched for writes.
+    aten.linear.default: _on_values,
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 from omniq_compile import weight_changes
 from omniq_compile.lowering.errors import WeightError
@@ -162,6 +163,8 @@ class BoundWeights:
         numbers = tuple(map(id, sources))
         bound = self._bound.get(numbers)
         if bound is not None and bound.is_current(sources):
+            if sources and weight_changes.is_capturing(sources[0].device):
+                _keep_for_replays(bound.weights, sources)
             return bound.weights
         # Of what changed, each weight is freed when the next is there, and not all at the end.
         old = deque(bound.weights if bound is not None else ())
@@ -206,6 +209,16 @@ def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight
             weight = QuantizedWeight(row.binding, parameters)
             _shared[identity] = weight
         return weight
+
+
+# Parameters -> the weights that CUDA graphs read, which callers captured: a replay tells nobody.
+_captured: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _keep_for_replays(weights: Sequence[QuantizedWeight], sources: Sequence[torch.Tensor]) -> None:
+    """Let weights live as long as each parameter, whatever becomes of it and of the program."""
+    for source in sources:
+        _captured.setdefault(source, set()).update(weights)
 
 
 def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:

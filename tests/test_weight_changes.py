@@ -5,7 +5,9 @@ The made-up device finishes work only when the test says so, or when the host wa
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from test_weights import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from omniq_compile import weight_changes
+from omniq_compile import weight_changes, weights
 from omniq_compile.weights import statistics
 
 BF16 = torch.bfloat16
@@ -210,6 +212,37 @@ def test_nothing_is_asked_while_a_graph_is_captured(
     waits, asked = device.waits, device.last
     fast(x)
     assert (device.waits, device.last) == (waits, asked)
+
+
+def test_what_a_captured_graph_reads_lives_as_long_as_the_parameters(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay reads the memory that was captured, whatever the host has done since."""
+    others = set(weights._shared.values())
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    with monkeypatch.context() as captures:
+        captures.setattr(weight_changes, "is_capturing", lambda device: True)
+        fast(x)
+        read = [weakref.ref(weight) for weight in set(weights._shared.values()) - others]
+    assert read
+    write_in_place(block)
+    fast(x)
+    del fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert all(reference() is not None for reference in read)
+    del block
+    gc.collect()
+    assert all(reference() is None for reference in read)
+
+
+def test_a_default_device_is_not_the_one_that_answers(device: Device) -> None:
+    """An accelerator's memory is not pinned; a tensor without a device would be there."""
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = compiled(block)
+    with torch.device("meta"):
+        assert_near(residual(fast, x), residual(block, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
