@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_offline import ONE_ROW, Case, cases
+from triton_offline import FOR_EARLIER, ONE_ROW, Case, cases
 
 pytest.importorskip("triton")
 
@@ -27,7 +27,8 @@ def marks(case: Case) -> list[pytest.MarkDecorator]:
     """Leave to `make zoo` what runs under ``max_autotune`` alone, but for the tiles of TMA."""
     timed = case.tile and (case.a, case.arch) != ("int8", "sm_90")
     alike = case.arch in ALIKE and case.a == "real" and case.b != "mxfp4"
-    return [pytest.mark.zoo] if timed or alike else []
+    earlier = (case.a, case.b) in ((a, b) for a, b, archs in FOR_EARLIER if case.arch in archs)
+    return [pytest.mark.zoo] if timed or alike or earlier else []
 
 
 by_case = pytest.mark.parametrize(
@@ -78,6 +79,7 @@ BFLOAT16 = {
     "gfx1100": r"v_wmma_f32_16x16x16_bf16",
 }
 BFLOAT16 |= {arch: BFLOAT16["sm_80"] for arch in ("sm_89", "sm_120")}
+BFLOAT16["sm_100"] = r"tcgen05\.mma\.cta_group::1\.kind::f16"
 BFLOAT16["gfx1201"] = BFLOAT16["gfx1100"]
 E4M3_SCALED = {
     "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.scale_vec::1X",

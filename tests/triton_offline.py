@@ -56,6 +56,14 @@ DECODED = (
     ("real", "fp8", NO_FP8),
     ("real", "fp8_block_128x128", NO_FP8),
 )
+# What later GPUs are given where the options name the target of earlier ones.
+FOR_EARLIER = (
+    ("real", "mxfp8", ("sm_100",)),
+    ("real", "mxfp4", ("sm_100",)),
+    ("real", "mxfp4_dualscale", ("sm_100", "sm_120")),
+    ("real", "fp8", ("sm_100",)),
+    ("real", "fp8_block_128x128", ("sm_100", "sm_120")),
+)
 ONE_ROW_FORMATS = (("int8", "int8"), ("fp8", "fp8"), *((a, b) for a, b, _ in DECODED[:3]))
 
 POINTERS = {
@@ -100,6 +108,8 @@ def cases() -> Iterator[Case]:
     for a, b, archs in DECODED:
         yield from (Case(a, b, arch, SMALL) for arch in archs)
         yield from (case for arch in archs for case in timed(Case(a, b, arch, ONE_TILE)))
+    for a, b, archs in FOR_EARLIER:
+        yield from (Case(a, b, arch, M) for arch in archs for M in (SMALL, ONE_TILE))
     for a, b in ONE_ROW_FORMATS:
         yield from (Case(a, b, arch, ONE_ROW) for arch in ONE_ROW_ARCHS)
     for arch in UNSCALED:

@@ -90,7 +90,9 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ("mx_coarse", _BLACKWELL): (Tile(128, 64, 256, 8, 3),),
     ("mx_coarse", _RTX): (Tile(128, 64, 128, 8, 3), Tile(16, 64, 256, 4, 3)),
     ("mx_coarse", _CDNA4): (Tile(128, 128, 256, 8, 2), Tile(16, 64, 256, 4, 2)),
-    # BF16 activations by codes that become BF16, and the same with scales that change along K.
+    # BF16 activations by codes that become BF16, and the same with scales that change along K. On
+    # sm_100 and sm_120 that is for what the options have lowered for GPUs before them.
+    ("decoded", _BLACKWELL): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 128, 4, 3)),
     ("decoded", _AMPERE): (Tile(128, 128, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
     ("decoded", _ADA + _RTX): (Tile(128, 128, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
     ("decoded", _HOPPER): (
@@ -101,8 +103,9 @@ _ROWS: dict[tuple[str, tuple[str, ...]], tuple[Tile, ...]] = {
     ),
     ("decoded", _CDNA3): (Tile(128, 128, 64, 8, 2), Tile(16, 64, 64, 4, 2)),
     ("decoded", _CDNA2_RDNA): (Tile(128, 128, 32, 8, 2), Tile(16, 64, 64, 4, 2)),
+    ("decoded_scaled", _BLACKWELL): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 128, 4, 3)),
     ("decoded_scaled", _AMPERE): (Tile(128, 64, 64, 8, 3), Tile(16, 64, 128, 4, 3)),
-    ("decoded_scaled", _ADA): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
+    ("decoded_scaled", _ADA + _RTX): (Tile(128, 64, 32, 8, 4), Tile(16, 64, 128, 4, 3)),
     ("decoded_scaled", _HOPPER): (
         Tile(1, 16, 512, 4, 1),
         Tile(128, 128, 64, 8, 4),
