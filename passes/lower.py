@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
@@ -157,6 +158,8 @@ class _Inliner:
             # transposed activation, such as a picture's channels, have to be made first.
             if kernel.as_matrix and not statically_known_true(x.stride()[-1] == 1):
                 x = x.contiguous()
+            elif kernel.as_matrix and _was_a_column(x):
+                x = x.clone(memory_format=torch.contiguous_format)
             return kernel.quantize(x, format)
 
         key = (operand, kernel.quantize, flat)
@@ -186,6 +189,15 @@ class _Inliner:
         if isinstance(result, (tuple, list)):
             return [proxy.node for proxy in result]
         return result.node
+
+
+def _was_a_column(x: Any) -> bool:
+    """Say whether one row has strides of a column, (1, 1), which count as contiguous."""
+    # Of a matrix with a symbolic size it is not known.
+    if len(x.shape) != 2 or not all(isinstance(size, int) for size in x.shape):
+        return False
+    rows, columns = x.shape
+    return rows == 1 and statically_known_true(x.stride()[0] < columns)
 
 
 def _looks(node: fx.Node) -> Any:

@@ -113,3 +113,22 @@ def test_the_channels_of_one_picture_are_stored_as_rows(variant: str, arch: str)
     case = make(Patches(), (torch.randn(1, 256, 64, 64).to(BF16),), variant, f"cuda:{arch}")
     made = re.findall(r"empty_strided_cuda\(\((4096, 256)\), \(([\d, ]+)\)", case.program)
     assert made == [("4096, 256", "256, 1")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch"), [("fp8", "sm_89"), ("fp8", "sm_100"), ("mxfp8", "sm_100")]
+)
+def test_a_column_that_became_a_row_is_stored_as_a_row(variant: str, arch: str) -> None:
+    """`torch._scaled_mm` refuses the strides (1, 1), which PyTorch takes for contiguous."""
+
+    class Column(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(256, 384)
+
+        def forward(self, column: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(column.t())
+            return out
+
+    case = make(Column(), (torch.randn(256, 1).to(BF16),), variant, f"cuda:{arch}")
+    assert launches(case.program)[1] == {"extern_kernels._scaled_mm": 1}
