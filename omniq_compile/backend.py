@@ -92,7 +92,7 @@ def compile_graph(
     Raises:
         OptionError, GradientError, WeightError: as `omniq` does.
     """
-    _refuse_gradients(example_inputs)
+    _refuse_gradients(gm, example_inputs)
     _refuse_meta(example_inputs)
     usual = _compile_for_steps(gm, example_inputs, config, decided)
     if not config.w4a8_fallback_steps:
@@ -176,16 +176,18 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
 
 
-def _refuse_gradients(inputs: Sequence[Any]) -> None:
-    if not torch.is_grad_enabled():
+def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    results = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
+    values = [dynamo.value(node) for node in results if dynamo.is_tensor(node)]
+    # A model may turn gradients off itself: its inputs then want some, and nothing has any.
+    if not torch.is_grad_enabled() or not any(value.requires_grad for value in values):
         return
     wanting = sum(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    if wanting:
-        raise GradientError(
-            f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
-            "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
-            "gradients off with model.requires_grad_(False)."
-        )
+    raise GradientError(
+        f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
+        "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
+        "gradients off with model.requires_grad_(False)."
+    )
 
 
 def _refuse_inner_gradients(sites: Sequence[Site]) -> None:

@@ -19,7 +19,7 @@ class BlockFunctions:
     as they are, without an error. So blocks share a function until one of them compiles anew though
     its inputs look like those of a block before, as where each reads its own number. From then on
     only those do whose own numbers and names are equal. Before that they are not told apart: most
-    blocks that have a number never read it.
+    blocks that have a number never read it. A block with hooks has a function of its own.
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
@@ -31,9 +31,11 @@ class BlockFunctions:
 
     def of(self, block: nn.Module) -> FunctionType:
         """Return what calls a block, to be compiled; see the class for which blocks share it."""
-        values = _own_values(block)
+        hooks = hooks_of(block)
+        values = hooks, _own_values(block)
         if values not in self._by_values:
-            self._by_values[values] = self._new() if self._apart else self._shared
+            alone = self._apart or hooks != NO_HOOKS
+            self._by_values[values] = self._new() if alone else self._shared
         return self._by_values[values]
 
     def ran(self, arguments: Any, compiled: bool) -> None:
@@ -53,6 +55,15 @@ class BlockFunctions:
         function = FunctionType(code, globals(), _run_block.__name__)
         weakref.finalize(function, _forget_compiled, code).atexit = False
         return function
+
+
+Hooks = tuple[tuple[int, ...], tuple[int, ...]]
+NO_HOOKS: Hooks = (), ()
+
+
+def hooks_of(block: nn.Module) -> Hooks:
+    """Identify the forward hooks of a block itself, by their numbers: no two hooks share one."""
+    return tuple(block._forward_pre_hooks), tuple(block._forward_hooks)
 
 
 def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

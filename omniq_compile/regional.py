@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph, own_backend
-from omniq_compile.block_functions import BlockFunctions
+from omniq_compile.block_functions import BlockFunctions, Hooks, hooks_of
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -143,7 +143,9 @@ class _Regions:
         compiled = torch.compile(
             functions.of(block), backend=self._backends[config], **self._arguments
         )
-        block._compiled_call_impl = OwnMethod(compiled, block)  # type: ignore[assignment]
+        # Dynamo does not see that a hook is added to a module, or removed.
+        call = partial(_call_with_hooks, compiled, hooks_of(block), partial(self._first_call, name))
+        block._compiled_call_impl = OwnMethod(call, block)  # type: ignore[assignment]
         result = compiled(block, *args, **kwargs)
         functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
         if len(self._order) == self._count and self._warned is not None:
@@ -176,6 +178,20 @@ class _Regions:
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )
+
+
+def _call_with_hooks(
+    compiled: Callable[..., Any],
+    hooks: Hooks,
+    first_call: Callable[..., Any],
+    block: nn.Module,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call what a block was compiled to while it had some hooks, or compile it for those it has."""
+    call = compiled if hooks_of(block) == hooks else first_call
+    return call(block, *args, **kwargs)
 
 
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:

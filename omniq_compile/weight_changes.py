@@ -5,9 +5,11 @@ Compared in each call, without a look at memory:
 - the storage (``load_state_dict(assign=True)``, ``.to()``, ``parameter.data = other``);
 - the version counter (``load_state_dict``, in-place operations).
 
-Adapters are fused through ``parameter.data``, which moves neither. So a sample of the values is
+Adapters are fused through ``parameter.data``, which moves neither, and tensors made under
+``torch.inference_mode()`` have no counter. So a sample of the values is
 compared too, spread over all rows and columns so that a low-rank update shows; a write through
-``.data`` to less than a sixteenth of the rows or columns can be missed.
+``.data``, or to a parameter made under inference_mode, to less than a sixteenth of the rows or
+columns can be missed. Of a buffer made there all values are compared.
 
 On the CPU the sample is compared in each call. On an accelerator the host would have to wait until
 the device has run everything before it, in each call, and could not run ahead any more. There
@@ -65,7 +67,9 @@ class Stamp:
     def __init__(self, parameter: torch.Tensor) -> None:
         self.memory = memory_of(parameter)
         with torch.inference_mode(False), torch.no_grad():
-            sample = _sample(parameter)
+            # A buffer without a counter, such as a memory that grows by rows, is compared whole.
+            whole = parameter.is_inference() and not isinstance(parameter, torch.nn.Parameter)
+            sample = _sample(parameter, whole)
             self.values = sample.clone()
         self._parameter = weakref.ref(parameter)
         self._view = sample.size(), sample.stride(), sample.storage_offset()
@@ -94,9 +98,11 @@ def memory_of(parameter: torch.Tensor) -> tuple[int, int | None]:
     return parameter.data_ptr(), version
 
 
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
+def _sample(parameter: torch.Tensor, whole: bool) -> torch.Tensor:
     """Return a view of some elements as integers, wandering over the rows and the columns."""
     sample = _in_words(parameter.detach())
+    if whole:
+        return sample.view(_BIT_PATTERNS[sample.element_size()])
     order = sorted(range(sample.dim()), key=sample.stride, reverse=True)
     dense = sample.permute(order)
     if dense.is_contiguous():

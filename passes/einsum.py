@@ -54,6 +54,8 @@ def read_tensordot(node: fx.Node) -> Product:
     arguments: dict[str, Any] = dict(zip(("a", "b", "dims"), node.args, strict=False))
     arguments |= node.kwargs
     x, y, dims = arguments["a"], arguments["b"], arguments.get("dims", 2)
+    if isinstance(dims, fx.Node):
+        return product_of_several([x, y], "a tensor says which dimensions tensordot sums")
     ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
     if isinstance(dims, int):
         dims = (range(ranks[0] - dims, ranks[0]), range(dims))

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from omniq_compile.passes import dynamo
+from omniq_compile.passes import dynamo, writes
 
 # Where the operands of the called graph begin. Private, checked on torch 2.11 to 2.13.
 _FIRST_OPERAND: dict[Any, int] = {
@@ -86,6 +86,8 @@ def _inline_one(
                 if inner.op == "get_attr":
                     copy.target = _adopt(gm, str(inner.target), body)
                 copies[inner] = copy
+    inputs = {n: copy for n, copy in copies.items() if n.op == "placeholder"}
+    writes.called_with(inputs, [copy for n, copy in copies.items() if n not in inputs])
     for user, result in _results(body, call):
         user.replace_all_uses_with(copies[result])
         gm.graph.erase_node(user)

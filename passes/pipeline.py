@@ -14,6 +14,7 @@ from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes import dynamo, legal
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context, PassRecord
+from omniq_compile.passes.inference_mode import gradients_off
 from omniq_compile.passes.inline import inline
 from omniq_compile.passes.lower import lower
 from omniq_compile.passes.match import find_sites
@@ -59,6 +60,7 @@ def build(config: QuantConfig) -> list[Pass]:
 
     return [
         Pass("inline", lambda gm, context: inline(gm)),
+        Pass("inference_mode", lambda gm, context: gradients_off(gm)),
         Pass("shards", lambda gm, context: multiply_shards(gm)),
         Pass("match", match),
         Pass("policy", policy, ends="traced"),

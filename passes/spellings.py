@@ -98,6 +98,9 @@ def _added(node: fx.Node) -> Product:
     aliases = {"mat1": "a", "mat2": "b", "batch1": "a", "batch2": "b", **_INPUT}
     bound: dict[str, Any] = dict(zip(names, node.args, strict=False))
     bound |= {aliases.get(k, k): v for k, v in node.kwargs.items()}
+    if not all(dynamo.is_tensor(bound.get(name)) for name in names):
+        tensors = [n for n in node.all_input_nodes if dynamo.is_tensor(n)]
+        return product_of_several(tensors, "its factors come first, a form that torch deprecated")
     product = _product(bound["a"], bound["b"])
     return Product(
         product.a,

@@ -24,6 +24,9 @@ _IN_PLACE: frozenset[Any] = frozenset(getattr(operator, name) for name in _IN_PL
     f"__{name}__" for name in _IN_PLACE_NAMES
 }
 
+# Packages whose functions are called by the name of what they do, with "_" where that is to write.
+_KNOWN = {"torch", "operator", "_operator", "builtins", "math", "omniq_compile"}
+
 
 def is_in_place(node: fx.Node) -> bool:
     """Say whether the node may write to one of its arguments."""
@@ -40,8 +43,16 @@ def is_in_place(node: fx.Node) -> bool:
         return any(_writes(getattr(target, name)) for name in target.overloads())
     if isinstance(target, HigherOrderOperator):
         return True  # what its subgraph does is not looked into
+    if not isinstance(target, str) and _is_foreign(target):
+        return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_foreign(function: Any) -> bool:
+    """Say whether nothing is known of a function: NumPy's, or a user's in `allow_in_graph`."""
+    module = getattr(function, "__module__", None) or "torch"  # of its builtins it is None
+    return module.partition(".")[0] not in _KNOWN or module.startswith("torch._dynamo.utils")
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -85,8 +96,8 @@ def inputs_in_one_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     by_memory: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            for storage in _storages(node):
-                by_memory.setdefault(storage, []).append(node)
+            for memory in set(_memory(node)):
+                by_memory.setdefault(memory, []).append(node)
     together = [nodes for nodes in by_memory.values() if len(nodes) > 1]
     return {node: nodes for nodes in together for node in nodes}
 
@@ -130,14 +141,38 @@ def _may_view(user: fx.Node, viewed: fx.Node) -> bool:
     """
     if isinstance(dynamo.value(viewed), QuantizedTensor):
         return "omniq_site" not in user.meta
-    return bool(_storages(user) & _storages(viewed))
+    return not set(_memory(user)).isdisjoint(_memory(viewed))
 
 
-def _storages(node: fx.Node) -> set[int]:
+# Of a copied node, in ``meta``: memory in its values -> the memory that it stands for.
+_STANDS_FOR = "omniq_memory"
+
+
+def _memory(node: fx.Node) -> list[int]:
     """Identify the memory of a node's tensors: Dynamo's fake views share that of their base.
 
     ``_cdata`` is private, checked on torch 2.11 to 2.13: fake memory has no address.
     """
     values = map(dynamo.unwrapped, torch.utils._pytree.tree_leaves(dynamo.value(node)))
     strided = (v for v in values if isinstance(v, torch.Tensor) and v.layout is torch.strided)
-    return {v.untyped_storage()._cdata for v in strided}
+    stands_for = node.meta.get(_STANDS_FOR, {})
+    found = [v.untyped_storage()._cdata for v in strided]
+    return [stands_for.get(memory, memory) for memory in found]
+
+
+def called_with(call_inputs: Mapping[fx.Node, Any], copies: Iterable[fx.Node]) -> None:
+    """Note what memory the inputs of a called graph are in one call of it.
+
+    The fake values of its nodes are those of the call that it was traced in.
+
+    Args:
+        call_inputs: what the call has for each placeholder of the graph.
+        copies: of its nodes, which take the place of the call.
+    """
+    memory: dict[int, int] = {}
+    for inner, outer in call_inputs.items():
+        if isinstance(outer, fx.Node):
+            memory.update(zip(_memory(inner), _memory(outer), strict=False))
+    for copy in copies:
+        before = copy.meta.get(_STANDS_FOR, {})
+        copy.meta[_STANDS_FOR] = memory | {k: memory.get(v, v) for k, v in before.items()}

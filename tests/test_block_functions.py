@@ -130,3 +130,30 @@ def test_inputs_without_strides_or_sizes_are_taken(layout: str) -> None:
     x = torch.randn(7, 64)
     for block, slow in zip(model[0], exact[0], strict=True):
         assert 0 < torch.linalg.norm(block(x, mask) - slow(x, mask)) < 0.02 * torch.linalg.norm(x)
+
+
+def test_hooks_of_a_block_are_those_that_it_has_at_a_call() -> None:
+    """Dynamo looks for new ones only where the compiled module itself is called."""
+    model = nn.Sequential(nn.ModuleList([Block(), Block(), Block()])).requires_grad_(False)
+    exact, x = copy.deepcopy(model), torch.randn(7, 64)
+
+    def near(block: nn.Module, expected: torch.Tensor) -> bool:
+        return bool(torch.linalg.norm(block(x) - expected) < 0.02 * torch.linalg.norm(expected))
+
+    omniq_compile.compile(model, OPTIONS)
+    first, second, third = model[0]
+    slow = [block(x) for block in exact[0]]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert all(map(near, model[0], slow))
+        assert graphs() == 1
+        seen: list[torch.Size] = []
+        twice = second.register_forward_hook(lambda block, args, out: out * 2)
+        third.register_forward_pre_hook(lambda block, args: seen.append(args[0].shape))
+        for _ in range(2):
+            assert near(first, slow[0])
+            assert near(second, slow[1] * 2)
+            assert near(third, slow[2])
+        assert seen == [x.shape] * 2
+        twice.remove()
+        assert near(second, slow[1])
+    assert graphs() == 3

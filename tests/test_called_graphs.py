@@ -207,3 +207,33 @@ def test_branches_get_the_values_of_stored_weights(kind, compiler: str):
     stored = model.positive.up.weight.parts
     if kind is Branches:
         assert all(map(torch.equal, stored, parts))
+
+
+@torch.compiler.nested_compile_region
+def _halved(x, state, like):
+    y = torch.nn.functional.linear(x, state)
+    state.view_as(like).mul_(0.5)
+    return y + torch.nn.functional.linear(x, state)
+
+
+class Halved(nn.Module):
+    """One region of two buffers, which it writes to through a view."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("like", "a", "b"):
+            self.register_buffer(name, torch.randn(64, 64))
+
+    def forward(self, x):
+        return _halved(x, self.a, self.like), _halved(x, self.b, self.like)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_what_a_region_writes_to_is_that_of_each_call(compiler: str):
+    model, x = Halved(), torch.randn(5, 64)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        results = _compiled(model, {"compiler": compiler})(x)
+        for result, expected in zip(results, plain(x), strict=True):
+            torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(model.b, plain.b)

@@ -71,6 +71,55 @@ def test_a_model_with_gradients_runs_where_they_are_off(context: AbstractContext
         assert error(compiled(model)(x), product(model, x)) < 5e-7
 
 
+class Decorated(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Inferring(nn.Linear):
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Within(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            y = super().forward(x) + self.bias.unsqueeze(0)
+        return y - self.bias.detach()
+
+
+@pytest.mark.parametrize("kind", [Decorated, Inferring, Within])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_a_model_may_turn_gradients_off_itself(
+    kind: type[nn.Linear], frozen: bool, compiler: str
+) -> None:
+    model, x = kind(38, 19).requires_grad_(not frozen), torch.randn(7, 38)
+    assert torch.is_grad_enabled()
+    result = compiled(model, compiler=compiler)(x)
+    assert torch.is_grad_enabled()
+    assert not result.requires_grad
+    assert error(result, product(model, x)) < 5e-7
+
+
+def test_gradients_behind_a_part_without_them_are_refused() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(38, 38), nn.Linear(38, 19)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                x = self.first(x).clone()
+            return self.second(x)
+
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(Behind(), compiler="eager")(torch.randn(7, 38))
+    assert isinstance(caught.value.inner_exception, GradientError)
+
+
 def test_a_frozen_model_runs_with_gradients_on() -> None:
     model, x = nn.Linear(38, 19).requires_grad_(False), torch.randn(7, 38)
     assert torch.is_grad_enabled()

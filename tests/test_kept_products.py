@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Holder, run
@@ -48,9 +49,29 @@ def test_products_that_are_added_into_a_tensor_are_kept_and_named() -> None:
     result, found = run(model, x)
     assert [(s.spelling, s.kind, s.decision.reason) for s in found] == [
         ("baddbmm_", Kind.WEIGHT, "it writes into its input"),
-        ("@", Kind.ACTIVATION, found[1].decision.reason),
+        ("@", Kind.ACTIVATION, "two activations (option 'matmul': True quantizes both operands)"),
         ("addmm_", Kind.WEIGHT, "it writes into its input"),
     ]
+    for actual, expected in zip(result, model(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:This overload of:UserWarning")
+def test_forms_of_a_call_that_torch_deprecated_are_kept_and_named() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return (
+            torch.addmm(0.5, x, 2.0, x, w),  # type: ignore[call-overload]
+            torch.addmm(0.5, x, x, w),  # type: ignore[call-overload]
+            x.addmm(0.5, 2.0, x, w),  # type: ignore[call-overload]
+            torch.baddbmm(0.5, x[None], x[None], w[None]),  # type: ignore[call-overload]
+            torch.tensordot(x, w, torch.tensor(1)),
+        )
+
+    model, x = Holder(function, w=torch.randn(38, 38)), torch.randn(38, 38)
+    result, found = run(model, x)
+    first = "its factors come first, a form that torch deprecated"
+    reasons = [first] * 4 + ["a tensor says which dimensions tensordot sums"]
+    assert [site.decision.reason for site in found] == reasons
     for actual, expected in zip(result, model(x), strict=True):
         assert torch.equal(actual, expected)
 
