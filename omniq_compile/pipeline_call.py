@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import import_utils
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from omniq_compile.backend import omniq, own_backend
@@ -135,28 +137,40 @@ def _before_file(name: str) -> str:
     return "" if name == IMAGE else f"{name}="
 
 
+# What libraries raise at a user's mistake; an ImportError is of one that a pipeline needs.
+_REFUSALS = (ValueError, TypeError, OSError, ImportError)
+
+# And at files that are cut short, or that do not fit one another.
+_UNREADABLE = (*_REFUSALS, RuntimeError, OverflowError, SafetensorError, StrictDataclassError)
+
+
 @contextmanager
-def refusals_worded(what: str) -> Iterator[None]:
+def refusals_worded(what: str, kinds: tuple[type[Exception], ...] = _REFUSALS) -> Iterator[None]:
     """Word what diffusers raises at a user's mistake as an error of omniq's.
 
     Raises:
-        OmniqError: in place of a ValueError, TypeError or OSError, and of an ImportError, as of
-            a library that the pipeline needs; the message is one line and begins with ``what``.
+        OmniqError: in place of an error of these kinds; the message is one line and begins with
+            ``what``.
     """
     try:
         yield
     except OmniqError:
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except kinds as error:
         words = " ".join(str(error).split())
         raise OmniqError(f"{what}: {words} ({type(error).__name__})") from error
+
+
+def loading_worded(what: Any) -> AbstractContextManager[None]:
+    """Word what is raised while something is loaded, such as "the pipeline in DIR", as one line."""
+    return refusals_worded(f"{what} cannot be loaded", _UNREADABLE)
 
 
 def load_worded(folder: str, config: Any, **loading: Any) -> Any:
     """Load a pipeline as `from_pretrained` does, with the refusals of diffusers worded."""
     import omniq_compile
 
-    with refusals_worded(f"the pipeline in {folder} cannot be loaded"):
+    with loading_worded(f"the pipeline in {folder}"):
         return omniq_compile.from_pretrained(folder, config, **loading)
 
 

@@ -19,6 +19,7 @@ from omniq_compile.diffusers_quantizer import describe
 from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.memory import footprint
 from omniq_compile.own_method import OwnMethod
+from omniq_compile.passes.config import QuantConfig
 from omniq_compile.recorded_options import options_of
 from omniq_compile.saving_transformers import save_pretrained
 
@@ -33,6 +34,24 @@ def stored_options(model: nn.Module) -> dict[str, Any] | None:
     """Return the options to compile a model with that omniq quantized, or None for another."""
     about = quantization_record(model)
     return None if about is None else options_of(about)
+
+
+def options_to_run(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the options to compile a component with.
+
+    Args:
+        model: which omniq may have loaded as it was stored.
+        given: for it. Of those that it was stored with some may be left out, or, where they are
+            those of a default, all.
+
+    Returns:
+        None where it is not quantized.
+    """
+    stored = stored_options(model)
+    if stored is None or given is None:
+        return stored or (None if given is None else dict(given))
+    alike = QuantConfig.from_options(given).method == stored["method"]
+    return {**given, **stored} if alike else stored
 
 
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor, WeightError
-from omniq_compile.lowering import quantized_tensor
 
 METHODS = {
     "int8": 0.02,
@@ -327,24 +326,6 @@ def test_moves_under_inference_mode_keep_the_parts(method: str) -> None:
     with torch.inference_mode():
         assert type(layer.to("meta").weight) is QuantizedTensor
     assert layer.weight.device.type == "meta"
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_eager_linear_computes_its_weight_once(
-    mode: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To compare it for writes would wait for the device."""
-    weight = omniq.quantize(torch.randn(40, 96), "int8")
-    x = torch.randn(3, 96)
-    computed = []
-    rows = quantized_tensor.dequantize_rows
-    monkeypatch.setattr(
-        quantized_tensor, "dequantize_rows", lambda *args: computed.append(1) or rows(*args)
-    )
-    with mode():
-        out = torch.nn.functional.linear(x, weight)
-    assert len(computed) == 1
-    assert torch.equal(out, torch.nn.functional.linear(x, weight.dequantize()))
 
 
 def test_one_made_under_inference_mode_can_be_written_later() -> None:

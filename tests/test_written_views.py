@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import omniq_compile as omniq
-from omniq_compile.lowering import written_views
+from omniq_compile.lowering import quantized_tensor, written_views
 
 METHODS = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
 
@@ -143,3 +143,21 @@ def test_what_cannot_be_quantized_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     view.fill_(torch.nan)
     with pytest.raises(omniq.OmniqError, match="NaN"):
         weight.dequantize()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_eager_linear_computes_its_weight_once(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare it for writes would wait for the device."""
+    weight = omniq.quantize(torch.randn(40, 96), "int8")
+    x = torch.randn(3, 96)
+    computed = []
+    rows = quantized_tensor.dequantize_rows
+    monkeypatch.setattr(
+        quantized_tensor, "dequantize_rows", lambda *args: computed.append(1) or rows(*args)
+    )
+    with mode():
+        out = torch.nn.functional.linear(x, weight)
+    assert len(computed) == 1
+    assert torch.equal(out, torch.nn.functional.linear(x, weight.dequantize()))

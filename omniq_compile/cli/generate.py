@@ -40,7 +40,7 @@ from omniq_compile.pipeline_call import (
 )
 from omniq_compile.pipeline_output import frame_rate, kind_returned
 from omniq_compile.pipeline_sound import has_sound, sound_of
-from omniq_compile.saving import stored_options
+from omniq_compile.saving import options_to_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
         options = config.options_for(name)
         if not isinstance(component, torch.nn.Module):
             continue
-        options = options or stored_options(component)
+        options = options_to_run(component, options)
         if options is None:
             continue
         line, quantized = describe_component(name, component, options)
         if not quantized:
             line = f"warning: {line}"
-        if not arguments.eager:
+        if not arguments.eager and (quantized or options.get("matmul")):
             line += f"; {compile_component(component, options)}"
         console.print(line, soft_wrap=True, markup=False)
     with omniq.denoise_step(0) as step:

@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.hub_download import hub_arguments, whole_folder
     from omniq_compile.loading import load_model
     from omniq_compile.pipeline import check_components, components_with, load_component
-    from omniq_compile.saving import write_aside
+    from omniq_compile.pipeline_call import loading_worded
+    from omniq_compile.saving import stored_options, write_aside
 
     loading = loading_arguments(arguments)
     variant = loading.pop("variant", None)
@@ -81,8 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
                 # Where `default` stands for it, a component that has nothing to quantize may.
                 asked = config.everywhere is not None or name in config.components
                 own = {**loading, "variant": variant if name in with_variant else None}
-                model = load_component(*components[name], source / name, options=options, **own)
-                some |= _report(console, name, model, options, asked)
+                with loading_worded(source / name):
+                    model = load_component(*components[name], source / name, options=options, **own)
+                some |= _report(console, name, model, stored_options(model) or options, asked)
                 model.save_pretrained(folder / name)
                 _copy_rest(source / name, folder / name)
             if not some:
@@ -99,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
 
         def write(folder: Path) -> None:
-            model: Any = load_model(source, options=options, variant=variant, **loading)
+            with loading_worded(source):
+                model: Any = load_model(source, options=options, variant=variant, **loading)
             _report(console, str(source), model, options, asked=True)
             model.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.given_images import GivenImage, with_images
-from omniq_compile.layer_plan import count_quantized, plan_layers, why_kept
+from omniq_compile.layer_plan import count_quantized, plan_layers, plan_of_quantized, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.memory import peak_of_call, state_bytes
 from omniq_compile.passes.config import QuantConfig
@@ -218,6 +218,8 @@ def compile_pipeline(pipe: Any, config: PipelineQuantConfig, *, reference: bool)
         if options is None:
             continue
         checked = QuantConfig.from_options(options)
+        if not checked.matmul and not any(row.method for row in plan_of_quantized(model, checked)):
+            continue  # such as a VAE without linear layers
         if reference:
             checked = dataclasses.replace(
                 checked,

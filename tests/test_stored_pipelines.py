@@ -1,0 +1,140 @@
+"""Pipelines that are stored quantized, or broken, as the commands take them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import omniq_compile as omniq
+from omniq_compile.cli import main
+from omniq_compile.pipeline_call import loading_worded
+from omniq_compile.saving import options_to_run
+
+pytest.importorskip("transformers")
+import tiny_pipelines
+
+KEPT = {"method": "mxfp4", "min_features": 16, "ignored_layers": ["ff"]}
+ASKED = {"method": "mxfp4", "min_features": 16}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipelines.save_text_to_image(tmp_path_factory.mktemp("stored") / "t2i")
+
+
+@pytest.fixture(scope="module")
+def stored(pipeline: Path) -> Path:
+    out = pipeline.with_name("stored")
+    options = json.dumps({"transformer": KEPT})
+    assert main(["quantize", str(pipeline), "--quantization", options, "--out", str(out)]) == 0
+    return out
+
+
+def generate(folder: Path, out: Path, *more: str) -> int:
+    size = ["--steps", "1", "--argument", "height=32", "width=32"]
+    return main(["generate", str(folder), "--prompt", "fox", *size, "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("asked", [None, {"transformer": ASKED}, {"default": ASKED}])
+def test_what_was_kept_when_it_was_stored_is_kept(
+    asked: Any, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options may be left out; compiled without them, those layers would be quantized as well."""
+    more = [] if asked is None else ["--quantization", json.dumps(asked)]
+    assert generate(stored, tmp_path / "a.png", *more) == 0
+    told = capsys.readouterr().err
+    expected = omniq.from_pretrained(stored)
+    quantized = sum(isinstance(p, omniq.QuantizedTensor) for p in expected.transformer.parameters())
+    assert f"transformer: {quantized} linear layers to mxfp4, " in told
+    assert f"transformer: {quantized} linear layers to mxfp4, 0 kept" not in told
+
+
+def test_a_stored_component_is_reported_as_it_is_copied(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = json.dumps({"default": ASKED})
+    out = str(tmp_path / "again")
+    assert main(["quantize", str(stored), "--quantization", options, "--out", out]) == 0
+    told = capsys.readouterr().err
+    model = omniq.from_pretrained(out).transformer
+    quantized = sum(isinstance(p, omniq.QuantizedTensor) for p in model.parameters())
+    assert f"transformer: {quantized} linear layers to mxfp4, " in told
+    assert f"transformer: {quantized} linear layers to mxfp4, 0 kept" not in told
+    assert "text_encoder: " in told
+
+
+def test_options_of_a_run_are_added_to_those_that_were_stored(stored: Path) -> None:
+    model = omniq.from_pretrained(stored).transformer
+    run = {"w4a8_fallback_steps": [0]}
+    assert options_to_run(model, None) == options_to_run(model, ASKED)
+    both = options_to_run(model, ASKED | run)
+    assert both is not None
+    assert (both["ignored_layers"], both["w4a8_fallback_steps"]) == (["ff"], [0])
+    other = {"method": "fp8", "weight_block_size": [128, 128]}
+    assert options_to_run(model, other) == options_to_run(model, None)
+
+
+def test_a_component_without_linear_layers_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain Inductor fails with Wan's VAE."""
+    folder = tiny_pipelines.save_text_to_video(tmp_path / "t2v")
+    monkeypatch.setattr("omniq_compile.cli.generate.call_worded", _no_call)
+    options = json.dumps({"default": {"method": "int8", "min_features": 16}})
+    with pytest.raises(_CalledError):
+        generate(folder, tmp_path / "a.gif", "--quantization", options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compiles" in line]
+    lines += [line for line in lines if "compile when" in line]
+    assert not any(line.startswith(("vae", "warning: vae")) for line in lines)
+
+
+class _CalledError(Exception):
+    pass
+
+
+def _no_call(*_: Any) -> Any:
+    raise _CalledError
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "tune"])
+def test_a_file_that_is_cut_short_is_one_line(
+    command: str, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a component that is not quantized, too, which transformers reads."""
+    folder = Path(shutil.copytree(pipeline, tmp_path / "cut"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    options = ["--quantization", '{"transformer": "int8"}'] if command != "tune" else []
+    needed = tiny_pipelines.required_arguments(command, tmp_path)
+    assert main([command, str(folder), "--prompt", "fox", *options, *needed]) == 2
+    told = capsys.readouterr().err
+    assert f"omniq {command}: error: the pipeline in {folder} cannot be loaded: " in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("command", ["generate", "quantize"])
+def test_a_configuration_that_does_not_fit_is_one_line(
+    command: str, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pipeline, tmp_path / "wrong"))
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"d_model": 128}))
+    more = ["--prompt", "fox"] if command == "generate" else []
+    options = ["--quantization", '{"text_encoder": {"method": "int8", "min_features": 16}}']
+    assert main([command, str(folder), *more, *options, "--out", str(tmp_path / "a.png")]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be loaded: " in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_what_omniq_says_itself_is_not_worded_again() -> None:
+    with pytest.raises(omniq.OptionError, match=r"^mine$"), loading_worded("that"):
+        raise omniq.OptionError("mine")
+    words = r"^that cannot be loaded: a b \(RuntimeError\)$"
+    with pytest.raises(omniq.OmniqError, match=words), loading_worded("that"):
+        raise RuntimeError("a\nb")
