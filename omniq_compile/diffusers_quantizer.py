@@ -26,7 +26,7 @@ from omniq_compile.memory import footprint
 from omniq_compile.own_method import OwnMethod
 from omniq_compile.recorded_options import Method, RecordedConfig
 from omniq_compile.safetensors_files import SafetensorsFiles
-from omniq_compile.saving_checks import dequantize_weights, refuse_adapters
+from omniq_compile.saving_checks import dequantize_weights, refuse_adapters, refuse_fused
 from omniq_compile.state import flatten_state, part_owners, read_metadata
 
 if TYPE_CHECKING:
@@ -266,6 +266,7 @@ def describe(model: Any, about: Mapping[str, Any]) -> None:
 def _save_config(model: Any, *args: Any, **kwargs: Any) -> None:
     # Before the first file is written, which would stay.
     refuse_adapters(name for name, _ in model.named_parameters())
+    refuse_fused(model)
     config = model._internal_dict
     model.register_to_config(quantization_config=model.omniq_quantization)
     try:

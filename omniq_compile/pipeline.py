@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from omniq_compile.checkpoint_folder import pipeline_components, read_config, read_json
-from omniq_compile.components import PipelineQuantConfig, build_quant_config, is_transformer
+from omniq_compile.components import (
+    DEFAULT,
+    PipelineQuantConfig,
+    build_quant_config,
+    is_transformer,
+)
 from omniq_compile.foreign import OWN
 from omniq_compile.hub_download import hub_arguments, index_folder, whole_folder
 from omniq_compile.load_arguments import (
@@ -25,6 +31,8 @@ from omniq_compile.loading import load_model
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint
 from omniq_compile.text_encoders import load_quantized
 from omniq_compile.variant_files import mark_of
+
+logger = logging.getLogger("omniq")
 
 # What autoregressive models of transformers end in. As a text encoder one is a part of the prompt;
 # under another name it is a stage of its own.
@@ -190,6 +198,17 @@ def check_components(
         for name, entry in listed.items()
         if _holds_weights(place / name) or (name in given and _is_described(place / name))
     }
+    for name in [n for n, (_, kind) in components.items() if _is_of_several(kind, place / n)]:
+        _, kind = components.pop(name)
+        what = (
+            f"{name!r} is a {kind}, of several models, which are loaded in BF16 or as they are "
+            f"stored. Quantize it in the loaded pipeline: omniq_compile.quantize_(pipe.{name}, "
+            "options)"
+        )
+        if any(key.split(".")[0] == name for key in config.components):
+            raise OptionError(f"{place}: {what}, and leave it out here.")
+        if config.components.get(DEFAULT) is not None:
+            logger.warning("%s: %s", place, what)
     if not components and config != PipelineQuantConfig():
         raise CheckpointError(
             f"{place} holds no component with weights and a config.json, so there is nothing to "
@@ -238,6 +257,13 @@ def _holds_weights(folder: Path) -> bool:
 
 def _is_described(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def _is_of_several(kind: str, folder: Path) -> bool:
+    """Say whether a component is made of several models, of which a folder holds the first alone:
+    a ``MultiControlNetModel``, whose others lie in ``controlnet_1`` and so on.
+    """
+    return kind.startswith("Multi") and read_config(folder).get("_class_name") != kind
 
 
 def _is_stage(name: str, kind: str) -> bool:

@@ -60,7 +60,9 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
     Models of other libraries are left alone.
     """
     if isinstance(model, ModelMixin):
-        describe(model, about)
+        # Several ControlNets are saved as a model each.
+        for part in getattr(model, "nets", [model]):
+            describe(part, about)
     elif _is_of_transformers(model):
         from omniq_compile.transformers_quantizer import OmniqHfQuantizer, TransformersConfig
 

@@ -97,13 +97,17 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._plan(model, device_map if isinstance(device_map, Mapping) else {"": "cpu"})
 
     def _plan(self, model: Any, devices: Mapping[str, Any]) -> None:
-        from omniq_compile.filling import with_target
+        from omniq_compile.filling import is_inside, with_target
         from omniq_compile.layer_plan import plan_layers
+        from omniq_compile.text_encoders import kept_in_float32
 
         config = self.quantization_config
         config.options = with_target(config.options, devices)
         rows = plan_layers(model, config.options)
-        self._planned = {f"{row.layer}.weight" for row in rows if row.method is not None}
+        # Which stay in float32 is not yet to be seen of the model's parameters.
+        kept = kept_in_float32(model, model.dtype)
+        names = (f"{row.layer}.weight" for row in rows if row.method is not None)
+        self._planned = {name for name in names if not is_inside(name, kept)}
         # What is a copy of another weight, by transformers' own rules, is quantized after it.
         self._planned -= set(getattr(model, "all_tied_weights_keys", None) or {})
 

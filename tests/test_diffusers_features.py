@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from tiny_flux import OPTIONS, inputs, tiny_flux
+
+import omniq_compile as omniq
 
 
 def compiled(model: Any, **options: Any) -> Any:
@@ -108,3 +111,52 @@ def test_caching_hooks_skip_the_same_work(name: str, by_blocks: bool) -> None:
     for actual, want in zip(steps(fast, model), expected, strict=True):
         assert 0 < error(actual, want) < 0.03
     assert not torch.equal(steps(uncached, uncached)[1], expected[1])  # the cache was used
+
+
+def fuse(model: Any) -> Callable[[], Any]:
+    model.fuse_qkv_projections()
+    return model.unfuse_qkv_projections  # type: ignore[no-any-return]
+
+
+def load_ip_adapter(model: Any) -> Callable[[], Any]:
+    before, generator = model.attn_processors, torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / 10
+
+    image = {"proj.weight": draw(4 * 40, 32), "proj.bias": draw(4 * 40), "norm.weight": draw(40)}
+    layers = {
+        f"{block}.to_{of}_ip.{part}": draw(64, 40) if part == "weight" else draw(64)
+        for block in range(2)
+        for of in "kv"
+        for part in ("weight", "bias")
+    }
+    state = {"image_proj": image | {"norm.bias": draw(40)}, "ip_adapter": layers}
+    model._load_ip_adapter_weights([state])
+
+    def unload() -> None:  # as FluxPipeline.unload_ip_adapter does
+        model.encoder_hid_proj = None
+        model.config.encoder_hid_dim_type = None
+        model.set_attn_processor(before)
+
+    return unload
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(fuse, "unfuse_qkv_projections"), (load_ip_adapter, "unload_ip_adapter")],
+)
+def test_what_a_config_does_not_tell_is_not_saved(
+    change: Callable[[Any], Callable[[], Any]], words: str, tmp_path: Path
+) -> None:
+    """diffusers leaves such tensors out when it loads, which omniq takes for a mistake."""
+    model = tiny_flux()
+    omniq.quantize_(model, {"method": "int8", "min_features": 16})
+    expected = model(**inputs())[0]
+    undo = change(model)
+    with pytest.raises(omniq.CheckpointError, match=words):
+        model.save_pretrained(tmp_path / "changed")
+    assert not list(tmp_path.rglob("*.*"))
+    undo()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(omniq.load_model(tmp_path / "saved")(**inputs())[0], expected)

@@ -40,6 +40,21 @@ def stored(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_transformers_keeps_in_float32_is_kept(dtype: torch.dtype, plain: Path) -> None:
+    """Of T5 in float16 one layer of each block, as in `quantize_` of the loaded model."""
+    expected = T5.from_pretrained(plain, dtype=dtype).requires_grad_(False)
+    wide = sum(p.dtype is torch.float32 for p in expected.parameters())
+    assert wide == (2 if dtype is torch.float16 else 0)
+    omniq.quantize_(expected, OPTIONS)
+    how = omniq.TransformersConfig(**OPTIONS)
+    online = T5.from_pretrained(plain, dtype=dtype, quantization_config=how)
+    assert same(online, expected) == 12 - wide
+    assert [p.dtype for p in online.parameters()] == [p.dtype for p in expected.parameters()]
+    with torch.no_grad():
+        assert torch.equal(online(input_ids=IDS)[0], expected(input_ids=IDS)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "linears"), [(t5, 12), (clip, 12), (qwen_with_tied_head, 14), (qwen_vl, 27)]
 )
