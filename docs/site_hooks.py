@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import omniq_compile
 from omniq_compile.kernel_table import kernels
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
@@ -18,8 +19,8 @@ from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
 # Pages that are not named here follow, in alphabetical order.
 FIRST = (
     "index.md", "methods.md", *(f"{method}.md" for method in METHODS), "hardware.md", "models.md",
-    "options.md", "loading.md", "plan.md", "inspector.md", "snapshots.md", "architecture.md",
-    "adding.md",
+    "options.md", "loading.md", "diffusers.md", "first_calls.md", "compare.md", "tune.md",
+    "plan.md", "inspector.md", "snapshots.md", "api.md", "architecture.md", "adding.md",
 )  # fmt: skip
 
 
@@ -73,6 +74,24 @@ def options() -> str:
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
 
 
+def api() -> str:
+    """Return every public name, with its signature and what its docstring says."""
+    parts = []
+    for name in omniq_compile.__all__:
+        thing = getattr(omniq_compile, name)
+        if callable(thing):
+            text = inspect.getdoc(thing) or ""
+            parts.append(f"## `{name}{_signature(thing)}`\n\n```text\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+def _signature(thing: Any) -> str:
+    if isinstance(thing, type) and (issubclass(thing, Exception) or not thing.__init__.__doc__):
+        return "" if not dataclasses.is_dataclass(thing) else "(...)"
+    names = list(inspect.signature(thing).parameters.values())
+    return f"({', '.join(str(p.replace(annotation=p.empty)) for p in names)})"
+
+
 def _default(field: Any) -> str:
     if field.name == "num_bf16_fallback_layers":
         return (
@@ -91,5 +110,6 @@ def _cell(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "hardware": hardware,
     "options": options,
+    "api": api,
     **{f"hardware {method}": partial(hardware_of, method) for method in METHODS},
 }

@@ -206,9 +206,7 @@ def nothing_quantized(rows: Sequence[LayerPlan], model: str) -> str:
     """Word a warning for a plan that leaves every layer as it is, with the commonest reasons."""
     if not rows:
         return f"nothing was quantized: {model} has no linear layers"
-    reasons = Counter(row.reason for row in rows).most_common(3)
-    why = "; ".join(f"{count} because {reason}" for reason, count in reasons)
     return (
-        f"nothing was quantized: all {len(rows)} linear layers of {model} are kept, {why}. "
-        "'min_features' and 'ignored_layers' say which are"
+        f"nothing was quantized: all {len(rows)} linear layers of {model} are kept "
+        f"({why_kept(rows)}). Give a smaller 'min_features' or fewer 'ignored_layers'"
     )

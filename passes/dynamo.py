@@ -1,4 +1,4 @@
-"""What omniq reads from a graph that Dynamo traced: the one place that knows its metadata.
+"""What Dynamo says of the nodes of a graph: their names, places, devices and values.
 
 Checked on torch 2.11 to 2.13: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
 ``grapharg`` in ``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import omniq_compile
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("lowering", "passes", "omniq_compile")
@@ -162,3 +165,8 @@ def test_the_architecture_names_each_file(path: Path) -> None:
         assert f"`{path.parent.name}/`" in text
     elif not path.name.startswith("__"):
         assert re.search(rf"`([\w/]+/)?{re.escape(path.name)}`", text)
+
+
+def test_the_version_is_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == omniq_compile.__version__

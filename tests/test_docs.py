@@ -148,6 +148,9 @@ def test_the_site_builds_without_a_warning_and_holds_the_tables(tmp_path: Path) 
         assert "<!-- table" not in page
     options = (tmp_path / "options.html").read_text("utf-8")
     assert [option for option in CHECKS if f"<code>{option}</code>" not in options] == []
+    python = (tmp_path / "api.html").read_text("utf-8")
+    names = [name for name in omniq.__all__ if name != "__version__"]
+    assert [name for name in names if f"<code>{name}" not in python] == []
     for file in tmp_path.rglob("*.html"):
         loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', file.read_text("utf-8"))
         assert loaded == [], f"{file.name} loads from the network"

@@ -1,6 +1,6 @@
 // The codes of the OCP formats as BF16.
 //
-// C++ of this folder includes it after other headers: `library.load` puts the text in place of the line.
+// C++ of this folder includes it after other headers: `library.read` puts the text in place of the line.
 
 #if defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 // The codes of the OCP formats as float32.
 //
-// C++ of this folder includes it after other headers: `library.load` puts the text in place of the line.
+// C++ of this folder includes it after other headers: `library.read` puts the text in place of the line.
 
 #include <algorithm>
 #include <cmath>

@@ -44,7 +44,7 @@ def _cells(rows: list[KernelRow]) -> Table:
     table = Table(
         title="What each cell runs on first; * is this machine",
         caption="native: the hardware multiplies in the method's precision; emulated: codes are "
-        "decoded and multiplied exactly in a wider one. `omniq kernels --target T` says why.",
+        "decoded and multiplied in a wider one. `omniq kernels --target T` says why.",
         box=box.SIMPLE,
         pad_edge=False,
     )

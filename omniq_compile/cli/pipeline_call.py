@@ -26,9 +26,9 @@ from omniq_compile.pipeline_call import check_call_of_folder
 if TYPE_CHECKING:
     from omniq_compile.quality.comparison import Setting
 
-# What pictures come as: the others that diffusers has are latents.
 # Arguments of a pipeline's call that options of their own give; a generator there always is.
 OWN_FLAGS = {"prompt": "--prompt", "num_inference_steps": "--steps", "generator": "the seed"}
+# What pictures come as: the others that diffusers has are latents.
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 # Arguments of diffusers' calls that count something.
