@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 
 from omniq_compile.lowering import float32_matmul  # noqa: F401  (defines the operator)
-from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats import (
+    block_size,
+    fp8,
+    get_format,
+    mx,
+    mxfp4,
+    mxfp4_dualscale,
+    mxfp8,
+)
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -94,9 +102,12 @@ _DECODERS = {
 def _decoder(name: str) -> Decoder:
     if name in _DECODERS:
         return _DECODERS[name]
-    block = block_size(name)
-    assert block is not None
-    return _fp8_block(*block)
+    if block := block_size(name):
+        return _fp8_block(*block)
+    form = get_format(name)
+    return Decoder(
+        lambda x: (form.dequantize(form.quantize(x)),), lambda parts: (form.dequantize(parts),)
+    )
 
 
 def quantize(x: torch.Tensor, format: str) -> Values:

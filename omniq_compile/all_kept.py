@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from omniq_compile.enclosing import modules_being_called, original
+from omniq_compile.compiled_modules import is_compiled, original
+from omniq_compile.enclosing import modules_being_called
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
@@ -133,11 +134,7 @@ def _another_graph_may(
 
 def _compiled_parts(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model that are compiled on their own, or else the model."""
-    parts = [
-        original(module)
-        for module in model.modules()
-        if module._compiled_call_impl is not None or original(module) is not module
-    ]
+    parts = [original(module) for module in model.modules() if is_compiled(module)]
     return parts or [model]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from omniq_compile.compiled_modules import original
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
@@ -64,9 +65,3 @@ def modules_being_called() -> Iterator[nn.Module]:
         if isinstance(module, nn.Module):
             yield original(module)
         frame = frame.f_back  # type: ignore[assignment]
-
-
-def original(module: nn.Module) -> nn.Module:
-    """Return what ``torch.compile`` wrapped, if it did."""
-    original = module._modules.get("_orig_mod")
-    return module if original is None else original

@@ -16,6 +16,7 @@ from torch import nn
 from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.block_functions import BlockFunctions, Hooks, hooks_of
+from omniq_compile.compiled_modules import call_instead
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -126,9 +127,7 @@ class _Regions:
         self._functions: dict[Any, BlockFunctions] = {}
         self._check_count(blocks)
         for name, block in blocks.items():
-            # What `nn.Module.compile` sets, and `nn.Module.__call__` runs in place of the module's
-            # own call; checked on torch 2.11 and 2.13. Copies of a module leave it behind.
-            block._compiled_call_impl = OwnMethod(partial(self._first_call, name), block)  # type: ignore[assignment]
+            call_instead(block, OwnMethod(partial(self._first_call, name), block))
 
     def _first_call(self, name: str, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         place = self._order.setdefault(name, len(self._order))
@@ -145,7 +144,7 @@ class _Regions:
         )
         # Dynamo does not see that a hook is added to a module, or removed.
         call = partial(_call_with_hooks, compiled, hooks_of(block), partial(self._first_call, name))
-        block._compiled_call_impl = OwnMethod(call, block)  # type: ignore[assignment]
+        call_instead(block, OwnMethod(call, block))
         result = compiled(block, *args, **kwargs)
         functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
         if len(self._order) == self._count and self._warned is not None:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile.backend import own_backend
+from omniq_compile.compiled_modules import original
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.whole_or_blocks import read_as_whole
 
@@ -27,7 +28,7 @@ def run_traced(
     Raises:
         OmniqError: ``record`` raised it; Dynamo's own error around it is taken off.
     """
-    module = getattr(model, "_orig_mod", model)
+    module = original(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)

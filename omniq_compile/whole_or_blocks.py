@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from omniq_compile.compiled_modules import is_compiled
 from omniq_compile.lowering.errors import OptionError
 
 _refusing: WeakSet[nn.Module] = WeakSet()
@@ -27,7 +28,7 @@ def check_not_whole(model: nn.Module) -> None:
     Raises:
         OptionError: it is compiled as a whole.
     """
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise OptionError(
             f"this {type(model).__name__} is compiled as a whole already, which leaves out what "
             "omniq_compile.compile makes of its blocks. Pass the model itself, as it was before "

@@ -75,14 +75,6 @@ def known(size: Any) -> Any:
     return int(size) if is_concrete_int(size) else size
 
 
-def traced_size(size: Any) -> int | None:
-    """Return what a size was in the call that was traced, which ties nothing to it; None where
-    that call's values decide.
-    """
-    traced: int | None = size if isinstance(size, int) else size.node.hint
-    return traced
-
-
 def is_weight(node: fx.Node) -> bool:
     """Say whether the node is a parameter or buffer of the model: the same tensor every call.
 

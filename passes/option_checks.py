@@ -9,6 +9,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -37,10 +38,10 @@ MOST_IN_A_BLOCK = 2**31 - 1  # kernels count in int32
 
 def _one_of(name: str, valid: tuple[str, ...]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
-        text = value.lower().replace("-", "_") if isinstance(value, str) else value
+        text = value.lower().replace("-", "_") if isinstance(value, str) else None
         if text not in valid:
             raise OptionError(unknown(name, value, valid))
-        return str(text)
+        return text
 
     return check
 
@@ -55,7 +56,8 @@ def _boolean(name: str) -> Callable[[Any], bool]:
 
 
 def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    # NumPy's integers are some, too.
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _integer(name: str, least: int) -> Callable[[Any], int]:
@@ -127,7 +129,7 @@ def _inductor(value: Any) -> Mapping[str, Any]:
 
 
 def _mode(value: Any) -> str:
-    if value not in MODES:
+    if not isinstance(value, str) or value not in MODES:
         raise OptionError(unknown("mode", value, MODES))
     return str(value)
 
@@ -141,7 +143,7 @@ def _target(value: Any) -> Target | None:
 
 
 def _scale_alg(value: Any) -> int:
-    if isinstance(value, bool) or value not in (0, 2):
+    if not _is_integer(value, 0) or int(value) not in (0, 2):
         raise OptionError(
             f"option 'mxfp4_scale_alg' must be 0 (OCP Microscaling v1.0) or 2 (UOS), not {value!r}."
         )
@@ -158,7 +160,7 @@ def _block_size(value: Any) -> tuple[int, int] | None:
             "option 'weight_block_size' must be two integers from 1 to 2**31 - 1, rows (N) and "
             f"columns (K), such as [128, 128], not {value!r}."
         )
-    return sizes[0], sizes[1]
+    return int(sizes[0]), int(sizes[1])
 
 
 def _steps(value: Any) -> tuple[int, ...]:
@@ -167,7 +169,7 @@ def _steps(value: Any) -> tuple[int, ...]:
             "option 'w4a8_fallback_steps' must be a list of zero-based denoising steps, such as "
             f"[0, 1], not {value!r}."
         )
-    return tuple(sorted(set(value)))
+    return tuple(sorted(set(map(int, value))))
 
 
 def unknown_option(name: Any) -> str:

@@ -12,6 +12,7 @@ from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.schemes import Scheme, w4a8
+from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo, writes
 from omniq_compile.passes.config import QuantConfig
@@ -182,7 +183,7 @@ def too_small(K: Any, N: Any, min_features: int) -> str | None:
     # A symbolic size occurs only between activations; it is not compared, because that would tie
     # the compiled graph to the answer. An amax of nothing cannot even be traced.
     for name, size in (("K", K), ("N", N)):
-        if dynamo.traced_size(size) == 0:
+        if traced_size(size) == 0:
             return f"{name} = {size}: empty" + ("" if isinstance(size, int) else " when traced")
     return _narrow(K, N, min_features)
 

@@ -11,6 +11,7 @@ from torch import fx
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
+from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import is_expression
@@ -105,7 +106,7 @@ def _laid_out(graph: fx.Graph, site: Site, result: fx.Node) -> fx.Node:
     if looks_alike(dynamo.value(result), wanted):
         return result
     order = list(range(wanted.dim()))
-    strides = [dynamo.traced_size(stride) for stride in wanted.stride()]
+    strides = [traced_size(stride) for stride in wanted.stride()]
     known = [stride for stride in strides if stride is not None]
     if len(known) == len(order):
         order.sort(key=lambda axis: -known[axis])

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import OPTIONS, Holder
@@ -75,6 +76,10 @@ def test_steps_may_be_a_range() -> None:
         ({"weight_block_size": [1, 10**30]}, ["from 1 to 2**31 - 1"]),
         ({"method": "int9"}, ["unknown method 'int9'", "Did you mean 'int8'?", "Valid: int8"]),
         ({"method": ["int8"]}, ["unknown method ['int8']"]),
+        ({"method": np.array(["int8", "fp8"])}, ["unknown method array("]),
+        ({"mode": torch.ones(2)}, ["unknown mode tensor("]),
+        ({"method": "mxfp4", "mxfp4_scale_alg": torch.ones(2)}, ["must be 0", "tensor("]),
+        ({"method": "mxfp4", "mxfp4_scale_alg": 2.0}, ["must be 0", "not 2.0"]),
         ({"method": None}, ["unknown method None"]),
         ({"compiler": "indutcor"}, ["unknown compiler 'indutcor'", "Did you mean 'inductor'",
                                     "Valid: inductor, aot_eager, eager."]),
@@ -151,6 +156,13 @@ def test_a_mode_beside_the_options_is_checked_like_one_among_them() -> None:
 )
 def test_case_and_hyphens_do_not_matter(name: str, value: str, expected: str) -> None:
     assert getattr(check(**{name: value}), name) == expected
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    config = check(min_features=np.int64(7))
+    assert (config.min_features, type(config.min_features)) == (7, int)
+    block = check(method="fp8", weight_block_size=[np.int32(64), 32]).weight_block_size
+    assert block == (64, 32)
 
 
 @pytest.mark.parametrize("layers", [["a", "b"], ("a", "b")])

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats import mx as mx_blocks
 from omniq_compile.lowering.formats.mxfp4_dualscale import RUN
+from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.lowering.target import detect
 from omniq_compile.lowering.triton_kernels.tiles import Tile, candidates, choose, count
 
@@ -147,14 +148,6 @@ def times_tiles(out: Tensor) -> bool:
     return config.max_autotune or config.max_autotune_gemm
 
 
-def hint(size: int | torch.SymInt) -> int | None:
-    """Return a size as it is in the call that is traced, without fixing it; None if not known yet.
-
-    Private, checked on torch 2.11 to 2.13.
-    """
-    return size if isinstance(size, int) else size.node.hint
-
-
 @cache
 def device_of(device: torch.device) -> Device:
     """Return what a GPU of this machine is.
@@ -245,7 +238,7 @@ def _launch(
     """
     N, K = out.shape[-1], int(K)
     M = out.numel() // N
-    rows = hint(M)
+    rows = traced_size(M)
     assert rows is not None
     # Of a float32 result a persistent tile and its operands are more than shared memory holds.
     tma = K % TMA_ALIGNMENT == 0 and out.element_size() <= 2

@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.lowering.bias import check_bias
+from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.lowering.triton_kernels import launch
 
 Operator = TypeVar("Operator", bound=Callable[..., Tensor])
@@ -43,7 +44,7 @@ def _traced(
     given = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
     rows = [size for a in _tensors(given.pop("a")) for size in a.shape[:-1]]
     given.pop("a_scale", None)
-    known = all(launch.hint(size) is not None for size in rows)
+    known = all(traced_size(size) is not None for size in rows)
     known &= all(isinstance(size, int) for b in _tensors(given) for size in b.shape)
     if not known or any(tensor.device.type != "cuda" for tensor in _tensors((args, kwargs))):
         return mode.__torch_dispatch__(operator, types, args, kwargs)

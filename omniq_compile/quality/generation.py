@@ -161,7 +161,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def release(device: torch.device) -> None:
     """Give back what a pipeline that is no longer referenced held, compiled code included."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
