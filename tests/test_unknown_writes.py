@@ -52,6 +52,9 @@ class Between(nn.Module):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_function_that_nothing_is_known_of_may_write(name: str, compiler: str) -> None:
+    if compiler == "inductor" and torch.__version__ < "2.12":
+        # Also where `torch._int_mm` and what quantizes for it are written out in the model.
+        pytest.skip("Inductor of 2.11 writes to x before all that reads it has")
     model, x = Between(WRITERS[name]).requires_grad_(False), torch.randn(7, 38)
     plain, same = copy.deepcopy(model), x.clone()
     with torch.no_grad():
