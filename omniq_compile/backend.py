@@ -177,10 +177,10 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> 
 
 
 def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    results = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
-    values = [dynamo.value(node) for node in results if dynamo.is_tensor(node)]
+    made = (n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    has_some = any(dynamo.value(n).requires_grad for n in made if dynamo.is_tensor(n))
     # A model may turn gradients off itself: its inputs then want some, and nothing has any.
-    if not torch.is_grad_enabled() or not any(value.requires_grad for value in values):
+    if not torch.is_grad_enabled() or not has_some:
         return
     wanting = sum(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     raise GradientError(

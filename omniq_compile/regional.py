@@ -15,7 +15,7 @@ from torch import nn
 
 from omniq_compile.all_kept import KeptLayers
 from omniq_compile.backend import compile_graph, own_backend
-from omniq_compile.block_functions import BlockFunctions, Hooks, hooks_of
+from omniq_compile.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
 from omniq_compile.compiled_modules import call_instead
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OptionError, unknown
@@ -146,7 +146,8 @@ class _Regions:
         call = partial(_call_with_hooks, compiled, hooks_of(block), partial(self._first_call, name))
         call_instead(block, OwnMethod(call, block))
         result = compiled(block, *args, **kwargs)
-        functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
+        if hooks_of(block) == NO_HOOKS:  # those of others are compiled apart anyhow
+            functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
         if len(self._order) == self._count and self._warned is not None:
             self._kept.warn(self._warned)
         return result

@@ -60,7 +60,7 @@ def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
 
 def _device(site: Site) -> str:
     """Return the type of the ``torch.device`` that a site multiplies on."""
-    return str(dynamo.value(site.product.a.node).device.type)
+    return str(dynamo.first_value(site.node).device.type)
 
 
 def _scheme(site: Site, config: QuantConfig) -> tuple[Scheme, str]:

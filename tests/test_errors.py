@@ -30,6 +30,18 @@ def test_a_call_with_gradients_says_how_to_turn_them_off() -> None:
         assert remedy in message
 
 
+class Detached(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach()
+
+
+def test_gradients_that_are_dropped_in_the_end_are_computed_all_the_same() -> None:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(Detached(38, 19))(torch.randn(7, 38))
+    assert isinstance(caught.value.inner_exception, GradientError)
+    assert "and 2 inputs or parameters of this graph require gradients" in str(caught.value)
+
+
 class Guidance(nn.Module):
     """The gradient of a layer's result, which a caller under no_grad gets."""
 
