@@ -116,7 +116,7 @@ def _compile_for_steps(
     )
     rewritten = pipeline.run(gm, pipeline.build(config), context)
     seconds = time.perf_counter() - start
-    _refuse_inner_gradients(context.sites)
+    _refuse_inner_gradients(context.sites, example_inputs)
     decided(config, context.sites)
     for site in context.sites:
         if site.decision.kernel is not None and site.problem is not None:
@@ -177,29 +177,37 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> 
 
 
 def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    made = (n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    has_some = any(dynamo.value(n).requires_grad for n in made if dynamo.is_tensor(n))
+    results = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
+    values = [dynamo.value(node) for node in results if dynamo.is_tensor(node)]
     # A model may turn gradients off itself: its inputs then want some, and nothing has any.
-    if not torch.is_grad_enabled() or not has_some:
-        return
+    if torch.is_grad_enabled() and any(value.requires_grad for value in values):
+        raise _for_inference(inputs)
+
+
+def _for_inference(inputs: Sequence[Any]) -> GradientError:
     wanting = sum(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    raise GradientError(
+    return GradientError(
         f"omniq is for inference, and {wanting} inputs or parameters of this graph require "
         "gradients. Call the model under torch.inference_mode() or torch.no_grad(), or turn "
         "gradients off with model.requires_grad_(False)."
     )
 
 
-def _refuse_inner_gradients(sites: Sequence[Site]) -> None:
-    """Refuse a model that turns gradients on itself: those through codes would be wrong."""
+def _refuse_inner_gradients(sites: Sequence[Site], inputs: Sequence[Any]) -> None:
+    """Refuse gradients that no result has, or that a model turns on itself: those through codes
+    would be wrong.
+    """
     wanting = [s.layer for s in sites if s.gradients and s.decision.method is not None]
-    if wanting:
-        raise GradientError(
-            f"omniq is for inference, and this model asks for gradients of {len(wanting)} layers, "
-            f"such as {wanting[0]!r}, inside torch.enable_grad(). Keep these layers with "
-            "'ignored_layers', or turn the gradients of parameters off with "
-            "model.requires_grad_(False) where no others are asked for."
-        )
+    if not wanting:
+        return
+    if torch.is_grad_enabled():
+        raise _for_inference(inputs)
+    raise GradientError(
+        f"omniq is for inference, and this model asks for gradients of {len(wanting)} layers, "
+        f"such as {wanting[0]!r}, inside torch.enable_grad(). Keep these layers with "
+        "'ignored_layers', or turn the gradients of parameters off with "
+        "model.requires_grad_(False) where no others are asked for."
+    )
 
 
 def _refuse_meta(inputs: Sequence[Any]) -> None:
