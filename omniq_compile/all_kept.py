@@ -34,6 +34,11 @@ NO_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _told: WeakKeyDictionary[nn.Module, set[QuantConfig]] = WeakKeyDictionary()
 
 
+def commonest(reasons: Counter[str]) -> str:
+    """Word why layers are kept: each reason once, with how many have it, the commonest first."""
+    return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(MOST_REASONS))
+
+
 class KeptLayers:
     """What became of the layers of one compile, whose graphs come one by one.
 
@@ -71,7 +76,7 @@ class KeptLayers:
         if self._told or not self.all_by_options:
             return
         self._told = True
-        why = "; ".join(f"{n} x {why}" for why, n in self._reasons.most_common(MOST_REASONS))
+        why = commonest(self._reasons)
         change = " or ".join(w for option, w in WHAT_TO_CHANGE.items() if option in self._options)
         logger.warning(
             "nothing in %s is quantized: its layers are kept (%s). To quantize some, give %s",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from omniq_compile.all_kept import commonest
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats import get_format
@@ -25,9 +26,6 @@ from omniq_compile.passes.policy import (
     too_small,
 )
 from omniq_compile.regional import module_blocks
-
-# Of the reasons for keeping layers, this many are worded.
-MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def why_kept(rows: Sequence[LayerPlan]) -> str:
     reasons = Counter(row.reason for row in rows if row.method is None)
     if not reasons:
         return "there is no linear layer"
-    return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(MOST_REASONS))
+    return commonest(reasons)
 
 
 def describe(rows: Sequence[LayerPlan], method: str) -> str:

@@ -36,7 +36,7 @@ def stored_options(model: nn.Module) -> dict[str, Any] | None:
     return None if about is None else options_of(about)
 
 
-def options_to_run(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def options_to_run(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the options to compile a component with.
 
     Args:
@@ -48,10 +48,11 @@ def options_to_run(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
         None where it is not quantized.
     """
     stored = stored_options(model)
-    if stored is None or given is None:
-        return stored or (None if given is None else dict(given))
-    alike = QuantConfig.from_options(given).method == stored["method"]
-    return {**given, **stored} if alike else stored
+    if stored is None:
+        return given
+    if given is None or QuantConfig.from_options(given).method != stored["method"]:
+        return stored
+    return {**given, **stored}
 
 
 def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
