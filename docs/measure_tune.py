@@ -22,7 +22,7 @@ from diffusers import QwenImageTransformer2DModel
 from rich.console import Console
 from torch import nn
 
-from omniq_compile.components import build_quant_config
+from omniq_compile.pipelines.components import build_quant_config
 from omniq_compile.quality.comparison import Setting
 from omniq_compile.quality.layer_units import Layer, quantized_layers
 from omniq_compile.quality.tune_state import TuneState, fingerprint
@@ -141,8 +141,8 @@ def measure(
 
 def layers_of(folder: Path, options: Any) -> list[Layer]:
     """Return the layers that options quantize, without loading a weight."""
-    from omniq_compile.checkpoint_folder import read_config
-    from omniq_compile.loading import empty_model
+    from omniq_compile.checkpoints.checkpoint_folder import read_config
+    from omniq_compile.checkpoints.loading import empty_model
     from omniq_compile.passes.config import QuantConfig
 
     about = read_config(folder / "transformer")

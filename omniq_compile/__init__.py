@@ -7,12 +7,15 @@ from omniq_compile.checkout import find_beside
 from omniq_compile.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from omniq_compile.components import PipelineQuantConfig, build_quant_config
-    from omniq_compile.denoise import denoise_step
-    from omniq_compile.diffusers_quantizer import DiffusersConfig
+    from omniq_compile.checkpoints.loading import load_model
+    from omniq_compile.checkpoints.saving import save_model
+    from omniq_compile.checkpoints.state import flatten_state, unflatten_state
+    from omniq_compile.compiling.denoise import denoise_step
+    from omniq_compile.compiling.regional import compile
+    from omniq_compile.integrations.diffusers_quantizer import DiffusersConfig
+    from omniq_compile.integrations.transformers_quantizer import TransformersConfig
     from omniq_compile.kernel_table import KernelRow, kernels
     from omniq_compile.layer_plan import LayerPlan
-    from omniq_compile.loading import load_model
     from omniq_compile.lowering.errors import (
         CheckpointError,
         GradientError,
@@ -22,13 +25,10 @@ if TYPE_CHECKING:
     )
     from omniq_compile.lowering.quantized_tensor import QuantizedTensor
     from omniq_compile.passes.config import QuantConfig
-    from omniq_compile.pipeline import from_pretrained
+    from omniq_compile.pipelines.components import PipelineQuantConfig, build_quant_config
+    from omniq_compile.pipelines.from_pretrained import from_pretrained
     from omniq_compile.quantize_weights import quantize, quantize_
-    from omniq_compile.regional import compile
-    from omniq_compile.report import Decision, Report, Site, explain
-    from omniq_compile.saving import save_model
-    from omniq_compile.state import flatten_state, unflatten_state
-    from omniq_compile.transformers_quantizer import TransformersConfig
+    from omniq_compile.reports.report import Decision, Report, Site, explain
 
 __version__ = "0.1.0"
 
@@ -38,12 +38,15 @@ register_when_imported()
 # Nothing is imported before it is used: pytest and torch import parts of this package in every
 # process of an environment that has it, and those have to cost nothing.
 _MODULES = {
-    "components": ("PipelineQuantConfig", "build_quant_config"),
-    "denoise": ("denoise_step",),
-    "diffusers_quantizer": ("DiffusersConfig",),
+    "checkpoints.loading": ("load_model",),
+    "checkpoints.saving": ("save_model",),
+    "checkpoints.state": ("flatten_state", "unflatten_state"),
+    "compiling.denoise": ("denoise_step",),
+    "compiling.regional": ("compile",),
+    "integrations.diffusers_quantizer": ("DiffusersConfig",),
+    "integrations.transformers_quantizer": ("TransformersConfig",),
     "kernel_table": ("KernelRow", "kernels"),
     "layer_plan": ("LayerPlan",),
-    "loading": ("load_model",),
     "lowering.errors": (
         "CheckpointError",
         "GradientError",
@@ -53,13 +56,10 @@ _MODULES = {
     ),
     "lowering.quantized_tensor": ("QuantizedTensor",),
     "passes.config": ("QuantConfig",),
-    "pipeline": ("from_pretrained",),
+    "pipelines.components": ("PipelineQuantConfig", "build_quant_config"),
+    "pipelines.from_pretrained": ("from_pretrained",),
     "quantize_weights": ("quantize", "quantize_"),
-    "regional": ("compile",),
-    "report": ("Decision", "Report", "Site", "explain"),
-    "saving": ("save_model",),
-    "state": ("flatten_state", "unflatten_state"),
-    "transformers_quantizer": ("TransformersConfig",),
+    "reports.report": ("Decision", "Report", "Site", "explain"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from omniq_compile.all_kept import commonest
+from omniq_compile.compiling.all_kept import commonest
+from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats import get_format
@@ -25,7 +26,6 @@ from omniq_compile.passes.policy import (
     leading_reason,
     too_small,
 )
-from omniq_compile.regional import module_blocks
 
 
 @dataclass(frozen=True)

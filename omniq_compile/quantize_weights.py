@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.checkpoints.recorded_options import difference, quantization_config
+from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.given_model import check_model
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
-from omniq_compile.recorded_options import difference, quantization_config
-from omniq_compile.unmatched import warn_unmatched_in
 
 logger = logging.getLogger("omniq")
 
@@ -87,7 +87,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         for layer in sharing:
             layer._parameters["weight"] = parameter
     if layers and hasattr(model, "save_pretrained"):
-        from omniq_compile.saving import make_savable  # needs diffusers
+        from omniq_compile.checkpoints.saving import make_savable  # needs diffusers
 
         make_savable(model, quantization_config(config))
     if layers or any(isinstance(p, QuantizedTensor) for p in model.parameters()):
@@ -100,7 +100,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
 def _check_quantized_before(model: nn.Module, rows: list[LayerPlan], config: QuantConfig) -> None:
     """Refuse a model that was quantized with other options: one record describes all of it."""
     if hasattr(model, "save_pretrained"):
-        from omniq_compile.saving import quantization_record  # needs diffusers
+        from omniq_compile.checkpoints.saving import quantization_record  # needs diffusers
 
         record = quantization_record(model)
         differs = "" if record is None else difference(record, config)

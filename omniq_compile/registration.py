@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # Where the dicts are, and what puts omniq into them.
 _REGISTERED_BY = {
-    "diffusers.quantizers.auto": "omniq_compile.diffusers_quantizer",
-    "transformers.quantizers.auto": "omniq_compile.transformers_quantizer",
+    "diffusers.quantizers.auto": "omniq_compile.integrations.diffusers_quantizer",
+    "transformers.quantizers.auto": "omniq_compile.integrations.transformers_quantizer",
 }
 # What is imported after them, and before any model.
 _LATER = {

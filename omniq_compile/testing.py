@@ -84,7 +84,7 @@ def graph_text(
     """Return the text that is compared: how many products of what decision, and the programs."""
     from omniq_compile.lowering.errors import OptionError, unknown
     from omniq_compile.lowering.target import ARCHITECTURES
-    from omniq_compile.report import explain
+    from omniq_compile.reports.report import explain
 
     if stage not in STAGES:
         raise OptionError(unknown("stage", stage, STAGES))

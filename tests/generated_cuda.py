@@ -19,7 +19,7 @@ from torch.nn import functional
 from triton_numbers import interpreter_works
 
 from omniq_compile import QuantConfig
-from omniq_compile.inductor import settings_of
+from omniq_compile.compiling.inductor import settings_of
 from omniq_compile.inspector import absent_gpu, generated
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline

@@ -12,7 +12,7 @@ from generated_cuda import BF16, Layer
 from torch import nn
 
 from omniq_compile import QuantConfig
-from omniq_compile.inductor import settings_of
+from omniq_compile.compiling.inductor import settings_of
 from omniq_compile.inspector import absent_gpu, generated
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline

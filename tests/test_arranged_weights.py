@@ -13,11 +13,11 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import QuantConfig
+from omniq_compile.compiling.weights import resident_bytes
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.target import detect
 from omniq_compile.quality.switches import Switches
-from omniq_compile.weights import resident_bytes
 
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
 K, HIDDEN, N = 96, 160, 64

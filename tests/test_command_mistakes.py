@@ -18,12 +18,12 @@ from diffusers import AuraFlowPipeline
 from diffusers.utils import import_utils
 
 from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
+from omniq_compile.checkpoints.loading import load_model
 from omniq_compile.cli import main
 from omniq_compile.cli.picture_file import save_result
-from omniq_compile.components import build_quant_config
-from omniq_compile.loading import load_model
-from omniq_compile.pipeline import check_components
-from omniq_compile.pipeline_call import call_worded
+from omniq_compile.pipelines.call import call_worded
+from omniq_compile.pipelines.components import build_quant_config
+from omniq_compile.pipelines.from_pretrained import check_components
 
 pytest.importorskip("transformers")
 import tiny_pipelines
@@ -244,7 +244,8 @@ def test_quantize_tries_where_it_writes_before_the_work(
     folder: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "omniq_compile.loading.load_model", lambda *_, **__: pytest.fail("weights were read")
+        "omniq_compile.checkpoints.loading.load_model",
+        lambda *_, **__: pytest.fail("weights were read"),
     )
     Path("made").mkdir()
     Path("made/something").touch()

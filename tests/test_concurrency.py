@@ -15,7 +15,7 @@ from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch import nn
 
 import omniq_compile as omniq
-from omniq_compile.weights import resident_bytes
+from omniq_compile.compiling.weights import resident_bytes
 
 
 def compiled(model: Any, **options: Any) -> Any:

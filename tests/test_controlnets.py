@@ -11,8 +11,8 @@ import torch
 from diffusers import ControlNetModel, MultiControlNetModel
 
 import omniq_compile as omniq
-from omniq_compile.components import build_quant_config
-from omniq_compile.pipeline import check_components
+from omniq_compile.pipelines.components import build_quant_config
+from omniq_compile.pipelines.from_pretrained import check_components
 
 INT8 = {"method": "int8", "min_features": 16}
 

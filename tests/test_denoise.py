@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from omniq_compile import denoise_step
-from omniq_compile.denoise import current_step
+from omniq_compile.compiling.denoise import current_step
 
 
 def test_each_call_of_a_pipeline_counts_its_steps_anew() -> None:

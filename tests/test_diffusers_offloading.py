@@ -17,7 +17,7 @@ from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch import nn
 
 from omniq_compile import WeightError, compile, explain, quantize_
-from omniq_compile.pipeline_call import compile_component
+from omniq_compile.pipelines.call import compile_component
 
 
 def compiled(model: Any) -> Any:

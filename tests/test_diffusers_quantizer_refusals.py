@@ -119,6 +119,8 @@ def test_online_refusals(plain: Path, tmp_path: Path) -> None:
 
 def test_an_old_diffusers_is_refused(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("diffusers.quantizers.base.DiffusersQuantizer.maybe_update_state_dict")
-    monkeypatch.delattr("omniq_compile.diffusers_quantizer.OmniqQuantizer.maybe_update_state_dict")
+    monkeypatch.delattr(
+        "omniq_compile.integrations.diffusers_quantizer.OmniqQuantizer.maybe_update_state_dict"
+    )
     with pytest.raises(CheckpointError, match=r"needs 0\.39 or later\. Use omniq_compile\.load_m"):
         load(stored)

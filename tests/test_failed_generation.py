@@ -16,7 +16,7 @@ from omniq_compile.inspector import absent_gpu
 from omniq_compile.inspector.inspection import inspect
 from omniq_compile.passes.program import weight_of
 from omniq_compile.passes.sections import split
-from omniq_compile.report import trace
+from omniq_compile.reports.report import trace
 
 MODULE = """
 import torch

@@ -11,8 +11,8 @@ import pytest
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from omniq_compile.given_images import read_images, with_images
-from omniq_compile.pipeline_call import call_worded
+from omniq_compile.pipelines.call import call_worded
+from omniq_compile.pipelines.images import read_images, with_images
 
 pytest.importorskip("transformers")
 

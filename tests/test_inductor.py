@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from omniq_compile import inductor
+from omniq_compile.compiling import inductor
 from omniq_compile.lowering.triton_kernels import launch
 
 

@@ -11,7 +11,7 @@ from conftest import traced
 from generated_cuda import generate
 from torch import nn
 
-from omniq_compile import kernel_accesses
+from omniq_compile.compiling import kernel_accesses
 from omniq_compile.inspector import absent_gpu
 from omniq_compile.lowering.target import Target
 

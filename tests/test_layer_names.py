@@ -13,11 +13,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import omniq_compile
 from omniq_compile import explain
-from omniq_compile.folded_trace import folded_sites
-from omniq_compile.meta_run import run_on_meta
+from omniq_compile.compiling.regional import block_config, module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
-from omniq_compile.regional import block_config, module_blocks
+from omniq_compile.planning.folded_trace import folded_sites
+from omniq_compile.planning.meta_run import run_on_meta
 
 WIDTH = 64
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager", "matmul": True}

@@ -13,8 +13,8 @@ import torch
 from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch.nn import functional
 
-from omniq_compile.backend import omniq
-from omniq_compile.weights import resident_bytes, statistics
+from omniq_compile.compiling.backend import omniq
+from omniq_compile.compiling.weights import resident_bytes, statistics
 
 SIZES = [
     (rows, columns, batch) for rows, columns in ((4, 5), (6, 6), (3, 8), (7, 4)) for batch in (1, 2)

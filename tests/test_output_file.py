@@ -17,7 +17,7 @@ from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.cli.picture_file import save_result
 from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.lowering.errors import OmniqError
-from omniq_compile.pipeline_sound import Sound
+from omniq_compile.pipelines.sound import Sound
 
 COMMANDS = (
     ["dump", "QwenImageTransformer2DModel:tiny", "--method", "int8", "--out"],

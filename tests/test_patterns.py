@@ -10,8 +10,8 @@ from conftest import OPTIONS, compiled
 from torch import nn
 
 from omniq_compile import QuantConfig, denoise_step, explain
+from omniq_compile.compiling.regional import block_config
 from omniq_compile.passes.patterns import first_match, matches, unmatched
-from omniq_compile.regional import block_config
 
 LAYER = "transformer_blocks.3.img_mlp.net.2"
 

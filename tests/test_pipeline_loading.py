@@ -25,9 +25,9 @@ from tiny_pipelines import required_arguments
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
+from omniq_compile.checkpoints.saving import stored_options
 from omniq_compile.cli import main
 from omniq_compile.cli.random_models import random_model
-from omniq_compile.saving import stored_options
 
 transformers = pytest.importorskip("transformers")
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
@@ -299,7 +299,9 @@ def test_code_that_a_folder_brings_runs_only_when_allowed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("omniq_compile.pipeline.load_model", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(
+        "omniq_compile.pipelines.from_pretrained.load_model", lambda *_, **__: pytest.fail("read")
+    )
     arguments = required_arguments(command, tmp_path)
     assert main([command, str(DIGITS), "--argument", "digits=[1]", *arguments]) == 2
     error = capsys.readouterr().err

@@ -16,7 +16,7 @@ from tiny_pipelines import required_arguments, write_index
 import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.cli.picture_file import save_result
-from omniq_compile.pipeline_output import kind_returned
+from omniq_compile.pipelines.output import kind_returned
 from omniq_compile.quality.generation import pictures_of
 
 VIDEOS = ["HunyuanVideoPipeline", "LTXPipeline", "CogVideoXPipeline", "Kandinsky5T2VPipeline"]

@@ -18,14 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import omniq_compile as omniq
-from omniq_compile import folded_trace, report
 from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
-from omniq_compile.meta_run import run_on_meta, to_meta
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.planning import Plan, plan_model
+from omniq_compile.planning.meta_run import run_on_meta, to_meta
+from omniq_compile.planning.plan import Plan, folded_trace, plan_model
+from omniq_compile.reports import report
 
 CONFIGS = Path(__file__).parent / "configs"
 TARGET = "cpu:generic"

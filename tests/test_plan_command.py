@@ -13,7 +13,7 @@ from omniq_compile.cli import main
 from omniq_compile.cli.families import FAMILIES, InputSize, preset_config
 from omniq_compile.cli.plan import Size, _render
 from omniq_compile.cli.random_models import random_model
-from omniq_compile.planning import Plan, PlanRow
+from omniq_compile.planning.plan import Plan, PlanRow
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import OptionError, QuantizedTensor, WeightError
-from omniq_compile.weights import statistics
+from omniq_compile.compiling.weights import statistics
 
 METHODS = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import omniq_compile
 from omniq_compile.cli.random_models import make_inputs, random_model
-from omniq_compile.regional import module_blocks
+from omniq_compile.compiling.regional import module_blocks
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}
 INT8 = {"method": "int8"}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import omniq_compile
-from omniq_compile.weights import resident_bytes
+from omniq_compile.compiling.weights import resident_bytes
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}
 

@@ -18,8 +18,8 @@ from tiny_pipelines import save_text_to_image
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
-from omniq_compile.saving import stored_options
-from omniq_compile.text_encoders import load_quantized
+from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.integrations.text_encoders import load_quantized
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"method": "int8", "min_features": 32}

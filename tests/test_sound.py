@@ -28,8 +28,8 @@ import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.lowering.errors import OmniqError, OptionError
-from omniq_compile.pipeline_output import kind_returned
-from omniq_compile.pipeline_sound import Sound, has_sound, sound_of
+from omniq_compile.pipelines.output import kind_returned
+from omniq_compile.pipelines.sound import Sound, has_sound, sound_of
 
 RATE = 64
 PROMPT = " ".join(WORDS)

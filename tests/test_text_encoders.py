@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import omniq_compile as omniq
-from omniq_compile.filling import fill_stored
+from omniq_compile.checkpoints.filling import fill_stored
+from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
+from omniq_compile.integrations.saving_transformers import WEIGHTS, save_quantized
+from omniq_compile.integrations.text_encoders import load_quantized
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.safetensors_files import SafetensorsFiles
-from omniq_compile.saving_transformers import WEIGHTS, save_quantized
-from omniq_compile.text_encoders import load_quantized
 
 transformers = pytest.importorskip("transformers")
 OPTIONS = {"method": "mxfp8", "min_features": 16}
@@ -214,7 +214,7 @@ def test_a_stored_language_model_keeps_its_generation_config(tmp_path: Path) -> 
 PEAK = """
 import json, sys, threading, torch, transformers
 from pathlib import Path
-from omniq_compile.text_encoders import load_quantized
+from omniq_compile.integrations.text_encoders import load_quantized
 
 def own():
     with open("/proc/self/status") as lines:

@@ -14,10 +14,10 @@ from test_text_encoders import clip, load_quantized, qwen_vl, qwen_with_tied_hea
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, WeightError
+from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.integrations.saving_transformers import WEIGHTS
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
-from omniq_compile.saving import stored_options
-from omniq_compile.saving_transformers import WEIGHTS
 
 transformers = pytest.importorskip("transformers")
 OPTIONS = {"method": "mxfp8", "min_features": 16}

@@ -28,8 +28,8 @@ from test_weights import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from omniq_compile import weight_changes, weights
-from omniq_compile.weights import statistics
+from omniq_compile.compiling import weight_changes, weights
+from omniq_compile.compiling.weights import statistics
 
 BF16 = torch.bfloat16
 

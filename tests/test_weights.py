@@ -11,9 +11,9 @@ from format_oracle import same_bits
 from torch import nn
 
 from omniq_compile import WeightError
+from omniq_compile.compiling.weights import resident_bytes, statistics
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.rows import dequantize_rows, quantize_rows
-from omniq_compile.weights import resident_bytes, statistics
 
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
 

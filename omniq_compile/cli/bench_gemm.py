@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from omniq_compile import inductor
 from omniq_compile.cli.bench_linears import linear_calls
 from omniq_compile.cli.bench_machine import captured, time_calls
 from omniq_compile.cli.bench_suites import Suite
+from omniq_compile.compiling import inductor
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Problem

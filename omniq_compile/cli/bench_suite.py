@@ -33,7 +33,7 @@ from omniq_compile.cli.families import preset_config, transformer_class
 from omniq_compile.cli.output_file import write
 from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
-from omniq_compile.meta_run import to_meta
+from omniq_compile.planning.meta_run import to_meta
 from omniq_compile.strict_json import to_json
 
 PACKAGES = ("triton", "torchao", "diffusers")

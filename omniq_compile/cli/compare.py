@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from omniq_compile.cli.pipeline_call import (
+from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
     add_quality_arguments,
     quality_setting,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from omniq_compile.checkpoints.saving import options_to_run
 from omniq_compile.cli.loading_arguments import add_dtype_argument
 from omniq_compile.cli.output_file import check_writable
 from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
-from omniq_compile.cli.pipeline_call import (
+from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
     given_arguments,
     pipeline_arguments,
@@ -27,10 +28,8 @@ from omniq_compile.cli.quantization import (
 from omniq_compile.cli.sound_file import SUFFIX as SOUND_SUFFIX
 from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.cli.whole_numbers import positive, seed
-from omniq_compile.components import build_quant_config
-from omniq_compile.given_images import read_images, with_images
 from omniq_compile.lowering.errors import OmniqError
-from omniq_compile.pipeline_call import (
+from omniq_compile.pipelines.call import (
     CALLBACK,
     call_worded,
     check_call,
@@ -38,9 +37,10 @@ from omniq_compile.pipeline_call import (
     compile_component,
     load_worded,
 )
-from omniq_compile.pipeline_output import frame_rate, kind_returned
-from omniq_compile.pipeline_sound import has_sound, sound_of
-from omniq_compile.saving import options_to_run
+from omniq_compile.pipelines.components import build_quant_config
+from omniq_compile.pipelines.images import read_images, with_images
+from omniq_compile.pipelines.output import frame_rate, kind_returned
+from omniq_compile.pipelines.sound import has_sound, sound_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from omniq_compile.hub_download import may_be_hub_id
+from omniq_compile.checkpoints.hub_download import may_be_hub_id
 from omniq_compile.lowering.errors import OptionError
 
 DTYPES = ("bfloat16", "float16", "float32")

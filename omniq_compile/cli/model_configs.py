@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.checkpoint_folder import pipeline_components, read_json
+from omniq_compile.checkpoints.checkpoint_folder import pipeline_components, read_json
+from omniq_compile.checkpoints.filling import set_dtypes
+from omniq_compile.checkpoints.hub_download import described_folder, may_be_hub_id
 from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
-from omniq_compile.filling import set_dtypes
-from omniq_compile.hub_download import described_folder, may_be_hub_id
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint, unknown
 
 # How alike a setting's name is to a known one to be a misspelling of it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from omniq_compile.checkpoints.whole_file import written_whole
 from omniq_compile.lowering.errors import OmniqError
-from omniq_compile.whole_file import written_whole
 
 
 def check_writable(option: str, file: Path | None) -> None:

@@ -20,12 +20,12 @@ from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_a
 from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
 from omniq_compile.cli.output_file import check_writable, write
+from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target, detect
-from omniq_compile.meta_run import to_meta
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.planning import Plan, plan_model
-from omniq_compile.unmatched import warn_unmatched_in
+from omniq_compile.planning.meta_run import to_meta
+from omniq_compile.planning.plan import Plan, plan_model
 
 # A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
 # the first frame and shrinks the others 4 times.

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from omniq_compile.checkpoints.recorded_options import refuse_unstored
+from omniq_compile.checkpoints.variant_files import copy_as_plain, is_of_weights
 from omniq_compile.cli.loading_arguments import (
     add_dtype_argument,
     add_hub_arguments,
@@ -21,10 +23,8 @@ from omniq_compile.cli.quantization import (
     describe_component,
     read_quantization,
 )
-from omniq_compile.components import build_quant_config
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.recorded_options import refuse_unstored
-from omniq_compile.variant_files import copy_as_plain, is_of_weights
+from omniq_compile.pipelines.components import build_quant_config
 
 # Options that change no number, so that a set found by `omniq tune` may have them.
 OF_A_RUN = ("compiler", "inductor", "mode")
@@ -43,11 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
-    from omniq_compile.hub_download import hub_arguments, whole_folder
-    from omniq_compile.loading import load_model
-    from omniq_compile.pipeline import check_components, components_with, load_component
-    from omniq_compile.pipeline_call import loading_worded
-    from omniq_compile.saving import stored_options, write_aside
+    from omniq_compile.checkpoints.hub_download import hub_arguments, whole_folder
+    from omniq_compile.checkpoints.loading import load_model
+    from omniq_compile.checkpoints.saving import stored_options, write_aside
+    from omniq_compile.pipelines.call import loading_worded
+    from omniq_compile.pipelines.from_pretrained import (
+        check_components,
+        components_with,
+        load_component,
+    )
 
     loading = loading_arguments(arguments)
     variant = loading.pop("variant", None)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.checkpoints.filling import is_inside
 from omniq_compile.cli.families import (
     InputSize,
     family_of,
     preset_config,
     transformer_class,
 )
-from omniq_compile.filling import is_inside
 from omniq_compile.lowering.errors import OmniqError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from omniq_compile.checkpoints.whole_file import written_whole
 from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.pipeline_sound import Sound
-from omniq_compile.whole_file import written_whole
+from omniq_compile.pipelines.sound import Sound
 
 SUFFIX = ".wav"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from omniq_compile.cli.options import add_option_arguments, options_of
-from omniq_compile.cli.pipeline_call import (
+from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
     add_quality_arguments,
     quality_setting,
@@ -78,8 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     import omniq_compile
-    from omniq_compile.given_images import by_argument
-    from omniq_compile.hub_download import hub_arguments
+    from omniq_compile.checkpoints.hub_download import hub_arguments
+    from omniq_compile.pipelines.images import by_argument
     from omniq_compile.quality.compare_result import as_given, write_json
     from omniq_compile.quality.metrics import need
     from omniq_compile.quality.output_folder import make_folder
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _content(setting: Any, goal: Any, found: Any) -> dict[str, Any]:
-    from omniq_compile.given_images import by_argument
+    from omniq_compile.pipelines.images import by_argument
 
     given = found.quantization
     lists = {"": given} if "method" in given else given

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from omniq_compile import inductor
+from omniq_compile.compiling import inductor
 from omniq_compile.inspector import absent_gpu
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo

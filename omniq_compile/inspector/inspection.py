@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from omniq_compile import inductor, tracing
+from omniq_compile.compiling import inductor
 from omniq_compile.inspector.dataflow import Flow, flow_of
 from omniq_compile.inspector.generated import LANGUAGES, GeneratedCode, failure, generate, why_not
 from omniq_compile.lowering.errors import OmniqError, OptionError
@@ -25,7 +25,8 @@ from omniq_compile.passes.option_checks import check_pattern
 from omniq_compile.passes.patterns import matches, unmatched
 from omniq_compile.passes.program import is_result, relative
 from omniq_compile.passes.sections import Section, added_for, layer_names, restrict
-from omniq_compile.report import Report, Site, report_of, trace
+from omniq_compile.reports import tracing
+from omniq_compile.reports.report import Report, Site, report_of, trace
 
 _TORCH = str(Path(torch.__file__).parent)
 

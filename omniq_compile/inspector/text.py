@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from omniq_compile.inspector.inspection import Inspection, Part
-from omniq_compile.report import Report
+from omniq_compile.reports.report import Report
 
 KERNELS = "kernels"
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 import omniq_compile
-from omniq_compile.components import PipelineQuantConfig
-from omniq_compile.given_images import by_argument
+from omniq_compile.checkpoints.whole_file import written_whole
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.pipelines.components import PipelineQuantConfig
+from omniq_compile.pipelines.images import by_argument
 from omniq_compile.quality.comparison import Comparison, Setting, Side
 from omniq_compile.quality.gate import Gate
 from omniq_compile.strict_json import to_json
-from omniq_compile.whole_file import written_whole
 
 VERSION = 1
 

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from omniq_compile.components import PipelineQuantConfig
-from omniq_compile.given_images import GivenImage, with_images
 from omniq_compile.layer_plan import count_quantized, plan_layers, plan_of_quantized, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.memory import peak_of_call, state_bytes
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.pipeline_call import check_call, compile_component, load_worded
+from omniq_compile.pipelines.call import check_call, compile_component, load_worded
+from omniq_compile.pipelines.components import PipelineQuantConfig
+from omniq_compile.pipelines.images import GivenImage, with_images
 from omniq_compile.quality.generation import Generation, Pictures, generate, release, warm_up
 from omniq_compile.quality.metrics import picture_metrics, relative_l2
 from omniq_compile.quality.perceptual import Distance, load_lpips
@@ -120,7 +120,7 @@ def compare(setting: Setting, work: Path, on_step: OnStep) -> Comparison:
     """
     # Imported now, so that no side's memory counts what both import.
 
-    import omniq_compile.pipeline  # noqa: F401
+    import omniq_compile.pipelines.from_pretrained  # noqa: F401
 
     result = Comparison()
     _run(setting, None, result.bf16, work, on_step)

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from omniq_compile.denoise import denoise_step
+from omniq_compile.compiling.denoise import denoise_step
 from omniq_compile.lowering.errors import OmniqError, OptionError
-from omniq_compile.pipeline_call import CALLBACK, call_worded
-from omniq_compile.pipeline_output import made_by
+from omniq_compile.pipelines.call import CALLBACK, call_worded
+from omniq_compile.pipelines.output import made_by
 
 Pictures = npt.NDArray[np.float32]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.layer_plan import plan_layers
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import matches
-from omniq_compile.regional import module_blocks
 
 
 @dataclass(frozen=True)

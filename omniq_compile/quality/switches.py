@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.layer_plan import plan_layers
 from omniq_compile.lowering import decoded, decoded_bfloat16, registry
 from omniq_compile.lowering.errors import OptionError
@@ -26,7 +27,6 @@ from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
-from omniq_compile.regional import module_blocks
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from omniq_compile.checkpoint_folder import pipeline_components
-from omniq_compile.hub_download import index_folder
+from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
+from omniq_compile.checkpoints.hub_download import index_folder
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality.compare_result import write_json
 

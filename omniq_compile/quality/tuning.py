@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from omniq_compile.components import PipelineQuantConfig
 from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.memory import state_bytes
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.pipelines.components import PipelineQuantConfig
 from omniq_compile.quality.compare_result import as_given
 from omniq_compile.quality.comparison import (
     Setting,

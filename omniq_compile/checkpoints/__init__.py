@@ -1,0 +1,1 @@
+"""Quantized weights in files, and models filled from files."""

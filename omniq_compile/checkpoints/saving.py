@@ -1,0 +1,208 @@
+"""Saves quantized models as diffusers folders, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from filelock import FileLock, Timeout
+from torch import nn
+
+from omniq_compile.checkpoints.recorded_options import options_of
+from omniq_compile.integrations.diffusers_quantizer import describe
+from omniq_compile.integrations.saving_transformers import save_pretrained
+from omniq_compile.lowering.errors import CheckpointError
+from omniq_compile.memory import footprint
+from omniq_compile.own_method import OwnMethod
+from omniq_compile.passes.config import QuantConfig
+
+
+def quantization_record(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return what config.json will say of a model that omniq quantized, or None for another."""
+    about = getattr(model, "omniq_quantization", None)
+    return about if isinstance(about, Mapping) else None
+
+
+def stored_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return the options to compile a model with that omniq quantized, or None for another."""
+    about = quantization_record(model)
+    return None if about is None else options_of(about)
+
+
+def options_to_run(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the options to compile a component with.
+
+    Args:
+        model: which omniq may have loaded as it was stored.
+        given: for it. Of those that it was stored with some may be left out, or, where they are
+            those of a default, all.
+
+    Returns:
+        None where it is not quantized.
+    """
+    stored = stored_options(model)
+    if stored is None:
+        return given
+    if given is None or QuantConfig.from_options(given).method != stored["method"]:
+        return stored
+    return {**given, **stored}
+
+
+def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
+    """Let the ``save_pretrained`` of diffusers and transformers save a quantized model.
+
+    Models of other libraries are left alone.
+    """
+    if isinstance(model, ModelMixin):
+        # Several ControlNets are saved as a model each.
+        for part in getattr(model, "nets", [model]):
+            describe(part, about)
+    elif _is_of_transformers(model):
+        from omniq_compile.integrations.transformers_quantizer import (
+            OmniqHfQuantizer,
+            TransformersConfig,
+        )
+
+        model.omniq_quantization = about  # type: ignore[assignment]
+        # For the model's dequantize().
+        model.hf_quantizer = OmniqHfQuantizer(TransformersConfig.from_dict(about))
+        # Unlike a closure or a bound method, it comes back right from copying and pickling, and
+        # unlike an OwnMethod it keeps a model without a name: load(...).save_pretrained(...).
+        model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]
+        model.get_memory_footprint = OwnMethod(footprint, model)  # type: ignore[assignment]
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """Make a folder by writing it beside its place and renaming it, so that it is never half there.
+
+    A folder that an interrupted run left beside it is removed first. What is replaced is moved
+    aside too, to ``.NAME.old.*``, and removed when the new folder is in its place: a run that is
+    killed between the two leaves it there.
+
+    Raises:
+        CheckpointError: the folder is there already, has no name, is a file, is being written by
+            another process, or cannot be written (a full disk).
+    """
+    if not folder.name:
+        raise CheckpointError(
+            f"{folder} has no name, which a new folder is made under. Give one, such as quantized."
+        )
+    # The link stays, and the new folder is made where it leads, on the disk that has room for it.
+    if folder.is_symlink():
+        folder = folder.resolve()
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
+    if folder.exists() and not overwrite and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} exists already. Choose another folder, or replace it with overwrite=True, "
+            "--overwrite on the command line."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(folder):
+            _write_aside(folder, write)
+    except BaseException as error:
+        if _is_a_failed_write(error):
+            left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
+            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
+        raise
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing the same folder; the system ends it with the process.
+
+    Some network file systems have no locks: nothing is kept from others there.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.partial.lock"))
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder} is being written by another process. Wait for it, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        write(aside)
+        if folder.exists():
+            _replace(folder, aside)
+        else:
+            aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a finished folder in the place of another; where that stops, one of them is there."""
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = place / folder.name
+    try:
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(place, ignore_errors=True)
+    except BaseException:
+        # An interruption may come before or after what it seems to come from: only what is there
+        # tells how far it went.
+        if not folder.exists():
+            _put_back(old, folder)
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    try:
+        old.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}. The old one is whole, in {old}: move it back."
+        ) from error
+
+
+def _is_a_failed_write(error: BaseException) -> bool:
+    # safetensors reports a failed write in an error of its own, with the system's words in it.
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def save_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Save one quantized component as diffusers does, whole or not at all.
+
+    Args:
+        model: of a class of diffusers or transformers, from `load_model`, `from_pretrained` or
+            `quantize_`.
+        folder: to make.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        CheckpointError: the folder exists, cannot be written, or the model cannot be saved.
+    """
+    if stored_options(model) is None:
+        raise CheckpointError(
+            f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers or "
+            "transformers."
+        )
+    write_aside(Path(folder), model.save_pretrained, overwrite=overwrite)  # type: ignore[arg-type]

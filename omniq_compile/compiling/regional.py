@@ -1,0 +1,218 @@
+"""`compile`: each repeated block compiled once per distinct policy, and called for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from omniq_compile.compiling.all_kept import KeptLayers
+from omniq_compile.compiling.backend import compile_graph, own_backend
+from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
+from omniq_compile.compiling.compiled_modules import call_instead
+from omniq_compile.compiling.unmatched import warn_unmatched_in
+from omniq_compile.compiling.whole_or_blocks import check_not_whole, refuse_whole
+from omniq_compile.given_model import check_model
+from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.own_method import OwnMethod
+from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.layer_names import possible_names
+from omniq_compile.passes.patterns import first_match
+from omniq_compile.passes.policy import leading_reason
+from omniq_compile.passes.regions import find_blocks
+
+logger = logging.getLogger("omniq")
+
+NOT_PASSED_ON = ("model", "backend", "options")
+
+
+def compile(
+    model: nn.Module, options: Mapping[str, Any] | QuantConfig, **compile_arguments: Any
+) -> nn.Module:
+    """Compile a model's repeated blocks in place, one compile for each class and policy.
+
+    What `torch.compile` cannot know of a block compiled on its own, its name and its place in the
+    model, is known here: ``ignored_layers`` and ``w4a8_fallback_layers`` match full names, and the
+    leading ``num_bf16_fallback_layers`` blocks stay BF16, in the order the model first runs them.
+    Layers outside the blocks (embeddings, the last projection) run as they are. A model that is
+    compiled as a whole later, alone or in something around it, refuses when it is called.
+
+    Args:
+        model: any module with repeated blocks.
+        options: see `QuantConfig`.
+        compile_arguments: passed on to ``torch.compile``, such as ``dynamic=True``; ``mode`` goes
+            in place of the option of that name.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: no module, unknown options, arguments or mode, a mode that the compiler does
+            not read, a model without repeated blocks or one that is compiled as a whole, or more
+            different policies for a class of blocks than PyTorch compiles of one function.
+    """
+    check_model(model, "compile")
+    _check_arguments(compile_arguments)
+    check_not_whole(model)
+    config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
+    blocks = module_blocks(model)
+    if not blocks:
+        raise OptionError(
+            f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
+            "torch.compile(model, backend='omniq', options=...)."
+        )
+    warn_unmatched_in(model, config)
+    stored = any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+    # A model that is kept whole is so by no option, which a user could change.
+    warned = None if stored or config.keep_all else type(model).__name__
+    _Regions(warned, blocks, config, compile_arguments)
+    refuse_whole(model)
+    return model
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    if "backend" in given:
+        raise OptionError(
+            "omniq_compile.compile takes no argument 'backend': it compiles with omniq's. Other "
+            "backends are for torch.compile."
+        )
+    # Those that it passes on; the model and the options are its own.
+    valid = [n for n in inspect.signature(torch.compile).parameters if n not in NOT_PASSED_ON]
+    for name in given:
+        if name not in valid:
+            raise OptionError(unknown("argument of omniq_compile.compile", name, valid))
+
+
+def module_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model by name, in the order they were registered."""
+    modules = dict(model.named_modules())
+    classes = {name: type(module).__name__ for name, module in modules.items()}
+    chains = []
+    for name, module in modules.items():
+        if name and next(module.parameters(recurse=False), None) is not None:
+            parts = name.split(".")
+            above = (".".join(parts[:n]) for n in range(1, len(parts)))
+            chains.append(tuple((path, classes[path]) for path in above))
+    return {name: modules[name] for name in dict.fromkeys(find_blocks(chains).values())}
+
+
+class _Regions:
+    """The compiled forms of a model's blocks, made when each block first runs.
+
+    ``warned`` is what a warning calls the model where nothing is quantized; None is no warning.
+    """
+
+    def __init__(
+        self,
+        warned: str | None,
+        blocks: dict[str, nn.Module],
+        config: QuantConfig,
+        compile_arguments: dict[str, Any],
+    ) -> None:
+        self._warned = warned
+        self._count = len(blocks)
+        self._kept = KeptLayers()
+        self._config = config
+        self._arguments = compile_arguments
+        self._order: dict[str, int] = {}
+        self._backends: dict[Any, Any] = {}
+        self._functions: dict[Any, BlockFunctions] = {}
+        self._check_count(blocks)
+        for name, block in blocks.items():
+            call_instead(block, OwnMethod(partial(self._first_call, name), block))
+
+    def _first_call(self, name: str, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        place = self._order.setdefault(name, len(self._order))
+        config = block_config(self._config, name, block, place)
+        if config not in self._backends:
+            # The patterns are names of this block's modules now, which no user has to hear of.
+            self._backends[config] = own_backend(
+                partial(compile_graph, config=config, decided=self._kept.add)
+            )
+            logger.info("policy %d starts at block %s", len(self._backends), name)
+        functions, graphs = self._functions_of(block, config), self._kept.graphs
+        compiled = torch.compile(
+            functions.of(block), backend=self._backends[config], **self._arguments
+        )
+        # Dynamo does not see that a hook is added to a module, or removed.
+        call = partial(_call_with_hooks, compiled, hooks_of(block), partial(self._first_call, name))
+        call_instead(block, OwnMethod(call, block))
+        result = compiled(block, *args, **kwargs)
+        if hooks_of(block) == NO_HOOKS:  # those of others are compiled apart anyhow
+            functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
+        if len(self._order) == self._count and self._warned is not None:
+            self._kept.warn(self._warned)
+        return result
+
+    def _functions_of(self, block: nn.Module, config: QuantConfig) -> BlockFunctions:
+        """Return the functions of blocks of one class, policy, and sizes, of which a UNet's blocks
+        have many.
+        """
+        kind = type(block)
+        sizes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        key = kind, sizes, config
+        if key not in self._functions:
+            self._functions[key] = BlockFunctions(kind)
+        return self._functions[key]
+
+    def _check_count(self, blocks: dict[str, nn.Module]) -> None:
+        policies = {
+            (type(block), block_config(self._config, name, block, place))
+            for place, (name, block) in enumerate(blocks.items())
+        }
+        limit = torch._dynamo.config.recompile_limit
+        for kind in {kind for kind, _ in policies}:
+            count = sum(k is kind for k, _ in policies)
+            if count > limit:
+                raise OptionError(
+                    f"the options give {count} different policies to blocks of {kind.__name__}, "
+                    f"each compiled on its own, and omniq_compile.compile takes at most {limit} "
+                    "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
+                    "layers in every block, compile the model whole, or raise the limit."
+                )
+
+
+def _call_with_hooks(
+    compiled: Callable[..., Any],
+    hooks: Hooks,
+    first_call: Callable[..., Any],
+    block: nn.Module,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call what a block was compiled to while it had some hooks, or compile it for those it has."""
+    call = compiled if hooks_of(block) == hooks else first_call
+    return call(block, *args, **kwargs)
+
+
+def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:
+    """Return the configuration of one block, with names as the block itself sees them.
+
+    Args:
+        config: of the whole model.
+        name: of the block.
+        block: the module.
+        place: zero-based, in the order the model runs its blocks.
+    """
+    names = possible_names(block, name)
+
+    def inside(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"re:{re.escape(own)}" for own, full in names if first_match(patterns, full))
+
+    return dataclasses.replace(
+        config,
+        ignored_layers=inside(config.ignored_layers),
+        w4a8_fallback_layers=inside(config.w4a8_fallback_layers),
+        num_bf16_fallback_layers=0,
+        keep_all=config.keep_all
+        or (leading_reason(config) if place < config.num_bf16_fallback_layers else ""),
+    )

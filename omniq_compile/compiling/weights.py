@@ -1,0 +1,256 @@
+"""Binds a parameter to its quantized form at run time.
+
+One compiled graph serves many blocks, so it gets its weights by the identity of the parameters it
+is called with. A quantized form lives as long as both the parameters and a compiled graph that
+uses it, and is made anew when a parameter has changed, as `weight_changes` notices it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
+
+from omniq_compile.compiling import weight_changes
+from omniq_compile.compiling.weight_changes import Stamp, comparisons_of, memory_of
+from omniq_compile.lowering.errors import WeightError
+from omniq_compile.lowering.quantize_weight import holds_finite, quantize_weight
+from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.lowering.registry import as_stored
+from omniq_compile.lowering.tensor_of_parts import inner_tensors
+from omniq_compile.passes.context import Binding
+from omniq_compile.passes.expression import evaluate
+
+Parts = tuple[torch.Tensor, ...]
+
+_lock = threading.RLock()
+_shared: weakref.WeakValueDictionary[Any, QuantizedWeight] = weakref.WeakValueDictionary()
+_statistics = {"lookups": 0, "lookup_seconds": 0.0, "quantized": 0, "quantize_seconds": 0.0}
+
+
+class QuantizedWeight:
+    """The parts of one weight, and the stamps of the parameters they were made from.
+
+    Of a weight that is stored quantized, the parts that were laid out anew: the others are its own,
+    and None here.
+    """
+
+    __slots__ = ("__weakref__", "parts", "stamps")
+
+    def __init__(self, binding: Binding, parameters: Sequence[torch.Tensor]) -> None:
+        self.stamps = [Stamp(s) for s in _sources(parameters)]
+        self.parts: tuple[torch.Tensor | None, ...]
+        if binding.stored:
+            stored: Any = parameters[0]
+            self.parts = _arrange_stored(binding, stored.parts)
+        else:
+            self.parts = _quantize(binding, parameters)
+
+    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Say whether the parameters still are what was quantized; on an accelerator this waits."""
+        return all(
+            stamp.has_same_memory(source) and stamp.has_same_values()
+            for stamp, source in zip(self.stamps, sources, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+
+def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors that hold the parameters' memory."""
+    return [source for parameter in parameters for source in _memory(parameter)]
+
+
+def _memory(parameter: torch.Tensor) -> Sequence[torch.Tensor]:
+    if type(parameter) in (torch.Tensor, torch.nn.Parameter):
+        return (parameter,)
+    if isinstance(parameter, QuantizedTensor):
+        return parameter.parts
+    # Of a `DTensor` the part that this process has.
+    return inner_tensors(parameter) if is_traceable_wrapper_subclass(parameter) else (parameter,)
+
+
+class _Row:
+    """A binding, and where a call's arguments have its parameters."""
+
+    __slots__ = ("binding", "key", "leaves", "own_parts", "stored")
+
+    def __init__(self, binding: Binding, placeholders: Sequence[str]) -> None:
+        self.binding = binding
+        self.key = (binding.format, binding.expression.key, binding.arrange)
+        self.leaves = [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves]
+        self.stored = binding.stored
+        # Whatever the parts of a parameter are by now: there is nothing to follow.
+        self.own_parts = binding.stored and binding.arrange is as_stored
+
+    def parameters(self, arguments: Sequence[Any]) -> list[Any]:
+        return [arguments[x] if isinstance(x, int) else x for x in self.leaves]
+
+
+class _Bound:
+    """The weights made from one set of parameters, and whether these still are the same."""
+
+    __slots__ = ("_comparisons", "_memory", "_references", "weights")
+
+    def __init__(
+        self,
+        weights: Sequence[QuantizedWeight],
+        sources: Sequence[torch.Tensor],
+        forget: Callable[[Any], None],
+    ) -> None:
+        self.weights = weights
+        stamps = [stamp for weight in weights for stamp in weight.stamps]
+        self._memory = [stamp.memory for stamp in stamps]
+        self._comparisons = comparisons_of(stamps)
+        self._references = [weakref.ref(source, forget) for source in sources]
+
+    def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Say whether nothing is known to have changed, as `weight_changes` notices it."""
+        if self._memory != list(map(memory_of, sources)):
+            return False
+        # All are asked, also after one has said yes.
+        return not any([comparison.has_changed() for comparison in self._comparisons])
+
+
+class BoundWeights:
+    """The quantized weights of one compiled graph, by the parameters they come from."""
+
+    def __init__(self, bindings: Sequence[Binding], placeholders: Sequence[str]) -> None:
+        """Take the bindings, and the names of the traced graph's inputs in order."""
+        self._rows = [_Row(binding, placeholders) for binding in bindings]
+        self._followed = [row for row in self._rows if not row.own_parts]
+        self._bound: dict[tuple[int, ...], _Bound] = {}
+
+    def look_up(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        """Return the parts of every binding for the parameters among a call's arguments.
+
+        Raises:
+            WeightError: a weight holds NaN or Inf.
+        """
+        start = time.perf_counter()
+        quantizing = _statistics["quantize_seconds"]
+        weight_changes.entered()
+        weights = iter(self._weights(arguments))
+        parts: list[Any] = []
+        for row in self._rows:
+            if row.own_parts:
+                parts += row.parameters(arguments)[0].parts
+            elif row.stored:
+                own = row.parameters(arguments)[0].parts
+                laid_out = next(weights).parts
+                parts += [o if new is None else new for o, new in zip(own, laid_out, strict=True)]
+            else:
+                parts += next(weights).parts
+        _statistics["lookups"] += len(self._rows)
+        spent = time.perf_counter() - start
+        _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
+        return parts
+
+    def _weights(self, arguments: Sequence[Any]) -> Sequence[QuantizedWeight]:
+        """Return a weight for each row that has more than its parameter's own parts."""
+        parameters = [row.parameters(arguments) for row in self._followed]
+        sources = [source for each in parameters for source in _sources(each)]
+        numbers = tuple(map(id, sources))
+        bound = self._bound.get(numbers)
+        if bound is not None and bound.is_current(sources):
+            if sources and weight_changes.is_capturing(sources[0].device):
+                _keep_for_replays(bound.weights, sources)
+            return bound.weights
+        # Of what changed, each weight is freed when the next is there, and not all at the end.
+        old = deque(bound.weights if bound is not None else ())
+        self._bound.pop(numbers, None)
+        del bound
+        weights = []
+        for row, each in zip(self._followed, parameters, strict=True):
+            weights.append(_shared_weight(row, each))
+            if old:
+                old.popleft()
+        self._bound[numbers] = _Bound(weights, sources, self._forget(numbers))
+        return weights
+
+    def _forget(self, numbers: tuple[int, ...]) -> Callable[[Any], None]:
+        """Return what drops the weights of some sources when one dies: its id is free then."""
+        reference = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            this = reference()
+            if this is not None:
+                this._bound.pop(numbers, None)
+
+        return forget
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all quantized weights held."""
+        held = {id(w): w for bound in list(self._bound.values()) for w in bound.weights}
+        return sum(weight.nbytes for weight in held.values())
+
+
+def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight:
+    """Return the weight that any graph has made of some parameters, or make it."""
+    sources = _sources(parameters)
+    # Dynamo traces a parameter of another shape, dtype or order of axes anew: its memory may be the
+    # same, as after ``parameter.data = parameter.data.T``, and its weight is another.
+    looks = ((id(s), s.dtype, s.shape, s.stride()) for s in sources)
+    identity = (row.key, *looks)
+    with _lock:
+        weight = _shared.get(identity)
+        if weight is None or not weight.is_current(sources):
+            weight = QuantizedWeight(row.binding, parameters)
+            _shared[identity] = weight
+        return weight
+
+
+# Parameters -> the weights that CUDA graphs read, which callers captured: a replay tells nobody.
+_captured: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _keep_for_replays(weights: Sequence[QuantizedWeight], sources: Sequence[torch.Tensor]) -> None:
+    """Let weights live as long as each parameter, whatever becomes of it and of the program."""
+    for source in sources:
+        _captured.setdefault(source, set()).update(weights)
+
+
+def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
+    start = time.perf_counter()
+    weight = evaluate(binding.expression, parameters)
+    with torch.inference_mode(False), torch.no_grad():
+        parts: Parts = quantize_weight(weight, binding.format)
+        if not holds_finite(parts):
+            raise WeightError(
+                f"the weight of {' and '.join(map(repr, binding.layers))} holds NaN or Inf, which "
+                f"{binding.format} cannot represent. Check the checkpoint, or keep the layer with "
+                f"options={{'ignored_layers': [{binding.layers[0]!r}]}}."
+            )
+        parts = tuple(binding.arrange(parts))
+    _statistics["quantized"] += 1
+    _statistics["quantize_seconds"] += time.perf_counter() - start
+    return parts
+
+
+def _arrange_stored(binding: Binding, parts: Parts) -> tuple[torch.Tensor | None, ...]:
+    """Lay parts out as the kernel reads them; None for one that stays as it is stored."""
+    with torch.inference_mode(False), torch.no_grad():
+        arranged = binding.arrange(parts)
+    return tuple(None if new is old else new for new, old in zip(arranged, parts, strict=True))
+
+
+def statistics() -> dict[str, float]:
+    """Return counters since the process began: lookups, weights quantized, and their seconds."""
+    return dict(_statistics)
+
+
+def resident_bytes() -> int:
+    """Return the bytes of all quantized weights alive in this process."""
+    with _lock:
+        return sum(weight.nbytes for weight in list(_shared.values()))

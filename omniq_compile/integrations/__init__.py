@@ -1,0 +1,1 @@
+"""What diffusers and transformers ask of a quantizer."""

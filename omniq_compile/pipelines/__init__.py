@@ -1,0 +1,1 @@
+"""Pipelines of several components: loaded, called, and what they return."""

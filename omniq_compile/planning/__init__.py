@@ -1,0 +1,1 @@
+"""What compiling a model would do, without its weights."""

@@ -1,0 +1,80 @@
+"""A report as a table: for pandas, a terminal and a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from omniq_compile.lowering.errors import OmniqError
+
+if TYPE_CHECKING:
+    from omniq_compile.reports.report import Report, Site
+
+COLUMNS = ("layer", "spelling", "M x K x N", "decision", "kernel or reason")
+
+
+def to_pandas(report: Report) -> Any:
+    """Return a `pandas.DataFrame` of one row a site; see `Report.to_pandas`."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise OmniqError("Report.to_pandas needs pandas: pip install pandas") from error
+    rows = []
+    for site in report.sites:
+        row = dataclasses.asdict(site)
+        rows.append(row | row.pop("decision"))
+    return pandas.DataFrame(rows)
+
+
+def to_rich(report: Report) -> Table:
+    """Return the table that `rich` prints for a report."""
+    title = escape_markup("\n".join(_summary(report)))
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, overflow="fold")
+    for site in report.sites:
+        style = "" if site.decision.method else "dim"
+        table.add_row(*(escape_markup(cell) for cell in _cells(site)), style=style)
+    return table
+
+
+def to_html(report: Report) -> str:
+    """Return what a notebook shows; every text of the model is escaped."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(site))}</tr>"
+        for site in report.sites
+    )
+    summary = "<br>".join(escape(line) for line in _summary(report))
+    return (
+        f"<p>{summary}</p><details open><summary>{len(report.sites)} products</summary>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details>"
+    )
+
+
+def _summary(report: Report) -> Iterator[str]:
+    before, after = report.weight_bytes_before, report.weight_bytes_after
+    yield (
+        f"{report.options['method']} on {report.target}: {len(report.rewritten)} of "
+        f"{len(report.sites)} products rewritten; their weights {before / 1e6:,.1f} -> "
+        f"{after / 1e6:,.1f} MB"
+    )
+    for reason, count in Counter(site.decision.reason for site in report.kept).most_common():
+        yield f"kept {count}: {reason}"
+
+
+def _cells(site: Site) -> tuple[str, ...]:
+    decision = site.decision
+    return (
+        site.layer or "(the model itself)",
+        site.spelling,
+        f"{site.M} x {site.K} x {site.N}",
+        decision.method or "kept",
+        decision.kernel or decision.reason,
+    )
