@@ -16,7 +16,7 @@ from outcomes import Outcomes
 from torch import fx, nn
 
 from omniq_compile import QuantConfig, Site, explain
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline

@@ -14,7 +14,7 @@ from torch import nn
 
 import omniq_compile
 from omniq_compile import QuantConfig, quantize_
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 
 OPTIONS = {"method": "int8", "compiler": "eager"}
 X = torch.randn(7, 64)

@@ -85,7 +85,7 @@ def test_only_the_command_line_imports_the_command_line() -> None:
         ("lowering", "import omniq_compile.compiling.weights"),
         ("lowering", "from omniq_compile import explain"),
         ("lowering", "def f():\n    import_module('omniq_compile.passes.match')"),
-        ("passes", "from omniq_compile.compiling.backend import omniq"),
+        ("passes", "from omniq_compile.backend import omniq"),
         ("passes", "from omniq_compile import report"),
         ("passes", "from .. import summary"),
         ("passes", "import omniq_compile.cli.dump as dump"),
@@ -105,7 +105,7 @@ def test_the_scan_sees_every_way_to_climb(floor: str, line: str) -> None:
         ("passes", "from omniq_compile.lowering import registry"),
         ("passes", "from ..lowering import registry"),
         ("passes", "from .sites import Site"),
-        ("omniq_compile", "from omniq_compile.compiling.backend import omniq"),
+        ("omniq_compile", "from omniq_compile.backend import omniq"),
     ],
 )
 def test_the_scan_lets_the_same_and_lower_floors_pass(floor: str, line: str) -> None:

@@ -13,7 +13,7 @@ from conftest import OPTIONS, Holder
 from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile import OptionError, QuantConfig, explain
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.schemes import get_scheme
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 

@@ -13,7 +13,7 @@ from conftest import OPTIONS, Holder, compiled, count, dequantized, error, run, 
 from torch import fx
 
 from omniq_compile import QuantConfig
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context

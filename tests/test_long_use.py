@@ -13,7 +13,7 @@ import torch
 from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch.nn import functional
 
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 from omniq_compile.compiling.weights import resident_bytes, statistics
 
 SIZES = [

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 import omniq_compile as omniq
-from omniq_compile.compiling.backend import run_target
+from omniq_compile.backend import run_target
 from omniq_compile.inspector import absent_gpu
 from omniq_compile.lowering import target
 from omniq_compile.lowering.target import Target

@@ -13,7 +13,7 @@ import pytest
 from tiny_flux import OPTIONS, tiny_flux
 
 import omniq_compile as omniq
-from omniq_compile.reports.torch_logs import register
+from omniq_compile.torch_logs import register
 
 LOAD = """
 from diffusers import FluxTransformer2DModel

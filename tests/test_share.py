@@ -13,7 +13,7 @@ from conftest import OPTIONS, Holder, count, dequantized, error
 from torch import fx, nn
 
 from omniq_compile import QuantConfig
-from omniq_compile.compiling.backend import omniq
+from omniq_compile.backend import omniq
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Binding, Context

@@ -10,8 +10,8 @@ import torch
 from conftest import Holder
 
 import omniq_compile as omniq
+from omniq_compile.backend import run_target
 from omniq_compile.checkpoints.filling import with_target
-from omniq_compile.compiling.backend import run_target
 from omniq_compile.lowering import registry, target
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.registry import Problem

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.compiling.all_kept import KeptLayers
-from omniq_compile.compiling.backend import compile_graph, own_backend
 from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
 from omniq_compile.compiling.compiled_modules import call_instead
 from omniq_compile.compiling.unmatched import warn_unmatched_in

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from omniq_compile.backend import omniq, own_backend
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
-from omniq_compile.compiling.backend import omniq, own_backend
 from omniq_compile.compiling.regional import compile, module_blocks
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig

@@ -24,7 +24,7 @@ class GivenImage:
     """A picture, the file that it was read from, and the argument that it is for.
 
     It is in RGBA where the file says what is transparent, and else in RGB. A pipeline is given
-    what its VAE reads of that, see `pipeline_call.call_worded`.
+    what its VAE reads of that, see `call.call_worded`.
     """
 
     file: Path

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from omniq_compile.compiling.backend import run_target
+from omniq_compile.backend import run_target
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target

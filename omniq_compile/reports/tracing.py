@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from omniq_compile.compiling.backend import own_backend
+from omniq_compile.backend import own_backend
 from omniq_compile.compiling.compiled_modules import original
 from omniq_compile.compiling.whole_or_blocks import read_as_whole
 from omniq_compile.lowering.errors import OmniqError

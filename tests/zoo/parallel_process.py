@@ -41,9 +41,7 @@ def main(kind: str, way: str, meeting: str, rank: int) -> None:
     else:
         fast = omniq_compile.compile(model, OPTIONS | {"compiler": "aot_eager"})
     sites = []
-    omniq_compile.compiling.backend.summary_line = lambda context, _: (
-        sites.extend(context.sites) or ""
-    )
+    omniq_compile.backend.summary_line = lambda context, _: sites.extend(context.sites) or ""
     result = fast(**given)[0]
     kept = sum(site.decision.method is None for site in sites)
     print(f"result {error(result, alone)} {len(sites)} {kept}", flush=True)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile import QuantConfig
-from omniq_compile.compiling.backend import bind
+from omniq_compile.backend import bind
 from omniq_compile.lowering.target import detect
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
