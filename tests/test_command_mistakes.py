@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from diffusers import AuraFlowPipeline
 from diffusers.utils import import_utils
+from PIL import Image
 
 from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
 from omniq_compile.checkpoints.loading import load_model
@@ -24,6 +26,7 @@ from omniq_compile.cli.picture_file import save_result
 from omniq_compile.pipelines.call import call_worded
 from omniq_compile.pipelines.components import build_quant_config
 from omniq_compile.pipelines.from_pretrained import check_components
+from omniq_compile.pipelines.images import takes_tensors_only
 
 pytest.importorskip("transformers")
 import tiny_pipelines
@@ -135,6 +138,34 @@ def test_names_of_arguments_are_checked_before_weights_are_read(
     monkeypatch.setattr("omniq_compile.from_pretrained", lambda *_, **__: pytest.fail("read"))
     more = [command, "t2i", "--quantization", "int8", "--out", "x.png", "--prompt", "fox"]
     assert "Did you mean 'height'?" in failed(capsys, *more, "--argument", "heigth=32")
+
+
+@pytest.mark.parametrize("text", ["latents=[1]", "latents=[[1, 2]]", 'prompt_embeds="fox"'])
+def test_no_json_is_taken_for_a_tensor(
+    text: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("omniq_compile.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    more = ["generate", "t2i", "--out", "x.png", "--argument", text]
+    words = f"argument {text.split('=')[0]!r} of AuraFlowPipeline is a tensor"
+    assert words in failed(capsys, *more)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "alone"),
+    [
+        (torch.Tensor | None, True),
+        ("torch.FloatTensor | None", True),
+        (list[torch.Tensor] | None, True),
+        (torch.Tensor | list[int] | int | None, False),
+        (torch.Tensor | list[torch.Tensor] | Image.Image, False),
+        (list[float] | None, False),
+        (inspect.Parameter.empty, False),
+        (None, False),
+    ],
+)
+def test_annotations_of_tensors_alone(annotation: Any, alone: bool) -> None:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    assert takes_tensors_only(inspect.Parameter("x", kind, annotation=annotation)) is alone
 
 
 @pytest.mark.parametrize(

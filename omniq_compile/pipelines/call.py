@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import import_utils
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +29,7 @@ from omniq_compile.pipelines.images import (
     is_for_pictures,
     takes_pictures,
     takes_several,
+    takes_tensors_only,
 )
 from omniq_compile.pipelines.output import check_returns
 
@@ -74,7 +76,8 @@ def check_call(pipeline: Any, given: Mapping[str, Any], config: PipelineQuantCon
 
     Raises:
         OptionError: it has no such argument, needs one that is not given, takes no picture, or
-            one, where pictures are given, or does not say its steps, which an option needs.
+            one, where pictures are given, takes a tensor where there is none, or does not say its
+            steps, which an option needs.
     """
     _, *parameters = inspect.signature(pipeline.__call__).parameters.items()  # without self
     accepted = dict(parameters)
@@ -86,6 +89,8 @@ def check_call(pipeline: Any, given: Mapping[str, Any], config: PipelineQuantCon
             raise OptionError(unknown(f"argument of {pipeline.__name__}", name, accepted))
         if name in accepted and holds_pictures(value):
             _check_pictures(pipeline.__name__, accepted[name], value)
+        elif name in accepted and isinstance(value, (str, list)) and value:
+            _check_no_tensor(pipeline.__name__, accepted[name], value)
     if config.reads_steps and CALLBACK not in accepted:
         raise OptionError(
             f"'w4a8_fallback_steps' needs to know the denoising step, and {pipeline.__name__} does "
@@ -129,6 +134,15 @@ def _check_pictures(pipeline: str, parameter: inspect.Parameter, value: Any) -> 
         what = "image" if name == IMAGE else f"picture as {name!r}"
         raise OptionError(
             f"{pipeline} takes one {what}: give a single --image {_before_file(name)}FILE."
+        )
+
+
+def _check_no_tensor(pipeline: str, parameter: inspect.Parameter, value: Any) -> None:
+    first = value[0] if isinstance(value, list) else value
+    if takes_tensors_only(parameter) and not isinstance(first, torch.Tensor):
+        raise OptionError(
+            f"argument {parameter.name!r} of {pipeline} is a tensor, which JSON does not have: "
+            "leave it out, or call the pipeline from Python."
         )
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from diffusers.utils import load_image
@@ -17,6 +17,9 @@ from omniq_compile.lowering.errors import OptionError
 
 # Without a name a picture is for this argument.
 IMAGE = "image"
+
+# How an annotation of a list begins.
+_LISTS = ("list[", "List[")
 
 
 @dataclass(frozen=True)
@@ -135,16 +138,28 @@ def as_taken(value: Any, mode: str, parameter: inspect.Parameter | None) -> Any:
 
 def takes_lists_only(parameter: inspect.Parameter) -> bool:
     """Say whether a parameter is annotated to take a list, and no single picture."""
+    kinds = _kinds(parameter)
+    return bool(kinds) and all(kind.startswith(_LISTS) for kind in kinds)
+
+
+def takes_tensors_only(parameter: inspect.Parameter) -> bool:
+    """Say whether a parameter is annotated to take tensors, or lists of them, and nothing else."""
+    kinds = _kinds(parameter)
+    return bool(kinds) and all(kind.rstrip("]").endswith("Tensor") for kind in kinds)
+
+
+def _kinds(parameter: inspect.Parameter) -> list[str]:
+    """Return the kinds of values, as text, that an annotation has beside None."""
     annotation = parameter.annotation
     if isinstance(annotation, str):
-        kinds: tuple[Any, ...] = tuple(annotation.split(" | "))
+        kinds = annotation.split(" | ")
     else:
         several = get_origin(annotation) in (Union, UnionType)
-        kinds = get_args(annotation) if several else (annotation,)
-    others = [kind for kind in kinds if kind not in (NoneType, "None")]
-    return bool(others) and all(
-        get_origin(kind) is list or str(kind).startswith(("list[", "List[")) for kind in others
-    )
+        kinds = [
+            inspect.formatannotation(kind)
+            for kind in (get_args(annotation) if several else (annotation,))
+        ]
+    return [kind for kind in kinds if kind not in ("None", "NoneType")]
 
 
 def _mentions(parameter: inspect.Parameter, *words: str) -> bool:
