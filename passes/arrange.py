@@ -44,7 +44,7 @@ def arrange_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:
             continue
         for node, value in zip(nodes, values, strict=True):
             if value is not dynamo.value(node):
-                node.meta["example_value"] = value
+                dynamo.set_value(node, value)
                 node.meta["omniq_about"] = f"{describe(value)}  as its kernel reads it"
         context.bindings[position] = dataclasses.replace(binding, arrange=arrange)
         arranged |= set(nodes)

@@ -32,6 +32,37 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def set_value(node: fx.Node, found: Any) -> None:
+    """Give a new node its fake tensor, symbolic number or constant."""
+    node.meta["example_value"] = found
+
+
+def copy_place(node: fx.Node, of: fx.Node) -> None:
+    """Give a new node the place in the model of the one that it is part of, or stands for."""
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in of.meta:
+            node.meta[key] = of.meta[key]
+
+
+def copy_source(placeholder: fx.Node, of: fx.Node) -> None:
+    """Give a copy of a placeholder the expression of the user's program that its value is."""
+    if hasattr(of, "_dynamo_source"):
+        placeholder._dynamo_source = of._dynamo_source  # type: ignore[attr-defined]
+
+
+def drop_place(node: fx.Node) -> None:
+    """Forget which modules made a node."""
+    node.meta.pop("nn_module_stack", None)
+
+
+def move_place(node: fx.Node, old: str, new: str) -> None:
+    """Have module ``old``, where a node is in it, stand at the place ``new`` of the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    node.meta["nn_module_stack"] = {
+        key: (_moved(path, old, new), kind) for key, (path, kind) in stack.items()
+    }
+
+
 def is_tensor(node: Any) -> bool:
     """Say whether an argument is a node that holds a tensor."""
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
@@ -157,12 +188,6 @@ def called_graph(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     return thing if isinstance(thing, fx.GraphModule) else None
 
 
-def moved_stack(node: fx.Node, old: str, new: str) -> dict[str, tuple[str, Any]]:
-    """Return the node's ``nn_module_stack`` as it were with module ``old`` at the place ``new``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return {key: (_moved(path, old, new), kind) for key, (path, kind) in stack.items()}
-
-
 def _moved(path: str, old: str, new: str) -> str:
     name = _dotted(path)
     if name != old and not name.startswith(f"{old}."):
@@ -202,9 +227,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         # It refers weakly to the tensor, and `Module.to` swaps no parameter that is referred to.
         # Dynamo takes it from the original's nodes too, once the backend has returned.
         copy.meta.pop("grapharg", None)
-        source = getattr(original, "_dynamo_source", None)
-        if source is not None:
-            copy._dynamo_source = source  # type: ignore[attr-defined]
+        copy_source(copy, original)
     result = fx.GraphModule(gm, graph)
     result.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):

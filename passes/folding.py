@@ -215,8 +215,7 @@ class _Main:
     def _copy(self, node: fx.Node) -> None:
         self.copies[node] = self._graph.node_copy(node, self.copies.__getitem__)
         self.copies[node].meta = dict(node.meta)
-        if hasattr(node, "_dynamo_source"):
-            self.copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        dynamo.copy_source(self.copies[node], node)
 
     def _container(self, name: str) -> fx.Node:
         # The model itself may be the container, and a container's name may be a number.
@@ -269,8 +268,8 @@ class _Main:
         results = []
         for place, node in enumerate(self._outputs(block, run[-1])):
             result = self.copies[node] = self._graph.call_function(operator.getitem, (call, place))
-            result.meta = {
-                "example_value": dynamo.value(node),
+            dynamo.set_value(result, dynamo.value(node))
+            result.meta |= {
                 "omniq_name": node.meta.get("omniq_name", node.name),
                 LINES: lambda names: [],
             }

@@ -82,7 +82,7 @@ def _inline_one(
                 copy = gm.graph.node_copy(inner, copies.__getitem__)
                 copy.meta = dict(inner.meta)
                 if places is not None:
-                    copy.meta["nn_module_stack"] = dynamo.moved_stack(inner, *places)
+                    dynamo.move_place(copy, *places)
                 if inner.op == "get_attr":
                     copy.target = _adopt(gm, str(inner.target), body)
                 copies[inner] = copy

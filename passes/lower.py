@@ -91,7 +91,7 @@ class _Tracer(GraphAppendingTracer):
         if self._added == len(self._values):
             fill_values(node)
             self._values.append(dynamo.value(node))
-        node.meta["example_value"] = self._values[self._added]
+        dynamo.set_value(node, self._values[self._added])
         self._added += 1
         return node
 
@@ -182,9 +182,7 @@ class _Inliner:
         node = before.next
         while node is not at:
             node.meta["omniq_added"] = True
-            for name in ("nn_module_stack", "stack_trace"):
-                if name in at.meta:
-                    node.meta[name] = at.meta[name]
+            dynamo.copy_place(node, at)
             node = node.next
         if isinstance(result, (tuple, list)):
             return [proxy.node for proxy in result]

@@ -27,14 +27,14 @@ _LIKE: dict[Any, Callable[..., Any]] = {
 
 
 def fill_values(node: fx.Node) -> None:
-    """Set ``example_value`` of a new node by running it on the fake values of its arguments."""
+    """Give a new node its value by running it on the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), dynamo.value)
     if node.op == "call_method":
         method = getattr(args[0], str(node.target))
-        node.meta["example_value"] = call_fake(method, *args[1:], **kwargs)
+        dynamo.set_value(node, call_fake(method, *args[1:], **kwargs))
     elif node.op == "call_function":
         function: Any = _LIKE.get(node.target, node.target)
-        node.meta["example_value"] = call_fake(function, *args, **kwargs)
+        dynamo.set_value(node, call_fake(function, *args, **kwargs))
 
 
 def add_call(of: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
@@ -49,9 +49,7 @@ def add_method(of: fx.Node, name: str, *arguments: Any) -> fx.Node:
 
 def placed(node: fx.Node, of: fx.Node) -> fx.Node:
     """Give a new node the place in the model of the one that it is part of, and its value."""
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if key in of.meta:
-            node.meta[key] = of.meta[key]
+    dynamo.copy_place(node, of)
     fill_values(node)
     return node
 

@@ -178,7 +178,7 @@ def _add_placeholders(graph: fx.Graph, site: Site, format: str, parts: Any) -> l
         with graph.inserting_after(anchor) if anchor else graph.inserting_before(None):
             anchor = graph.placeholder(_identifier(f"{owner}_{name}"))
         anchor.target = anchor.name  # the name is made unique, the argument is named by the target
-        anchor.meta["example_value"] = part
+        dynamo.set_value(anchor, part)
         anchor.meta["omniq_weight"] = f"{owner}.{name}"
         dynamo.mark_weight_input(anchor)
         added.append(anchor)

@@ -87,10 +87,10 @@ class Section:
             copies[node] = graph.placeholder(node.name)
             copies[node].meta = dict(node.meta)
             # What another section computes is here an input like any other.
-            for key in ("omniq_site", "omniq_added", "nn_module_stack"):
+            for key in ("omniq_site", "omniq_added"):
                 copies[node].meta.pop(key, None)
-            if hasattr(node, "_dynamo_source"):
-                copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            dynamo.drop_place(copies[node])
+            dynamo.copy_source(copies[node], node)
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = dict(node.meta)
