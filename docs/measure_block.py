@@ -19,10 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
-from omniq_compile.cli.bench_machine import captured, time_calls, to_device
-from omniq_compile.cli.bench_suites import SUITES
-from omniq_compile.cli.bench_variants import named, suite_variants
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.benchmark.machine import captured, time_calls, to_device
+from omniq_compile.benchmark.suites import SUITES
+from omniq_compile.benchmark.variants import named, suite_variants
+from omniq_compile.models.random_models import make_inputs, random_model
 
 SUITE = SUITES["h200"]
 WARM, ROUNDS, CALLS, SHOWN = 10, 40, 5, 30

@@ -27,7 +27,7 @@ from diffusers import QwenImageTransformer2DModel
 from rich.console import Console
 from rich.progress import track
 
-from omniq_compile.cli.families import FAMILIES
+from omniq_compile.models.families import FAMILIES
 
 PAGE = Path(__file__).parent / "loading.md"
 CLASS = "QwenImageTransformer2DModel"

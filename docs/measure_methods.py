@@ -18,8 +18,8 @@ from rich.progress import track
 from torch import nn
 
 import omniq_compile as omniq
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 
 PAGE = Path(__file__).parent / "methods.md"
 SEED = 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from omniq_compile.cli.bench_machine import captured, time_calls
+from omniq_compile.benchmark.machine import captured, time_calls
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.lowering.triton_kernels.tiles import Tile

@@ -11,8 +11,8 @@ from conftest import error, traced
 from generated_cuda import VARIANTS, Case, generate, interpret, interpreted
 from torch import fx
 
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 
 pytest.importorskip("triton")
 pytestmark = interpreted

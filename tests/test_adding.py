@@ -21,7 +21,7 @@ METHOD = {
         ('"int8": _same("int8"),', '"int8": _same("int8"),\n    "int4": _same("int4"),'),
     ],
     "lowering/emulated.py": [("ELEMENTS = {", 'ELEMENTS = {"int4": "s4", ')],
-    "cli/bench_gemm.py": [("PEAK_OF = {", 'PEAK_OF = {"int4": "int8", ')],
+    "benchmark/gemm.py": [("PEAK_OF = {", 'PEAK_OF = {"int4": "int8", ')],
 }
 DEVICE = {
     "lowering/target.py": [

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from omniq_compile.cli import bench, bench_machine
-from omniq_compile.cli.bench_machine import environment, time_calls, to_device
-from omniq_compile.cli.bench_measure import Variant, default_variants, run_bench
-from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult, Measurement
+from omniq_compile.benchmark import machine
+from omniq_compile.benchmark.machine import environment, time_calls, to_device
+from omniq_compile.benchmark.measure import Variant, default_variants, run_bench
+from omniq_compile.benchmark.result import BASELINE, BenchConfig, BenchResult, Measurement
+from omniq_compile.cli import bench
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.memory import peak_of_call, peak_rss, state_bytes
 
@@ -142,7 +143,7 @@ class Device:
 def test_a_gpu_is_timed_by_its_own_clock_behind_earlier_work(monkeypatch, host, device, seconds):
     gpu = Device(host, device)
     monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
-    monkeypatch.setattr(bench_machine, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
     gpu.call()
     timing = time_calls(gpu.call, torch.device("cuda"), 10)
     assert timing.seconds == pytest.approx(seconds)
@@ -285,7 +286,7 @@ def test_every_option_is_of_one_model_or_of_a_suite(monkeypatch):
 @pytest.mark.parametrize(("calls_before", "code"), [(0, 1), (9, 0)])
 def test_run_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, calls_before, code):
     variants = ([failing("only", calls_before)], ["a note"])
-    monkeypatch.setattr("omniq_compile.cli.bench_measure.default_variants", lambda config: variants)
+    monkeypatch.setattr("omniq_compile.benchmark.measure.default_variants", lambda config: variants)
     file = tmp_path / "result.json"
     arguments = parse("--quick", "--width", "64", "--dtype", "float32", "--json", str(file))
     assert bench.run(arguments) == code

@@ -13,15 +13,17 @@ from rich.console import Console
 from torch import nn
 from torch._dynamo.utils import counters
 
-from omniq_compile.cli import bench_ahead, bench_suite, main
-from omniq_compile.cli.bench_ahead import compile_ahead
-from omniq_compile.cli.bench_gemm import linear_shapes
-from omniq_compile.cli.bench_measure import run_bench
-from omniq_compile.cli.bench_result import BASELINE
-from omniq_compile.cli.bench_suite import config_of, shapes_of
-from omniq_compile.cli.bench_suites import SUITES, Case, Suite
-from omniq_compile.cli.bench_variants import Variant, named, suite_variants
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.benchmark import ahead as ahead_module
+from omniq_compile.benchmark import suite_runner
+from omniq_compile.benchmark.ahead import compile_ahead
+from omniq_compile.benchmark.gemm import linear_shapes
+from omniq_compile.benchmark.measure import run_bench
+from omniq_compile.benchmark.result import BASELINE
+from omniq_compile.benchmark.suite_runner import config_of, shapes_of
+from omniq_compile.benchmark.suites import SUITES, Case, Suite
+from omniq_compile.benchmark.variants import Variant, named, suite_variants
+from omniq_compile.cli import main
+from omniq_compile.models.random_models import make_inputs, random_model
 
 GOOD = Case("good", "QwenImageTransformer2DModel", 16, 8, width=64)
 BAD = replace(GOOD, name="bad", width=65)
@@ -56,9 +58,9 @@ def test_each_program_is_compiled_and_each_mistake_returned(
     options = {"method": "int8"}
     variants = [Variant("plain", build("plain")), Variant("broken", build("broken"))]
     variants.append(Variant("omniq", build("omniq"), options))
-    monkeypatch.setattr(bench_ahead, "suite_variants", lambda: variants)
-    monkeypatch.setattr(bench_ahead, "compile_gemms", lambda *args: gemms.append(args))
-    assert [bench_ahead._compile(TINY, GOOD, v.name) for v in variants] == [
+    monkeypatch.setattr(ahead_module, "suite_variants", lambda: variants)
+    monkeypatch.setattr(ahead_module, "compile_gemms", lambda *args: gemms.append(args))
+    assert [ahead_module._compile(TINY, GOOD, v.name) for v in variants] == [
         None, "good, broken: RuntimeError: out of luck", None
     ]  # fmt: skip
     assert called == ["plain", "omniq"]
@@ -80,14 +82,14 @@ def test_the_command_compiles_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(suite: Any, case: Case, *more: Any) -> Any:
         order.append(case.name)
-        return bench_suite.CaseResult(case.name)
+        return suite_runner.CaseResult(case.name)
 
     monkeypatch.setitem(SUITES, "tiny", TINY)
-    monkeypatch.setattr(bench_ahead, "compile_ahead", ahead)
-    monkeypatch.setattr(bench_suite, "_run_case", run)
+    monkeypatch.setattr(ahead_module, "compile_ahead", ahead)
+    monkeypatch.setattr(suite_runner, "_run_case", run)
     console = Console(file=io.StringIO(), width=200)
     names = [v.name for v in VARIANTS]
-    assert bench_suite.run_command("tiny", None, console, "goo", names, jobs=3) == 0
+    assert suite_runner.run_command("tiny", None, console, "goo", names, jobs=3) == 0
     assert order == [(["good"], names, 3), "good"]
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "not compiled ahead: good, omniq int8: RuntimeError: out of [luck]" in said

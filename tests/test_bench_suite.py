@@ -17,16 +17,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from omniq_compile.cli import bench_gemm, bench_suite, main
-from omniq_compile.cli.bench_gemm import gemm_rate, linear_shapes, measure_peaks
-from omniq_compile.cli.bench_machine import Timing
-from omniq_compile.cli.bench_markdown import COLUMNS, markdown
-from omniq_compile.cli.bench_result import BASELINE
-from omniq_compile.cli.bench_suite import SuiteResult, run_suite
-from omniq_compile.cli.bench_suites import SUITES, Case, Suite
-from omniq_compile.cli.bench_variants import Variant, suite_variants
-from omniq_compile.cli.families import FAMILIES
+from omniq_compile.benchmark import gemm, suite_runner
+from omniq_compile.benchmark.gemm import gemm_rate, linear_shapes, measure_peaks
+from omniq_compile.benchmark.machine import Timing
+from omniq_compile.benchmark.markdown import COLUMNS, markdown
+from omniq_compile.benchmark.result import BASELINE
+from omniq_compile.benchmark.suite_runner import SuiteResult, run_suite
+from omniq_compile.benchmark.suites import SUITES, Case, Suite
+from omniq_compile.benchmark.variants import Variant, suite_variants
+from omniq_compile.cli import main
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.models.families import FAMILIES
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.quantize_weights import quantize_
 
@@ -121,13 +122,13 @@ def test_gemms_of_a_gpu_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
              "stream": lambda stream: entered("warm-up")}  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(bench_gemm, "time_calls", lambda run, device: Timing(run() or 3.0, None))
-    seconds = bench_gemm._seconds(lambda: log.append("call"), replace(TINY, device="cuda"))
+    monkeypatch.setattr(gemm, "time_calls", lambda run, device: Timing(run() or 3.0, None))
+    seconds = gemm._seconds(lambda: log.append("call"), replace(TINY, device="cuda"))
     calls = ["call"] * TINY.gemm_calls
-    assert log[: -2 * bench_gemm.REPEATS] == [
+    assert log[: -2 * gemm.REPEATS] == [
         "warm-up begins", *calls, "warm-up ends", "capture begins", *calls, "capture ends"
     ]  # fmt: skip
-    assert log[-2 * bench_gemm.REPEATS :] == ["replay"] * 2 * bench_gemm.REPEATS
+    assert log[-2 * gemm.REPEATS :] == ["replay"] * 2 * gemm.REPEATS
     assert seconds == 3.0 / TINY.gemm_calls
 
 
@@ -147,7 +148,7 @@ def test_a_precision_without_a_gemm_says_why(monkeypatch: pytest.MonkeyPatch) ->
     assert (bfloat16.rate or 0) > 0
     assert (int8.rate or 0) > 0
     assert (fp8.rate, fp8.error) == (None, "RuntimeError: needs compute capability 8.9")
-    monkeypatch.setitem(bench_gemm.PEAK_OF, "int8", "fp8")
+    monkeypatch.setitem(gemm.PEAK_OF, "int8", "fp8")
     shapes = linear_shapes(nn.Linear(64, 40), lambda: None)
     assert not shapes
     model = nn.Linear(64, 40)
@@ -174,7 +175,7 @@ def test_the_command_writes_a_page_and_json(
         keep(result)
         return result
 
-    monkeypatch.setattr(bench_suite, "run_suite", run)
+    monkeypatch.setattr(suite_runner, "run_suite", run)
     assert main(["bench", "--suite", "tiny", "--report", str(tmp_path)]) == 1
     page, data = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert (page.suffix, data.suffix) == (".md", ".json")
@@ -189,10 +190,10 @@ def test_variants_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def run(suite: Any, case: Case, variants: list[Variant], *more: Any) -> Any:
         measured.append([variant.name for variant in variants])
-        return bench_suite.CaseResult(case.name)
+        return suite_runner.CaseResult(case.name)
 
     monkeypatch.setitem(SUITES, "tiny", TINY)
-    monkeypatch.setattr(bench_suite, "_run_case", run)
+    monkeypatch.setattr(suite_runner, "_run_case", run)
     chosen = ["--variant", "omniq fp8", "--variant", BASELINE]
     assert main(["bench", "--suite", "tiny", "--case", "good", *chosen]) == 0
     assert measured == [[BASELINE, "omniq fp8"]]
@@ -209,10 +210,10 @@ def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
     def stop(suite: Any, case: Case, *more: Any) -> Any:
         if case.name == "bad":
             raise KeyboardInterrupt
-        return bench_suite.CaseResult(case.name)
+        return suite_runner.CaseResult(case.name)
 
     monkeypatch.setitem(SUITES, "tiny", TINY)
-    monkeypatch.setattr(bench_suite, "_run_case", stop)
+    monkeypatch.setattr(suite_runner, "_run_case", stop)
     tmp_path /= "a/new/folder"
     arguments = ["bench", "--suite", "tiny", "--report", str(tmp_path)]
     assert main([*arguments, "--case", "goo"]) == 0
@@ -241,5 +242,5 @@ def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
 )  # fmt: skip
 def test_what_cannot_be_measured(name: str, report: str | None, said: str) -> None:
     with pytest.raises(OmniqError) as info:
-        bench_suite.run_command(name, Path(report) if report else None, console())
+        suite_runner.run_command(name, Path(report) if report else None, console())
     assert said in str(info.value)

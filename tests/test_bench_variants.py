@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 
-from omniq_compile.cli import bench_variants
-from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_variants import (
+from omniq_compile.benchmark import variants
+from omniq_compile.benchmark.linears import linear_calls
+from omniq_compile.benchmark.variants import (
     TORCHAO,
     TORCHAO_FP8,
     TORCHAO_INT8,
     TORCHAO_SETTINGS,
 )
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.random_models import make_inputs, random_model
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -66,7 +66,7 @@ def test_settings_are_those_of_torchao_alone(variant: Any, monkeypatch: pytest.M
 def test_linears_of_few_rows_are_left_out_where_int8_does_not_take_them(
     fewest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_variants, "FEWEST_ROWS", {"cpu": fewest})
+    monkeypatch.setattr(variants, "FEWEST_ROWS", {"cpu": fewest})
     model = random_model("QwenImageTransformer2DModel", width=64, num_blocks=1)
     inputs = make_inputs(model, image_tokens=20, text_tokens=18)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from conftest import count, traced
 from test_real_rotary import check, complex_products, lowered, rotate, same, unit
 from torch import fx
 
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.random_models import make_inputs, random_model
 
 
 def complex_values(gm: fx.GraphModule) -> int:

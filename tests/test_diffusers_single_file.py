@@ -17,9 +17,9 @@ from test_text_encoders import same
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, DiffusersConfig, WeightError
 from omniq_compile.checkpoints.saving import stored_options
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.integrations.single_file import SingleFile
 from omniq_compile.layer_plan import count_quantized
+from omniq_compile.models.random_models import make_inputs, random_model
 
 Tensors = dict[str, torch.Tensor]
 INT8 = {"method": "int8", "min_features": 16}

@@ -21,8 +21,8 @@ import transformers
 
 import omniq_compile as omniq
 from omniq_compile.cli import COMMANDS, main
-from omniq_compile.cli.random_models import random_model
 from omniq_compile.lowering.schemes import METHODS
+from omniq_compile.models.random_models import random_model
 from omniq_compile.passes.option_checks import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent

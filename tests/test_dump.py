@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from omniq_compile.cli import main
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.random_models import random_model
 
 MODULE = """
 import torch

@@ -9,8 +9,8 @@ import torch
 from tiny_models import TinyModel, tiny_model
 
 from omniq_compile import explain
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 
 # Linears of each tiny preset, counted on the modules, and those among them that Wan keeps in
 # float32 or that the forward does not reach.

@@ -17,8 +17,8 @@ from tiny_pipelines import save_text_to_image
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError
 from omniq_compile.cli import main
-from omniq_compile.cli.random_models import random_model
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.models.random_models import random_model
 from omniq_compile.quality.tune_state import fingerprint
 
 pytest.importorskip("transformers")

@@ -16,10 +16,10 @@ from test_folding import Model
 from torch import nn
 
 from omniq_compile.cli import main
-from omniq_compile.cli.model_argument import find_model
 from omniq_compile.inspector.dataflow import Flow
 from omniq_compile.inspector.drawing import LOOKS, render_svg
 from omniq_compile.inspector.inspection import inspect
+from omniq_compile.models.argument import find_model
 
 MODULE = """
 import torch

@@ -32,7 +32,7 @@ from omniq_compile import (
     QuantizedTensor,
     WeightError,
 )
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.random_models import make_inputs, random_model
 
 OPTIONS = {"method": "int8", "min_features": 64}
 METHODS: list[dict[str, Any]] = [

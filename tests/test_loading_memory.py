@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.random_models import random_model
 
 PEAK = """
 import json, sys

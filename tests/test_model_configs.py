@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from omniq_compile.cli.families import FAMILIES, preset_config
-from omniq_compile.cli.model_argument import find_model
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.argument import find_model
+from omniq_compile.models.families import FAMILIES, preset_config
+from omniq_compile.models.random_models import random_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)

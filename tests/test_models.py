@@ -9,10 +9,10 @@ import torch
 from tiny_models import tiny_model
 from torch.utils._pytree import tree_leaves
 
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.model_argument import find_model
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.models.argument import find_model
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 
 QWEN = "QwenImageTransformer2DModel"
 # 64 image tokens are 8 x 8; the last three put patches of 2 x 2 back in place.

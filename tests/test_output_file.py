@@ -13,10 +13,10 @@ import pytest
 from test_interrupted import files_of_at_most
 
 from omniq_compile.cli import main
-from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.cli.picture_file import save_result
 from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.output_file import check_writable, write
 from omniq_compile.pipelines.sound import Sound
 
 COMMANDS = (

@@ -27,7 +27,7 @@ import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
 from omniq_compile.checkpoints.saving import stored_options
 from omniq_compile.cli import main
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.random_models import random_model
 
 transformers = pytest.importorskip("transformers")
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"

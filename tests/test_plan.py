@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import omniq_compile as omniq
-from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.target import Target
+from omniq_compile.models.families import FAMILIES, preset_config, transformer_class
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.planning.meta_run import run_on_meta, to_meta
 from omniq_compile.planning.plan import Plan, folded_trace, plan_model

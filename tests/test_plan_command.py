@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from omniq_compile.cli import main
-from omniq_compile.cli.families import FAMILIES, InputSize, preset_config
 from omniq_compile.cli.plan import Size, _render
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.families import FAMILIES, InputSize, preset_config
+from omniq_compile.models.random_models import random_model
 from omniq_compile.planning.plan import Plan, PlanRow
 
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from omniq_compile import QuantConfig
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.target import Target
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.program import describe, program

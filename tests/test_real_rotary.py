@@ -15,9 +15,9 @@ from generated_cuda import interpret, interpreted, make
 from torch import fx, nn
 
 from omniq_compile import QuantConfig
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.inspector import absent_gpu, generated
 from omniq_compile.lowering.target import Target
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import QuantConfig
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.quality.layer_units import (
     Layer,

@@ -21,10 +21,10 @@ import torch
 from conftest import Holder, traced
 from torch import fx
 
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import ARCHITECTURES, Target
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes import pipeline, policy
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context

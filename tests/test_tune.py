@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import omniq_compile as omniq
 from omniq_compile import OptionError, QuantConfig
 from omniq_compile.cli import main
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.quality import tuning
 from omniq_compile.quality.recorded_calls import flat_output
 from omniq_compile.quality.switches import Switches

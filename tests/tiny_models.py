@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.cli.families import PRESETS
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.models.families import PRESETS
+from omniq_compile.models.random_models import make_inputs, random_model
 
 
 @dataclass(frozen=True)

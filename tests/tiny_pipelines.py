@@ -19,7 +19,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from omniq_compile.cli.random_models import random_model
+from omniq_compile.models.random_models import random_model
 
 WORDS = ["a", "red", "fox", "in", "the", "snow"]
 

@@ -187,8 +187,8 @@ def result_table(
 
 def time_one_block(method: str, console: Console) -> None:
     """Time one Qwen-Image block at true width, and print its ratio to Inductor in BF16."""
+    from omniq_compile.benchmark.result import BenchConfig
     from omniq_compile.cli.bench import print_table, run_bench
-    from omniq_compile.cli.bench_result import BenchConfig
 
     config = BenchConfig(method=method, eager=False, torchao=False, rounds=3)
     print_table(run_bench(config, console), console)

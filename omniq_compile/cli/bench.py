@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from omniq_compile.cli.bench_measure import run_bench
-from omniq_compile.cli.bench_result import BASELINE, DTYPES, BenchConfig, BenchResult, Measurement
-from omniq_compile.cli.bench_suite import run_command
-from omniq_compile.cli.bench_suites import SUITES
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.output_file import check_writable, write
+from omniq_compile.benchmark.measure import run_bench
+from omniq_compile.benchmark.result import BASELINE, DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.benchmark.suite_runner import run_command
+from omniq_compile.benchmark.suites import SUITES
 from omniq_compile.cli.whole_numbers import positive
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.output_file import check_writable, write
 
 # What `--quick` changes where the user asked for nothing else.
 QUICK = {"width": 256, "image_tokens": 64, "text_tokens": 16, "rounds": 3}

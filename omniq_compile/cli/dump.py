@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
-from omniq_compile.cli.model_argument import find_model
 from omniq_compile.cli.once import Once
 from omniq_compile.cli.options import add_option_arguments, options_of
-from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.inspector.document import render_json
 from omniq_compile.inspector.drawing import render_svg
 from omniq_compile.inspector.inspection import Inspection, inspect
 from omniq_compile.inspector.page import render_page
 from omniq_compile.inspector.text import KERNELS, part_title, render, render_diff
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.models.argument import find_model
+from omniq_compile.output_file import check_writable, write
 from omniq_compile.passes.legal import STAGES
 
 FORMATS = ("text", "html", "svg", "json")

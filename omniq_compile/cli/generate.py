@@ -12,7 +12,6 @@ from rich.console import Console
 
 from omniq_compile.checkpoints.saving import options_to_run
 from omniq_compile.cli.loading_arguments import add_dtype_argument
-from omniq_compile.cli.output_file import check_writable
 from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
 from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
@@ -29,6 +28,7 @@ from omniq_compile.cli.sound_file import SUFFIX as SOUND_SUFFIX
 from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.cli.whole_numbers import positive, seed
 from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.output_file import check_writable
 from omniq_compile.pipelines.call import (
     CALLBACK,
     call_worded,

@@ -14,8 +14,8 @@ from PIL import Image
 
 from omniq_compile.checkpoints.whole_file import written_whole
 from omniq_compile.cli import sound_file
-from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.output_file import numbered
 from omniq_compile.pipelines.output import FRAMES_PER_SECOND, Kind, made_by
 
 VIDEO_SUFFIXES = (".mp4", ".gif")

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from omniq_compile.cli.families import FAMILIES, WIDE_LATENTS, InputSize
 from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
-from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
 from omniq_compile.cli.options import add_option_arguments, options_of
-from omniq_compile.cli.output_file import check_writable, write
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target, detect
+from omniq_compile.models.configs import ModelConfig, build_model, find_configs
+from omniq_compile.models.families import FAMILIES, WIDE_LATENTS, InputSize
+from omniq_compile.output_file import check_writable, write
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.planning.meta_run import to_meta
 from omniq_compile.planning.plan import Plan, plan_model

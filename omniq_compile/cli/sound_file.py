@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from omniq_compile.checkpoints.whole_file import written_whole
-from omniq_compile.cli.output_file import numbered
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.output_file import numbered
 from omniq_compile.pipelines.sound import Sound
 
 SUFFIX = ".wav"

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import omniq_compile
-from omniq_compile.cli.families import FAMILIES
-from omniq_compile.cli.random_models import make_inputs, random_model
 from omniq_compile.compiling import weight_changes
+from omniq_compile.models.families import FAMILIES
+from omniq_compile.models.random_models import make_inputs, random_model
 
 # Options, and the worst error of a tiny model's output beside the same model in BF16: 1.5 times
 # what the four families had on a CPU. Outputs that have nothing to do with each other have 1.4.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from omniq_compile.cli.bench_gemm import (
+from omniq_compile.benchmark.gemm import (
     GemmRate,
     Peak,
     Shape,
@@ -24,15 +24,15 @@ from omniq_compile.cli.bench_gemm import (
     linear_shapes,
     measure_peaks,
 )
-from omniq_compile.cli.bench_machine import environment
-from omniq_compile.cli.bench_measure import run_bench
-from omniq_compile.cli.bench_result import BASELINE, BenchConfig, BenchResult
-from omniq_compile.cli.bench_suites import SUITES, Case, Suite
-from omniq_compile.cli.bench_variants import Variant, named, suite_variants
-from omniq_compile.cli.families import preset_config, transformer_class
-from omniq_compile.cli.output_file import write
-from omniq_compile.cli.random_models import make_inputs
+from omniq_compile.benchmark.machine import environment
+from omniq_compile.benchmark.measure import run_bench
+from omniq_compile.benchmark.result import BASELINE, BenchConfig, BenchResult
+from omniq_compile.benchmark.suites import SUITES, Case, Suite
+from omniq_compile.benchmark.variants import Variant, named, suite_variants
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.models.families import preset_config, transformer_class
+from omniq_compile.models.random_models import make_inputs
+from omniq_compile.output_file import write
 from omniq_compile.planning.meta_run import to_meta
 from omniq_compile.strict_json import to_json
 
@@ -204,8 +204,8 @@ def run_command(
     Raises:
         OmniqError: no such suite, case, variant or device, or no folder can be made.
     """
-    from omniq_compile.cli.bench_ahead import compile_ahead
-    from omniq_compile.cli.bench_markdown import markdown
+    from omniq_compile.benchmark.ahead import compile_ahead
+    from omniq_compile.benchmark.markdown import markdown
 
     if report is not None:
         try:

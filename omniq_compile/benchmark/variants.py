@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_result import BASELINE, BenchConfig
+from omniq_compile.benchmark.linears import linear_calls
+from omniq_compile.benchmark.result import BASELINE, BenchConfig
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import METHODS_OF
 from omniq_compile.quantize_weights import quantize_

@@ -25,8 +25,8 @@ from torch import nn
 from omniq_compile.checkpoints.checkpoint_folder import pipeline_components, read_json
 from omniq_compile.checkpoints.filling import set_dtypes
 from omniq_compile.checkpoints.hub_download import described_folder, may_be_hub_id
-from omniq_compile.cli.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint, unknown
+from omniq_compile.models.families import FAMILIES, preset_config, transformer_class
 
 # How alike a setting's name is to a known one to be a misspelling of it.
 LIKELY_MEANT = 0.8

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from omniq_compile import __version__
-from omniq_compile.cli.bench_result import BenchConfig
+from omniq_compile.benchmark.result import BenchConfig
 
 
 def environment(config: BenchConfig) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from omniq_compile.checkpoints.filling import is_inside
-from omniq_compile.cli.families import (
+from omniq_compile.lowering.errors import OmniqError
+from omniq_compile.models.families import (
     InputSize,
     family_of,
     preset_config,
     transformer_class,
 )
-from omniq_compile.lowering.errors import OmniqError
 
 
 def make_inputs(

@@ -1,6 +1,6 @@
 """Finds the model that MODEL names for ``omniq dump``, and inputs for it, without any weights.
 
-MODEL is ``module:function``, a function that makes both, or what `model_configs` finds: then every
+MODEL is ``module:function``, a function that makes both, or what `configs` finds: then every
 tensor has a shape and a dtype, and no values.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from omniq_compile.cli.families import PRESETS
-from omniq_compile.cli.model_configs import ModelConfig, build_model, find_configs
-from omniq_compile.cli.model_function import LoadedModel, call_function
-from omniq_compile.cli.random_models import make_inputs
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.models.configs import ModelConfig, build_model, find_configs
+from omniq_compile.models.families import PRESETS
+from omniq_compile.models.function import LoadedModel, call_function
+from omniq_compile.models.random_models import make_inputs
 
 
 def find_model(

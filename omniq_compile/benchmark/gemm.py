@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from omniq_compile.cli.bench_linears import linear_calls
-from omniq_compile.cli.bench_machine import captured, time_calls
-from omniq_compile.cli.bench_suites import Suite
+from omniq_compile.benchmark.linears import linear_calls
+from omniq_compile.benchmark.machine import captured, time_calls
+from omniq_compile.benchmark.suites import Suite
 from omniq_compile.compiling import inductor
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import get_format

@@ -14,11 +14,11 @@ from multiprocessing import get_context
 
 import torch
 
-from omniq_compile.cli.bench_gemm import compile_gemms
-from omniq_compile.cli.bench_measure import first_call
-from omniq_compile.cli.bench_suite import config_of, shapes_of
-from omniq_compile.cli.bench_suites import Case, Suite
-from omniq_compile.cli.bench_variants import Variant, named, suite_variants
+from omniq_compile.benchmark.gemm import compile_gemms
+from omniq_compile.benchmark.measure import first_call
+from omniq_compile.benchmark.suite_runner import config_of, shapes_of
+from omniq_compile.benchmark.suites import Case, Suite
+from omniq_compile.benchmark.variants import Variant, named, suite_variants
 
 
 def compile_ahead(

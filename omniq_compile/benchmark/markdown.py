@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omniq_compile.cli.bench_result import BASELINE, Measurement
-from omniq_compile.cli.bench_suite import CaseResult, SuiteResult
+from omniq_compile.benchmark.result import BASELINE, Measurement
+from omniq_compile.benchmark.suite_runner import CaseResult, SuiteResult
 
 PACKAGES = ("torch", "cuda", "hip", "triton", "torchao", "diffusers")
 COLUMNS = (

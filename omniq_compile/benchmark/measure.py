@@ -22,18 +22,18 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from omniq_compile.cli.bench_machine import (
+from omniq_compile.benchmark.machine import (
     captured,
     environment,
     synchronize,
     time_calls,
     to_device,
 )
-from omniq_compile.cli.bench_result import DTYPES, BenchConfig, BenchResult, Measurement
-from omniq_compile.cli.bench_variants import Variant, default_variants
-from omniq_compile.cli.random_models import make_inputs, random_model
+from omniq_compile.benchmark.result import DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.benchmark.variants import Variant, default_variants
 from omniq_compile.compiling import weights
 from omniq_compile.memory import peak_of_call, peak_rss, state_bytes
+from omniq_compile.models.random_models import make_inputs, random_model
 
 # A model larger than this gets no float32 reference, which would take twice as much again.
 FLOAT32_REFERENCE_BYTES = 8 << 30

@@ -1,0 +1,1 @@
+"""Models that a command names: by class, configuration or function, and made up at random."""
