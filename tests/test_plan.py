@@ -23,8 +23,9 @@ from omniq_compile.lowering.target import Target
 from omniq_compile.models.families import FAMILIES, preset_config, transformer_class
 from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.planning import folded_trace
 from omniq_compile.planning.meta_run import run_on_meta, to_meta
-from omniq_compile.planning.plan import Plan, folded_trace, plan_model
+from omniq_compile.planning.plan import Plan, plan_model
 from omniq_compile.reports import report
 
 CONFIGS = Path(__file__).parent / "configs"
