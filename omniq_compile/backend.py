@@ -11,9 +11,11 @@ import torch
 from torch import fx
 
 from omniq_compile.compiling import inductor, weight_changes
-from omniq_compile.compiling.all_kept import warn_all_kept
+from omniq_compile.compiling.all_kept import layers_in, warn_all_kept
 from omniq_compile.compiling.denoise import current_step
 from omniq_compile.compiling.enclosing import refuse_full_names
+from omniq_compile.compiling.low_precision import has_low_precision, note_precision
+from omniq_compile.compiling.traced_modules import model_around, traced_modules, weight_names
 from omniq_compile.compiling.unmatched import warn_unmatched
 from omniq_compile.compiling.weights import BoundWeights
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
@@ -80,6 +82,7 @@ def compile_graph(
     config: QuantConfig,
     *,
     decided: Decided,
+    by_block: bool = False,
 ) -> Compiled:
     """Compile one graph of Dynamo's by a checked configuration; see `omniq`.
 
@@ -89,16 +92,18 @@ def compile_graph(
         config: what to do.
         decided: gets the configuration and the graph's sites, once they are decided and before they
             are compiled; what it raises refuses them.
+        by_block: see `context_of`.
 
     Raises:
         OptionError, GradientError, WeightError: as `omniq` does.
     """
     _refuse_gradients(gm, example_inputs)
     _refuse_meta(example_inputs)
-    usual = _compile_for_steps(gm, example_inputs, config, decided)
+    usual = _compile_for_steps(gm, example_inputs, config, decided, by_block)
     if not config.w4a8_fallback_steps:
         return usual
-    fallback = _compile_for_steps(gm, example_inputs, config.with_mxfp8_activations(), _no_check)
+    with_mxfp8 = config.with_mxfp8_activations()
+    fallback = _compile_for_steps(gm, example_inputs, with_mxfp8, _no_check, by_block)
 
     def run(*arguments: Any) -> Any:
         in_fallback = current_step() in config.w4a8_fallback_steps
@@ -107,15 +112,43 @@ def compile_graph(
     return run
 
 
+def context_of(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: QuantConfig,
+    target: Target,
+    by_block: bool = False,
+) -> Context:
+    """Return what the passes are told of a graph that Dynamo is compiling.
+
+    Args:
+        gm: the graph as Dynamo traced it.
+        example_inputs: those that it was traced with.
+        config: the options.
+        target: to lower for.
+        by_block: layers are named in the outermost module that is compiled, and not in that which
+            Dynamo compiles on its own after a graph break.
+    """
+    modules = traced_modules()
+    named_in = modules[-1 if by_block else 0] if modules else None
+    names = weight_names(gm, example_inputs, named_in)
+    return Context(config, target, names, has_low_precision(model_around()))
+
+
 def _compile_for_steps(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuantConfig, decided: Decided
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: QuantConfig,
+    decided: Decided,
+    by_block: bool,
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
-    context = Context(
-        config, run_target(config, dynamo.devices(gm.graph)), stages={} if traced else None
-    )
+    target = run_target(config, dynamo.devices(gm.graph))
+    context = context_of(gm, example_inputs, config, target, by_block)
+    context.stages = {} if traced else None
     rewritten = pipeline.run(gm, pipeline.build(config), context)
+    note_precision(model_around(), context.sites)
     seconds = time.perf_counter() - start
     _refuse_inner_gradients(context.sites, example_inputs)
     decided(config, context.sites)
@@ -133,7 +166,8 @@ def _check_options(config: QuantConfig, sites: Sequence[Site]) -> None:
     refuse_full_names(config, sites)
     if sites:
         layers = [site.layer for site in sites]
-        warn_unmatched(config, layers, f"none of this graph's {len(layers)} layers")
+        nothing = f"none of this graph's {len(layers)} layers"
+        warn_unmatched(config, layers, nothing, layers_in(traced_modules()))
     warn_all_kept(config, sites)
 
 

@@ -13,6 +13,7 @@ from omniq_compile.lowering.registry import as_stored
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.expression import WeightExpression
+from omniq_compile.passes.names import WeightNames
 from omniq_compile.passes.sites import Site
 
 
@@ -55,10 +56,23 @@ class PassRecord:
 
 @dataclass
 class Context:
-    """Options in, findings out."""
+    """Options in, findings out.
+
+    Attributes:
+        config: the options.
+        target: to lower for.
+        weight_names: of the weights among the graph's inputs, as the model has them; see `names`.
+        low_precision: the model has layers of lower precision than float32, wherever they are.
+        sites: the products, each with its decision.
+        bindings: the quantized weights.
+        records: the passes as they ran.
+        stages: copies of the graph at the end of each stage, by its name; None is none.
+    """
 
     config: QuantConfig
     target: Target
+    weight_names: WeightNames = field(default_factory=dict)
+    low_precision: bool = False
     sites: list[Site] = field(default_factory=list)
     bindings: list[Binding] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)

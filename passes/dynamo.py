@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ _NAME_PART = re.compile(
     r"""((?<=\.)[^.\[\]'"]+?(?=[.\[]|, ['"]|$)|[^.\[\]'"(),\s]+)"""
 )
 _NOT_LAYERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "__dict__"}
+
+# A local variable, and the names that lead from it to a module or a tensor; or those names alone.
+Path = tuple[str, ...]
+
+# The name of a weight where it is not that which Dynamo finds it by.
+_WEIGHT_NAME = "omniq_weight_name"
 
 
 def value(node: fx.Node) -> Any:
@@ -60,6 +67,21 @@ def move_place(node: fx.Node, old: str, new: str) -> None:
     stack = node.meta.get("nn_module_stack") or {}
     node.meta["nn_module_stack"] = {
         key: (_moved(path, old, new), kind) for key, (path, kind) in stack.items()
+    }
+
+
+def move_places(node: fx.Node, moved: Mapping[Path, Path]) -> None:
+    """Have modules of some paths, and those in them, stand at other places of the model.
+
+    Args:
+        node: that the modules made.
+        moved: from a local variable and the names that lead to a module, to the names in the model.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    places = {key: (_path(text), text, kind) for key, (text, kind) in stack.items()}
+    node.meta["nn_module_stack"] = {
+        key: (_at(_longest(path, moved)) if path else text, kind)
+        for key, (path, text, kind) in places.items()
     }
 
 
@@ -152,6 +174,8 @@ def under_autocast(graph: fx.Graph) -> set[fx.Node]:
 
 def weight_name(node: fx.Node) -> str:
     """Return the dotted name of a parameter or buffer, such as ``blocks.0.attn.to_q.weight``."""
+    if _WEIGHT_NAME in node.meta:
+        return str(node.meta[_WEIGHT_NAME])
     source = _source_name(node)
     if source:
         return _dotted(source)
@@ -159,6 +183,18 @@ def weight_name(node: fx.Node) -> str:
     owner = node.graph.owning_module
     names = owner.meta.get("dynamo_flat_name_to_original_fqn", {}) if owner is not None else {}
     return str(names.get(node.target, node.target))
+
+
+def set_weight_name(node: fx.Node, name: str) -> None:
+    """Call a parameter or buffer by another dotted name than Dynamo does."""
+    node.meta[_WEIGHT_NAME] = name
+
+
+def weight_path(node: fx.Node) -> Path:
+    """Return the local variable by which Dynamo finds a parameter or buffer, and the names that
+    lead from it to the tensor; nothing where it is found in another way.
+    """
+    return _path(_source_name(node))
 
 
 def layer_name(node: fx.Node) -> str:
@@ -192,12 +228,36 @@ def _moved(path: str, old: str, new: str) -> str:
     name = _dotted(path)
     if name != old and not name.startswith(f"{old}."):
         return path
-    parts = f"{new}{name.removeprefix(old)}".split(".")
-    return "L['self']" + "".join(f"._modules[{part!r}]" for part in parts)
+    return _at(tuple(f"{new}{name.removeprefix(old)}".split(".")))
+
+
+def _longest(path: Path, moved: Mapping[Path, Path]) -> Path:
+    """Return a path's place in the model, by the longest of its beginnings that was moved."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in moved:
+            return moved[path[:length]] + path[length:]
+    return path[1:]
+
+
+def _at(names: Path) -> str:
+    """Return the expression of a module in the model, as Dynamo writes it."""
+    return "L['self']" + "".join(f"._modules[{name!r}]" for name in names)
 
 
 def is_resumed() -> bool:
-    """Say whether the graph being compiled continues a function after a graph break.
+    """Say whether the graph being compiled continues a function after a graph break."""
+    frame = _traced_frame()
+    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume")
+
+
+def traced_locals() -> Mapping[str, Any]:
+    """Return the local variables, as its caller gave them, of the function being compiled."""
+    frame = _traced_frame()
+    return {} if frame is None else frame.output.root_tx.f_locals
+
+
+def _traced_frame() -> Any:
+    """Return what Dynamo knows of the function that it is tracing; None outside a compile.
 
     Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 to 2.13: outside a compile
     there is no frame, which 2.12 says with None.
@@ -205,10 +265,9 @@ def is_resumed() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        frame = InstructionTranslator.current_tx()
+        return InstructionTranslator.current_tx()
     except AttributeError:
-        return False
-    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume")
+        return None
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -254,9 +313,14 @@ def _source_name(node: fx.Node) -> str:
 
 def _dotted(path: str) -> str:
     """Turn ``L['self']._modules['blocks']._modules['0']`` or ``L['self'].blocks.0`` to blocks.0"""
+    return ".".join(_path(path)[1:])
+
+
+def _path(path: str) -> Path:
+    """Turn the same to (self, blocks, 0)."""
     parts = [
         ast.literal_eval(literal) if literal else word
         for literal, word in _NAME_PART.findall(path)
         if literal or word
     ]
-    return ".".join(part for part in parts[2:] if part not in _NOT_LAYERS)
+    return tuple(part for part in parts[1:] if part not in _NOT_LAYERS)

@@ -38,8 +38,9 @@ def possible_names(module: nn.Module, place: str = "") -> list[tuple[str, str]]:
     return list(dict.fromkeys(names))
 
 
-# What `torch.compile` and peft wrap a module in: a layer keeps its name when an adapter is loaded.
-_WRAPPED = {"_orig_mod", "base_layer"}
+# What `torch.compile`, peft, and PyTorch's activation checkpoints and FSDP wrap a module in: a
+# layer keeps its name when an adapter is loaded, and `state_dict` leaves the last two out too.
+_WRAPPED = {"_orig_mod", "base_layer", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def _join(place: str, name: str) -> str:

@@ -45,7 +45,8 @@ def unmatched(patterns: Sequence[str], layers: Sequence[str]) -> dict[str, list[
         names.update(".".join(parts[-n:]) for n in range(2, len(parts)))
     spelled = sorted(n for n in names if not n.isdigit())
     return {
-        pattern: nearest(pattern.removeprefix("re:"), spelled)
+        # A regular expression has to match a full name.
+        pattern: nearest(pattern[3:], layers) if pattern[:3] == "re:" else nearest(pattern, spelled)
         for pattern in patterns
         if not any(matches(pattern, layer) for layer in layers)
     }

@@ -18,6 +18,7 @@ from omniq_compile.passes.inference_mode import gradients_off
 from omniq_compile.passes.inline import inline
 from omniq_compile.passes.lower import lower
 from omniq_compile.passes.match import find_sites
+from omniq_compile.passes.names import name_as_in_model
 from omniq_compile.passes.policy import decide
 from omniq_compile.passes.real_rotary import real_rotary
 from omniq_compile.passes.rewrite import rewrite
@@ -55,11 +56,12 @@ def build(config: QuantConfig) -> list[Pass]:
         return gm
 
     def policy(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
-        decide(context.sites, config, context.target)
+        decide(context.sites, config, context.target, context.low_precision)
         return gm
 
     return [
         Pass("inline", lambda gm, context: inline(gm)),
+        Pass("names", lambda gm, context: name_as_in_model(gm, context.weight_names)),
         Pass("inference_mode", lambda gm, context: gradients_off(gm)),
         Pass("shards", lambda gm, context: multiply_shards(gm)),
         Pass("match", match),

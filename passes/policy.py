@@ -24,13 +24,21 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT32_REASON = "kept in float32 by the model, beside layers of lower precision"
 
 
-def decide(sites: list[Site], config: QuantConfig, target: Target) -> None:
+def decide(
+    sites: list[Site], config: QuantConfig, target: Target, low_precision: bool = False
+) -> None:
     """Set the decision of every site.
+
+    Args:
+        sites: of one graph.
+        config: the options.
+        target: to choose kernels for.
+        low_precision: the model has layers of lower precision than float32, as these may have too.
 
     Raises:
         OptionError: the policy needs the order of the blocks, which this graph does not show.
     """
-    low_precision = any(
+    low_precision = low_precision or any(
         s.kind is Kind.WEIGHT and s.dtype in (torch.bfloat16, torch.float16) for s in sites
     )
     leading = _in_leading_blocks(sites, config)

@@ -81,11 +81,11 @@ def test_every_pass_is_recorded_with_what_it_changed(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.DEBUG, logger="omniq"):
         _, context = run(gm)
     assert [r.name for r in context.records] == [
-        "inline", "inference_mode", "shards", "match", "policy", "written_weights", "rewrite",
-        "share", "real_rotary", "sigmoid_gelu", "lower",
+        "inline", "names", "inference_mode", "shards", "match", "policy", "written_weights",
+        "rewrite", "share", "real_rotary", "sigmoid_gelu", "lower",
     ]  # fmt: skip
     deltas = {r.name: r.delta for r in context.records}
-    assert deltas["inline"] == deltas["shards"] == deltas["match"] == deltas["policy"] == {}
+    assert all(deltas[name] == {} for name in ("inline", "names", "shards", "match", "policy"))
     assert deltas["real_rotary"] == deltas["sigmoid_gelu"] == {}
     assert deltas["rewrite"] == {"linear": -3, "quantize.default": 3, "gemm.default": 3}
     assert deltas["share"] == {"quantize.default": -1}
@@ -96,7 +96,7 @@ def test_every_pass_is_recorded_with_what_it_changed(caplog: pytest.LogCaptureFi
     assert [message.split()[:2] for message in logged] == [
         ["pass", f"{record.name}:"] for record in context.records
     ]
-    assert "'quantize.default': -1" in logged[7]
+    assert "'quantize.default': -1" in logged[8]
 
 
 def test_without_share_the_numbers_are_the_same() -> None:
@@ -207,5 +207,5 @@ def test_a_graph_without_sites_passes_through() -> None:
     context = new_context()
     result = pipeline.run(gm, pipeline.build(context.config), context)
     assert (context.sites, context.bindings) == ([], [])
-    assert [r.delta for r in context.records] == [{}] * 11
+    assert [r.delta for r in context.records] == [{}] * 12
     assert torch.equal(result(*inputs)[0], inputs[0] * 2)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from omniq_compile.compiling.compiled_modules import is_compiled, original
-from omniq_compile.compiling.enclosing import modules_being_called
+from omniq_compile.compiling.traced_modules import modules_being_called
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
@@ -135,6 +135,13 @@ def _another_graph_may(
         if (layer := layer_name([name], "")) not in decided
         and ignored_reason(config, layer) is None
     )
+
+
+def layers_in(models: Iterable[nn.Module]) -> list[str]:
+    """Return the names of what may be layers of models: of their matrices, whatever holds them."""
+    return [
+        layer_name([name], "") for model in models for name, t in _weights(model) if t.dim() > 1
+    ]
 
 
 def _compiled_parts(model: nn.Module) -> list[nn.Module]:

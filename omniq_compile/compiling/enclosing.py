@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-
-from torch import nn
+from collections.abc import Sequence
 
 from omniq_compile.compiling.compiled_modules import original
+from omniq_compile.compiling.traced_modules import modules_being_called, traced_modules
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
@@ -54,14 +52,37 @@ def refuse_full_names(config: QuantConfig, sites: Sequence[Site]) -> None:
                     )
 
 
-def modules_being_called() -> Iterator[nn.Module]:
-    """Yield the modules whose methods are on the stack, the innermost first.
+def refuse_unequal(config: QuantConfig, sites: Sequence[Site]) -> None:
+    """Check that the layers of a module that a graph break left alone are decided for all like it.
 
-    Those that ``torch.compile`` wrapped are as they were before.
+    Dynamo compiles the rest of its method once, for every module of its class in a block, where the
+    patterns may tell them apart.
+
+    Args:
+        config: with patterns for the names in the block.
+        sites: of the graph, with those names.
+
+    Raises:
+        OptionError: a pattern names a layer of one of them, and not of another.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            yield original(module)
-        frame = frame.f_back  # type: ignore[assignment]
+    modules = traced_modules()
+    if not any(config.layer_patterns.values()) or len(modules) < 2:
+        return
+    alone, block = modules[0], modules[-1]
+    alike = {name: module for name, module in block.named_modules() if type(module) is type(alone)}
+    own = next((name for name, module in alike.items() if module is alone), None)
+    if own is None:
+        return
+    for site in sites:
+        inside = site.layer.removeprefix(own)
+        for option, patterns in config.layer_patterns.items():
+            named = {name: first_match(patterns, f"{name}{inside}") is not None for name in alike}
+            if len(set(named.values())) > 1:
+                yes = next(name for name, matched in named.items() if matched)
+                no = next(name for name, matched in named.items() if not matched)
+                raise OptionError(
+                    f"{option} names {yes}{inside} of {type(block).__name__} and not "
+                    f"{no}{inside}, and a graph break in {type(alone).__name__} has the two "
+                    "compiled once, for both. Use patterns that name the same layer of each, or "
+                    "take the break out (TORCH_LOGS='graph_breaks' shows it)."
+                )

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.compiling.all_kept import KeptLayers
 from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
 from omniq_compile.compiling.compiled_modules import call_instead
+from omniq_compile.compiling.enclosing import refuse_unequal
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.compiling.whole_or_blocks import check_not_whole, refuse_whole
 from omniq_compile.given_model import check_model
@@ -28,6 +29,7 @@ from omniq_compile.passes.layer_names import possible_names
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
 from omniq_compile.passes.regions import find_blocks
+from omniq_compile.passes.sites import Site
 
 logger = logging.getLogger("omniq")
 
@@ -135,7 +137,7 @@ class _Regions:
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
             self._backends[config] = own_backend(
-                partial(compile_graph, config=config, decided=self._kept.add)
+                partial(compile_graph, config=config, decided=self._decided, by_block=True)
             )
             logger.info("policy %d starts at block %s", len(self._backends), name)
         functions, graphs = self._functions_of(block, config), self._kept.graphs
@@ -151,6 +153,10 @@ class _Regions:
         if len(self._order) == self._count and self._warned is not None:
             self._kept.warn(self._warned)
         return result
+
+    def _decided(self, config: QuantConfig, sites: Sequence[Site]) -> None:
+        refuse_unequal(config, sites)
+        self._kept.add(config, sites)
 
     def _functions_of(self, block: nn.Module, config: QuantConfig) -> BlockFunctions:
         """Return the functions of blocks of one class, policy, and sizes, of which a UNet's blocks

@@ -14,16 +14,21 @@ from omniq_compile.passes.patterns import matches, unmatched
 logger = logging.getLogger("omniq")
 
 
-def warn_unmatched(config: QuantConfig, layers: Sequence[str], nothing: str) -> None:
+def warn_unmatched(
+    config: QuantConfig, layers: Sequence[str], nothing: str, elsewhere: Sequence[str] = ()
+) -> None:
     """Log each layer pattern that names none of the layers, with the nearest names.
 
     Args:
         config: its options that name layers are looked at.
         layers: the names there are.
         nothing: how to say what a pattern matches then, such as "no layer of the model".
+        elsewhere: names that are in another graph, of which a pattern may name one instead.
     """
     for option, patterns in config.layer_patterns.items():
         for pattern, close in unmatched(patterns, layers).items():
+            if any(matches(pattern, layer) for layer in elsewhere):
+                continue
             near = ", ".join(close or layers[:3])
             logger.warning("%s pattern %r matches %s; nearest: %s", option, pattern, nothing, near)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from omniq_compile.backend import run_target
+from omniq_compile.backend import context_of, run_target
+from omniq_compile.compiling.low_precision import note_precision
+from omniq_compile.compiling.traced_modules import model_around
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target
@@ -159,8 +161,11 @@ def trace(
     contexts: list[Context] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        context = Context(config, chosen or run_target(config, dynamo.devices(gm.graph)), stages={})
+        here = chosen or run_target(config, dynamo.devices(gm.graph))
+        context = context_of(gm, example_inputs, config, here)
+        context.stages = {}
         pipeline.run(gm, pipeline.build(config), context)
+        note_precision(model_around(), context.sites)
         contexts.append(context)
         return gm.forward
 

@@ -1,0 +1,315 @@
+"""What layers are called, and which stay in float32, is as the model has it, in any graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import omniq_compile
+from omniq_compile import OptionError, explain, quantize_
+
+WIDTH = 32
+OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
+
+
+def kept(model: nn.Module, **options: Any) -> dict[str, bool]:
+    sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS | options).sites
+    return {site.layer: site.decision.method is None for site in sites}
+
+
+def is_as_it_was(compiled: Callable[..., Any], model: nn.Module) -> bool:
+    x = torch.randn(4, WIDTH).bfloat16()
+    with torch.no_grad():
+        return torch.equal(compiled(x), model(x))
+
+
+def ready(model: nn.Module) -> nn.Module:
+    return model.bfloat16().eval().requires_grad_(False)
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, WIDTH)
+
+
+def mixed(context: Part, x: Part, activation: torch.Tensor) -> torch.Tensor:
+    """As SD3's `block_mixing`: it calls both by its own variables."""
+    made = context.qkv(activation)
+    torch._dynamo.graph_break()
+    return x.qkv(made)
+
+
+class Joint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.context_block, self.x_block = Part(), Part()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + mixed(self.context_block, self.x_block, x)
+
+
+class Net(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.joint_blocks = nn.ModuleList([block(), block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.joint_blocks:
+            x = block(x)
+        return x
+
+
+def test_a_function_that_is_handed_modules_behind_a_break() -> None:
+    model = ready(Net(Joint))
+    assert kept(model) == {"context_block.qkv": False, "x_block.qkv": False}
+    assert kept(model, ignored_layers=["x_block"]) == {
+        "context_block.qkv": False,
+        "x_block.qkv": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ignored", "same"),
+    [(["context_block", "x_block"], True), (["x_block"], False), (["joint_blocks"], True)],
+)
+def test_its_layers_are_ignored_where_blocks_are_compiled(ignored: list[str], same: bool) -> None:
+    model, x = ready(Net(Joint)), torch.randn(4, WIDTH).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        compiled = omniq_compile.compile(model, OPTIONS | {"ignored_layers": ignored})
+        assert torch.equal(compiled(x), expected) is same
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.to_q(x)
+        torch._dynamo.graph_break()
+        return self.to_k(q)
+
+
+class Crossing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Attention(), Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn2(self.attn1(x))
+
+
+def test_a_break_inside_a_block_leaves_its_layers_their_names() -> None:
+    model = ready(Net(Crossing))
+    x = torch.randn(4, WIDTH).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        options = OPTIONS | {"ignored_layers": ["attn1", "attn2"]}
+        assert torch.equal(omniq_compile.compile(model, options)(x), expected)
+
+
+def test_layers_that_are_compiled_once_are_not_told_apart_silently() -> None:
+    model = ready(Net(Crossing))
+    compiled = omniq_compile.compile(model, OPTIONS | {"ignored_layers": ["attn1.to_k"]})
+    with pytest.raises(BackendCompilerFailed) as raised, torch.no_grad():
+        compiled(torch.randn(4, WIDTH).bfloat16())
+    assert isinstance(raised.value.inner_exception, OptionError)
+    words = "ignored_layers names attn1.to_k of Crossing and not attn2.to_k, and a graph break in"
+    assert words in str(raised.value.inner_exception)
+
+
+class Preparation:
+    """No module, as LTX-2's preprocessors: a second way to layers of the model."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+class Prepared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patchify_proj = nn.Linear(WIDTH, WIDTH)
+        self.adaln_single = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.preparation = Preparation(self.patchify_proj, self.adaln_single)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.preparation(x))
+
+
+def test_layers_that_a_plain_object_holds_too() -> None:
+    model = ready(Prepared())
+    ignored = ["adaln_single", "re:patchify_proj"]
+    names = ["patchify_proj", "adaln_single.1", "out"]
+    assert list(kept(model)) == names
+    assert kept(model, ignored_layers=ignored) == dict(zip(names, [True, True, False], strict=True))
+    rows = quantize_(model, OPTIONS | {"ignored_layers": ignored})
+    assert {row.layer: row.method is None for row in rows} == {
+        "patchify_proj": True, "adaln_single.1": True, "out": False,
+    }  # fmt: skip
+
+
+def test_a_function_of_a_model_names_layers_as_the_model_does() -> None:
+    class Trainer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ready(Net(Attention))
+
+        def sample(self, options: dict[str, Any]) -> bool:
+            net = self.net
+            return is_as_it_was(
+                torch.compile(lambda x: net(x), backend="omniq", options=options), net
+            )
+
+    whole = OPTIONS | {"ignored_layers": [r"re:joint_blocks\.\d\.to_[qk]", "to_q", "to_k"]}
+    assert Trainer().sample(whole)
+
+
+def test_an_activation_checkpoint_is_no_part_of_a_name() -> None:
+    model = ready(nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(WIDTH, WIDTH)))))
+    assert list(kept(model)) == ["0.0"]
+    assert list(model.state_dict()) == ["0.0.weight", "0.0.bias"]
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.to(self.proj.weight.dtype)).to(x.dtype)
+
+
+class Refiner(Cast):
+    """A class of blocks of its own, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+
+
+class Refined(nn.Module):
+    def __init__(self, head: bool = False) -> None:
+        super().__init__()
+        self.refiners = nn.ModuleList([Refiner(), Refiner()])
+        self.blocks = nn.ModuleList([Cast(), Cast()])
+        self.head = Refiner() if head else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.refiners, *self.blocks):
+            x = block(x)
+        if self.head is None:
+            return x
+        torch._dynamo.graph_break()
+        return self.head(x)
+
+
+def counted(model: nn.Module, caplog: pytest.LogCaptureFixture) -> int:
+    """Return how many layers of a compiled model are rewritten."""
+    with caplog.at_level(logging.INFO, logger="omniq"), torch.no_grad():
+        model(torch.randn(4, WIDTH).bfloat16())
+    lines = [record.getMessage() for record in caplog.records if " sites: " in record.getMessage()]
+    return sum(int(line.split(" sites: ")[1].split()[0]) for line in lines if "int8" in line)
+
+
+def test_blocks_in_float32_are_kept_beside_others_as_in_the_whole_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Refined().eval().requires_grad_(False)
+    names = {"refiners.0.proj": True, "refiners.1.proj": True}
+    expected = names | {"blocks.0.proj": False, "blocks.1.proj": False}
+    assert kept(model) == expected
+    rows = quantize_(Refined(), OPTIONS)
+    assert {row.layer: row.method is None for row in rows} == expected
+    assert counted(omniq_compile.compile(model, OPTIONS), caplog) == 1
+
+
+def test_repeated_blocks_of_diffusers_do_so_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = Refined().eval().requires_grad_(False)
+    for block in (*model.refiners, *model.blocks):
+        block.compile(backend="omniq", options=OPTIONS)
+    assert counted(model, caplog) == 1
+
+
+def test_a_float32_layer_behind_a_break_is_kept() -> None:
+    model = Refined(head=True).eval().requires_grad_(False)
+    sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS).sites
+    assert {site.layer: site.decision.method for site in sites if site.dtype == "float32"} == {
+        "refiners.0.proj": None, "refiners.1.proj": None, "head.proj": None,
+    }  # fmt: skip
+
+
+def test_a_model_in_float32_is_quantized_whatever_holds_it() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+            self.net = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+        def sample(self) -> bool:
+            compiled = torch.compile(self.net, backend="omniq", options=OPTIONS)
+            x = torch.randn(4, WIDTH)
+            with torch.no_grad():
+                return torch.equal(compiled(x), self.net(x))
+
+    assert not Pair().sample()
+
+
+def test_a_part_outside_autocast_is_kept_behind_a_break() -> None:
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(WIDTH, WIDTH), Refiner()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.body(x)
+            torch._dynamo.graph_break()
+            return self.head(x.float())
+
+    model = Autocast().eval().requires_grad_(False)
+    sites = explain(model, torch.randn(4, WIDTH), OPTIONS).sites
+    assert [(s.layer, s.decision.method) for s in sites] == [("body", "int8"), ("head.proj", None)]
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.last(x)
+
+
+@pytest.mark.parametrize(("pattern", "warned"), [("last", 0), ("first", 0), ("lasts", 2)])
+def test_a_pattern_of_another_graph_is_not_reported(
+    pattern: str, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = OPTIONS | {"ignored_layers": [pattern]}
+    compiled = torch.compile(ready(Broken()), backend="omniq", options=options)
+    with torch.no_grad():
+        compiled(torch.randn(4, WIDTH).bfloat16())
+    assert sum("matches none of" in record.getMessage() for record in caplog.records) == warned
+
+
+def test_full_names_are_the_nearest_to_a_regular_expression(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = OPTIONS | {"ignored_layers": ["re:patchify"]}
+    compiled = torch.compile(ready(Prepared()), backend="omniq", options=options)
+    with torch.no_grad():
+        compiled(torch.randn(4, WIDTH).bfloat16())
+    assert "of this graph's 3 layers; nearest: patchify_proj" in caplog.text
