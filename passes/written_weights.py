@@ -24,13 +24,16 @@ def written_weights(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     What was written is quantized at the graph's end. The sites of such a weight are kept.
     """
     inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
+    first = next((n for n in gm.graph.nodes if n.op != "placeholder"), gm.graph.output_node())
     for weight in inputs:
         if not isinstance(dynamo.value(weight), QuantizedTensor) or not any_written([weight]):
             continue
         written = any_written([weight], by_called_graphs=False) or any(
             _writes(gm, user) for user in weight.users
         )
-        with gm.graph.inserting_after(inputs[-1]):
+        # Before what reads it first. An attribute may be behind that of a graph to be called.
+        at = weight.next if weight.op == "get_attr" else first
+        with gm.graph.inserting_before(at):
             # Its values as a tensor of their own: a copy of a stored weight is stored too.
             values = add_call(weight, torch.mul, weight, 1)
         weight.replace_all_uses_with(values, lambda user, values=values: user is not values)

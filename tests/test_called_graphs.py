@@ -209,6 +209,41 @@ def test_branches_get_the_values_of_stored_weights(kind, compiler: str):
         assert all(map(torch.equal, stored, parts))
 
 
+class ReadBefore(Branches):
+    """The branches read a weight that a product before them has read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after(x)
+        return torch.cond(x.sum() > 0, self.after, lambda y: self.after(y) * 2, (x,))
+
+
+class WrittenBehind(Branches):
+    """A weight is read, and written to behind a call of graphs that others are attributes of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after(x)
+        x = torch.cond(x.sum() > 0, self.positive, lambda y: y @ self.table, (x,))
+        self.after.weight.mul_(0.5)
+        return self.after(x)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="before 2.12 Dynamo takes no tensor subclass in a branch"
+)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [ReadBefore, WrittenBehind])
+def test_stored_weights_have_their_values_before_the_first_who_reads_them(kind, compiler: str):
+    model = kind()
+    plain = copy.deepcopy(model)
+    omniq_compile.quantize_(model, OPTIONS)
+    compiled = _compiled(model, {"compiler": compiler}, fullgraph=True)
+    for sign in (1, -1):
+        x = _input().abs() * sign
+        with torch.no_grad():
+            found, want = compiled(x).float(), plain(x).float()
+        assert 0 < (found - want).norm() / want.norm() < 0.02
+
+
 @torch.compiler.nested_compile_region
 def _halved(x, state, like):
     y = torch.nn.functional.linear(x, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import format_oracle as oracle
 import pytest
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from omniq_compile.lowering.cpu import quantize as on_cpu
+from omniq_compile.lowering.cpu.quantize_activation import has_scales
+from omniq_compile.lowering.cpu.quantize_activation import lower as quantize
 from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
 from omniq_compile.lowering.formats.float_codes import E4M3_MAX
-
-quantize: Callable[..., list[Tensor]] = torch.ops.omniq.cpu_quantize_activation
 
 FORMATS = ("fp8_group_128", "fp8_group_96", *(f for f in on_cpu.METHODS if f != "int8"))
 
@@ -89,7 +89,10 @@ def _spread(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 @by_format
 def test_the_traced_shapes_are_those_of_the_result(format: str) -> None:
     x = torch.randn(3, 5, 1075)
-    torch.library.opcheck(torch.ops.omniq.cpu_quantize_activation.default, (x, format))
+    operators = torch.ops.omniq
+    scaled = operators.cpu_quantize_activation_scaled.default
+    operator = scaled if has_scales(format) else operators.cpu_quantize_activation.default
+    torch.library.opcheck(operator, (x, format))
 
 
 @by_format

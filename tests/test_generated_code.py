@@ -24,6 +24,7 @@ WIDE = 1030
 by_target = pytest.mark.parametrize("target", ["cpu", "cpu:avx512_vnni", "cpu:generic"])
 
 GEMMS = ("_int_mm", "int8_matmul", "float32_matmul", "cpu_tile_gemm", "addmm")
+QUANTIZES = ("cpu_quantize_activation", "cpu_quantize_activation_scaled")
 
 # One rounding to BF16 errs by up to 2**-9 of a value, and by less over many.
 ONE_ROUNDING = 2.0**-9
@@ -224,7 +225,7 @@ def test_nothing_of_a_format_that_is_decoded_is_generated(method: str, target: s
         options["num_bf16_fallback_layers"] = 0
     result, program = read(model, x, **options)
 
-    (gemm,), (quantize,) = program.operators(*GEMMS), program.operators("cpu_quantize_activation")
+    (gemm,), (quantize,) = program.operators(*GEMMS), program.operators(*QUANTIZES)
     (producer,) = program.kernels
     assert "erf(" in producer.source
     assert list(producer.reads.values()) == list(producer.writes.values()) == ["at::BFloat16"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
+from omniq_compile import OptionError
 from omniq_compile.compiling import inductor
 from omniq_compile.lowering.triton_kernels import launch
 
@@ -84,3 +88,41 @@ def test_the_digest_is_of_every_file_that_makes_launches(
     monkeypatch.setattr(inductor, "__file__", str(tmp_path / "inductor.py"))
     digests.append(inductor._own_code.__wrapped__())
     assert len(set(digests)) == 6
+
+
+CPP_WRAPPER = """
+import torch
+for method in ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"):
+    options = {"method": method, "min_features": 1, "inductor": {"cpp_wrapper": True}}
+    if method == "mxfp4_dualscale":
+        options["num_bf16_fallback_layers"] = 0
+    torch.compiler.reset()
+    model = torch.nn.Linear(70, 38).requires_grad_(False)
+    compiled = torch.compile(model, backend="omniq", options=options)
+    for rows in (5, 9):
+        x = torch.randn(rows, 70)
+        error = (compiled(x) - model(x)).norm() / model(x).norm()
+        assert 0 < error < (0.3 if "mxfp4" in method else 0.1), (method, error)
+"""
+
+
+def test_every_method_runs_from_a_wrapper_in_cpp() -> None:
+    """In a process of its own: what Inductor generated for a list of one result ended it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CPP_WRAPPER], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("method", "refused"), [("fp8", True), ("mxfp8", True), ("int8", False)])
+def test_nan_is_not_looked_for_in_codes_of_8_bits(method: str, refused: bool) -> None:
+    model, x = torch.nn.Linear(70, 38).requires_grad_(False), torch.randn(5, 70)
+    options = {"method": method, "min_features": 1, "inductor": {"nan_asserts": True}}
+    compiled = torch.compile(model, backend="omniq", options=options)
+    if not refused:
+        assert compiled(x).isfinite().all()
+        return
+    with pytest.raises(BackendCompilerFailed) as raised:
+        compiled(x)
+    assert isinstance(raised.value.inner_exception, OptionError)
+    assert "'nan_asserts' fails at codes in torch.float8_e4m3fn" in str(raised.value)

@@ -96,8 +96,8 @@ def test_operators_of_the_cpu_take_tensors_of_the_cpu_alone() -> None:
     """They read the memory that a tensor's address names."""
     x = torch.randn(3, 64, device="meta")
     # Without values they are traced; what runs is registered for the CPU.
-    assert torch.ops.omniq.cpu_quantize_activation(x, "fp8")[0].is_meta
-    for name in ("cpu_quantize_activation", "cpu_tile_gemm"):
+    assert torch.ops.omniq.cpu_quantize_activation_scaled(x, "fp8")[0].is_meta
+    for name in ("cpu_quantize_activation", "cpu_quantize_activation_scaled", "cpu_tile_gemm"):
         has = [
             key
             for key in ("CPU", "CUDA", "XPU", "CompositeExplicitAutograd")

@@ -1,7 +1,9 @@
 """``omniq::cpu_quantize_activation``: what CPU kernels multiply with a weight that is decoded.
 
 One pass of C++ (quantize.cpp), as an operator that takes any shape. Inductor would generate this
-arithmetic anew for each producer of an activation, and a first call took up to twice as long.
+arithmetic anew for each producer of an activation, and a first call took up to twice as long. There
+are two operators, by the number of results: where one returns a list of one tensor, what Inductor
+generates with ``cpp_wrapper`` ends the process.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
 from omniq_compile.lowering.formats import block_size, get_format, mx
 
 
-@torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=(), device_types="cpu")
-def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
+def quantize_activation(x: Tensor, format: str) -> tuple[Tensor, ...]:
     """Return what `decoded_bfloat16.quantize_scaled` does, bit for bit but for float32 denormals.
 
     Whatever shares a scale with a NaN or Inf is not finite once the scale is applied: which of the
@@ -34,7 +35,7 @@ def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
         RuntimeError: the C++ reports an error, with its message.
     """
     if quantize.load() is None:
-        return [part.contiguous() for part in quantize_scaled(x, format)]
+        return tuple(part.contiguous() for part in quantize_scaled(x, format))
     values = recycled.empty(_shape(x, format), torch.bfloat16)
     scales = _scales(x, format)
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -43,12 +44,34 @@ def quantize_activation(x: Tensor, format: str) -> list[Tensor]:
         group = block_size(format)
         name, columns = ("fp8", group[1]) if group else (format, 0)
         quantize.run(x.contiguous(), name, scales, values=values, columns=columns)
-    return [values, *scales]
+    return values, *scales
 
 
-@quantize_activation.register_fake
-def _(x: Tensor, format: str) -> list[Tensor]:
-    return [x.new_empty(_shape(x, format), dtype=torch.bfloat16), *_scales(x, format)]
+@torch.library.custom_op("omniq::cpu_quantize_activation", mutates_args=(), device_types="cpu")
+def _values_alone(x: Tensor, format: str) -> Tensor:
+    """Call `quantize_activation` for a format whose scales are in its values."""
+    (values,) = quantize_activation(x, format)
+    return values
+
+
+@torch.library.custom_op(
+    "omniq::cpu_quantize_activation_scaled", mutates_args=(), device_types="cpu"
+)
+def _values_and_scales(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Call `quantize_activation` for a format with scales in float32."""
+    values, scales = quantize_activation(x, format)
+    return values, scales
+
+
+@_values_alone.register_fake
+def _(x: Tensor, format: str) -> Tensor:
+    return x.new_empty(_shape(x, format), dtype=torch.bfloat16)
+
+
+@_values_and_scales.register_fake
+def _(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    (scales,) = _scales(x, format)
+    return x.new_empty(_shape(x, format), dtype=torch.bfloat16), scales
 
 
 def _shape(x: Tensor, format: str) -> tuple[int, ...]:
@@ -62,8 +85,14 @@ def _scales(x: Tensor, format: str) -> list[Tensor]:
 
 
 def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:
-    """Call the operator; see `Kernel.quantize`."""
+    """Call the operator of a format; see `Kernel.quantize`."""
+    if not has_scales(format):
+        return (torch.ops.omniq.cpu_quantize_activation(x, format),)
     # By number: what a traced call returns cannot be iterated over.
-    parts = torch.ops.omniq.cpu_quantize_activation(x, format)
-    has_scale = format.startswith(("fp8", "mxfp4_dualscale"))
-    return (parts[0], parts[1]) if has_scale else (parts[0],)
+    parts = torch.ops.omniq.cpu_quantize_activation_scaled(x, format)
+    return parts[0], parts[1]
+
+
+def has_scales(format: str) -> bool:
+    """Say whether a format has scales beside its values, in float32."""
+    return format.startswith(("fp8", "mxfp4_dualscale"))

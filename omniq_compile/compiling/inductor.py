@@ -13,8 +13,11 @@ import torch
 from torch import fx
 
 from omniq_compile.compiling import kernel_accesses
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.triton_kernels import launch
 from omniq_compile.passes.config import QuantConfig
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e8m0fnu)
 
 
 def settings_of(config: QuantConfig) -> dict[str, Any]:
@@ -31,7 +34,11 @@ def compile(
         gm: a graph of torch's operators and omniq's.
         inputs: one for each placeholder, real or fake.
         settings: of Inductor, see `torch._inductor.list_options`.
+
+    Raises:
+        OptionError: a setting that fails at the codes of a format.
     """
+    _refuse_checks_of_codes(inputs, settings)
     _store_operands_once()
     _divide_sums()
     kernel_accesses.remember()
@@ -40,6 +47,19 @@ def compile(
             gm, list(inputs), options={**settings, **_known_by_own_code(settings)}
         )
     return compiled
+
+
+def _refuse_checks_of_codes(inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to look for NaN in codes of 8 bits, which PyTorch cannot ask whether they are Inf."""
+    if not settings.get("nan_asserts", torch._inductor.config.nan_asserts):
+        return
+    codes = {x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.dtype in FLOAT8}
+    if codes:
+        raise OptionError(
+            f"Inductor's setting 'nan_asserts' fails at codes in {codes.pop()}, for which PyTorch "
+            "has no isinf. Leave it out with this method: omniq refuses weights with NaN or Inf "
+            "when it quantizes them."
+        )
 
 
 # What AOTInductor writes beside a packaged model; elsewhere only the caches read it.

@@ -40,7 +40,7 @@ def modules_being_called() -> Iterator[nn.Module]:
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        module = _module(frame.f_locals.get("self"))
+        module = _module(_own_object(frame))
         if module is not None:
             yield module
         frame = frame.f_back
@@ -101,10 +101,20 @@ def _waiting(frame: FrameType | None) -> Iterator[nn.Module]:
             in_dynamo = False
         elif not in_dynamo and file.endswith("torch/_dynamo/eval_frame.py"):
             return
-        module = None if in_dynamo else _module(frame.f_locals.get("self"))
+        module = None if in_dynamo else _module(_own_object(frame))
         if module is not None:
             yield module
         frame = frame.f_back
+
+
+def _own_object(frame: FrameType) -> Any:
+    """Return what a method is called on; None for other functions.
+
+    Of those nothing is read: before Python 3.13 a frame keeps what its `f_locals` showed, and a
+    model that is deleted in a function which goes on would stay.
+    """
+    arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    return frame.f_locals.get("self") if arguments[:1] == ("self",) else None
 
 
 def _module(value: Any) -> nn.Module | None:
