@@ -19,6 +19,8 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from omniq_compile.passes.regions import Link, link_to
+
 # A string literal, or a word, in the expression by which Dynamo names a module. It calls `getattr`
 # for a name that is no identifier; what follows a dot may be one too.
 _NAME_PART = re.compile(
@@ -211,11 +213,11 @@ def is_in_linear(node: fx.Node) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.nn.Linear)
 
 
-def modules_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
-    """Return the (dotted name, class) of each module the node was traced in, the root left out."""
+def modules_around(node: fx.Node) -> tuple[Link, ...]:
+    """Return each module the node was traced in, outermost first, the root left out."""
     stack = node.meta.get("nn_module_stack") or {}
-    named = [(_dotted(path), getattr(kind, "__name__", str(kind))) for path, kind in stack.values()]
-    return tuple((name, kind) for name, kind in named if name)
+    links = (link_to(_dotted(path), kind) for path, kind in stack.values())
+    return tuple(link for link in links if link.name)
 
 
 def called_graph(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:

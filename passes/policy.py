@@ -94,12 +94,13 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
     if not config.num_bf16_fallback_layers or config.keep_all:
         return set()
     # A layer is in blocks, and is none, unless it holds other layers: a block may multiply itself.
-    holders = {name for s in sites for name, _ in s.around if name != s.layer}
+    holders = {link.name for s in sites for link in s.around if link.name != s.layer}
     chains = {
-        id(s): tuple(link for link in s.around if link[0] != s.layer or link[0] in holders)
+        id(s): tuple(link for link in s.around if link.name != s.layer or link.name in holders)
         for s in sites
     }
-    blocks = find_blocks(chains.values())
+    weights = {name for s in sites for name in s.weight_name.split(" + ") if name}
+    blocks = find_blocks(chains.values(), weights)
     if sites and (not blocks or dynamo.is_resumed()):
         raise OptionError(
             f"num_bf16_fallback_layers = {config.num_bf16_fallback_layers} keeps the leading "

@@ -13,7 +13,7 @@ from torch import fx
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.patterns import matches
 from omniq_compile.passes.program import about, describe, is_result, relative, weight_of
-from omniq_compile.passes.regions import block_classes, block_of
+from omniq_compile.passes.regions import block_classes, block_of, outside_layers
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,12 @@ def split(gm: fx.GraphModule) -> list[Section]:
     A block that the graph enters twice has no place of its own: it stays between the others.
     """
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
-    chains = {node: dynamo.modules_around(node) for node in nodes}
+    around = [dynamo.modules_around(node) for node in nodes]
+    outer = outside_layers(around)
     # Without the layer itself, or numbered layers of a `Sequential` would pass for blocks.
-    classes = block_classes(chain[:-1] for chain in chains.values())
-    home = {node: block_of(chains[node], classes) for node in nodes}
+    above = (chain[: len(whole) - 1] for chain, whole in zip(outer, around, strict=True))
+    classes = block_classes(above)
+    home = {node: block_of(chain, classes) for node, chain in zip(nodes, outer, strict=True)}
     runs = [(block, list(run)) for block, run in groupby(nodes, home.__getitem__)]
     entered = Counter(block for block, _ in runs)
     home = {n: b if b is not None and entered[b] == 1 else None for n, b in home.items()}

@@ -17,6 +17,7 @@ from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.expression import Step, WeightExpression, is_expression
 from omniq_compile.passes.layer_names import layer_name
+from omniq_compile.passes.regions import Link
 
 TRANSPOSE: Step = ("transpose", (-1, -2))
 
@@ -103,10 +104,10 @@ class Decision:
 class Site:
     """One place in the traced graph where an activation meets a matrix.
 
-    ``around`` are the (dotted name, class) of each module it was traced in, outermost first, the
-    root left out. ``stored`` is the weight, without values, where it is a parameter that is
-    quantized already. ``autocast`` says that it was on, which casts both operands, and
-    ``gradients`` that the model asks for them here, whatever its caller does.
+    ``around`` are the modules it was traced in, outermost first, the root left out. ``stored`` is
+    the weight, without values, where it is a parameter that is quantized already. ``autocast`` says
+    that it was on, which casts both operands, and ``gradients`` that the model asks for them here,
+    whatever its caller does.
     """
 
     node: fx.Node
@@ -117,7 +118,7 @@ class Site:
     problem: Problem | None
     weight: WeightExpression | None
     weight_name: str
-    around: tuple[tuple[str, str], ...] = ()
+    around: tuple[Link, ...] = ()
     stored: QuantizedTensor | None = None
     autocast: bool = False
     gradients: bool = False

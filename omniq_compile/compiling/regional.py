@@ -28,7 +28,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.policy import leading_reason
-from omniq_compile.passes.regions import find_blocks
+from omniq_compile.passes.regions import find_blocks, link_to
 from omniq_compile.passes.sites import Site
 
 logger = logging.getLogger("omniq")
@@ -96,14 +96,14 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
 def module_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the repeated blocks of a model by name, in the order they were registered."""
     modules = dict(model.named_modules())
-    classes = {name: type(module).__name__ for name, module in modules.items()}
     chains = []
     for name, module in modules.items():
         if name and next(module.parameters(recurse=False), None) is not None:
             parts = name.split(".")
             above = (".".join(parts[:n]) for n in range(1, len(parts)))
-            chains.append(tuple((path, classes[path]) for path in above))
-    return {name: modules[name] for name in dict.fromkeys(find_blocks(chains).values())}
+            chains.append(tuple(link_to(path, type(modules[path])) for path in above))
+    blocks = find_blocks(chains, (name for name, _ in model.named_parameters()))
+    return {name: modules[name] for name in dict.fromkeys(blocks.values())}
 
 
 class _Regions:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.inline import inline
 from omniq_compile.passes.match import find_sites
+from omniq_compile.passes.regions import link_to
 from omniq_compile.passes.sites import Site
 from omniq_compile.planning.meta_run import BlockCall, MetaRun
 from omniq_compile.reports.tracing import run_traced
@@ -117,8 +118,8 @@ def _renamed(site: Site, block: str, model: nn.Module) -> Site:
     """Name a block's site as the whole model does."""
     parts = block.split(".")
     above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    around = [(name, type(model.get_submodule(name)).__name__) for name in above]
-    around += [(_join(block, name), kind) for name, kind in site.around]
+    around = [link_to(name, type(model.get_submodule(name))) for name in above]
+    around += [link._replace(name=_join(block, link.name)) for link in site.around]
     names = [_join(block, name) for name in site.weight_name.split(" + ") if name]
     return dataclasses.replace(
         site,
