@@ -44,11 +44,13 @@ class KeptLayers:
 
     Attributes:
         graphs: how many were added.
+        products: how many sites they have.
     """
 
     def __init__(self) -> None:
         """Begin with no graph."""
         self.graphs = 0
+        self.products = 0
         self._reasons: Counter[str] = Counter()
         self._options: set[str] = set()
         self._others = False
@@ -57,6 +59,7 @@ class KeptLayers:
     def add(self, config: QuantConfig, sites: Sequence[Site]) -> None:
         """Note one graph's sites, as decided by a configuration."""
         self.graphs += 1
+        self.products += len(sites)
         for site in sites:
             option = option_that_keeps(site, config)
             if option is not None:

@@ -16,8 +16,14 @@ from torch import nn
 from omniq_compile.backend import compile_graph, own_backend
 from omniq_compile.compiling.all_kept import KeptLayers
 from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
+from omniq_compile.compiling.block_parts import compiled_parts, holds_wide_linear
 from omniq_compile.compiling.compiled_modules import call_instead
 from omniq_compile.compiling.enclosing import refuse_unequal
+from omniq_compile.compiling.silent_blocks import (
+    after_first_call,
+    warn_not_called,
+    warn_without_products,
+)
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.compiling.whole_or_blocks import check_not_whole, refuse_whole
 from omniq_compile.given_model import check_model
@@ -44,8 +50,10 @@ def compile(
     What `torch.compile` cannot know of a block compiled on its own, its name and its place in the
     model, is known here: ``ignored_layers`` and ``w4a8_fallback_layers`` match full names, and the
     leading ``num_bf16_fallback_layers`` blocks stay BF16, in the order the model first runs them.
-    Layers outside the blocks (embeddings, the last projection) run as they are. A model that is
-    compiled as a whole later, alone or in something around it, refuses when it is called.
+    Layers outside the blocks (embeddings, the last projection) run as they are. Of a block that no
+    one can call, such as an ``nn.ModuleList`` of attention and feed-forward, what can be called in
+    it is compiled. A model that calls none of its blocks, but methods of theirs, is warned of when
+    it is called. One that is compiled as a whole later, alone or in something around it, refuses.
 
     Args:
         model: any module with repeated blocks.
@@ -65,7 +73,7 @@ def compile(
     _check_arguments(compile_arguments)
     check_not_whole(model)
     config = QuantConfig.from_options(options).with_mode(compile_arguments.pop("mode", None))
-    blocks = module_blocks(model)
+    blocks = compiled_parts(module_blocks(model), config)
     if not blocks:
         raise OptionError(
             f"{type(model).__name__} has no repeated blocks to compile. Compile it whole: "
@@ -75,8 +83,9 @@ def compile(
     stored = any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
     # A model that is kept whole is so by no option, which a user could change.
     warned = None if stored or config.keep_all else type(model).__name__
-    _Regions(warned, blocks, config, compile_arguments)
+    regions = _Regions(warned, blocks, config, compile_arguments)
     refuse_whole(model)
+    after_first_call(model, partial(regions.warn_of_silence, type(model).__name__))
     return model
 
 
@@ -110,17 +119,23 @@ class _Regions:
     """The compiled forms of a model's blocks, made when each block first runs.
 
     ``warned`` is what a warning calls the model where nothing is quantized; None is no warning.
+    ``blocks`` are the parts of each block that are compiled.
     """
 
     def __init__(
         self,
         warned: str | None,
-        blocks: dict[str, nn.Module],
+        blocks: dict[str, dict[str, nn.Module]],
         config: QuantConfig,
         compile_arguments: dict[str, Any],
     ) -> None:
         self._warned = warned
+        self._block_of = {name: block for block, parts in blocks.items() for name in parts}
         self._count = len(blocks)
+        self._left = set(self._block_of)  # the parts that have not run
+        self._expected = any(
+            holds_wide_linear(part, config) for parts in blocks.values() for part in parts.values()
+        )
         self._kept = KeptLayers()
         self._config = config
         self._arguments = compile_arguments
@@ -128,11 +143,24 @@ class _Regions:
         self._backends: dict[Any, Any] = {}
         self._functions: dict[Any, BlockFunctions] = {}
         self._check_count(blocks)
-        for name, block in blocks.items():
-            call_instead(block, OwnMethod(partial(self._first_call, name), block))
+        for name, part in (item for parts in blocks.values() for item in parts.items()):
+            call_instead(part, OwnMethod(partial(self._first_call, name), part))
+
+    def warn_of_silence(self, model: str) -> None:
+        """Warn, when a model has run, where nothing of its blocks was compiled."""
+        if self._config.keep_all:
+            return
+        first = next(iter(self._block_of.values()))
+        graphs, products = self._kept.graphs, self._kept.products
+        if not self._order:
+            warn_not_called(model, self._count, first)
+        elif len(self._order) == self._count and not (products if self._expected else graphs):
+            warn_without_products(model, self._count, first, graphs)
 
     def _first_call(self, name: str, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        place = self._order.setdefault(name, len(self._order))
+        if torch.compiler.is_exporting():
+            return block._call_impl(*args, **kwargs)  # there PyTorch compiles nothing, and warns
+        place = self._order.setdefault(self._block_of[name], len(self._order))
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
@@ -150,7 +178,8 @@ class _Regions:
         result = compiled(block, *args, **kwargs)
         if hooks_of(block) == NO_HOOKS:  # those of others are compiled apart anyhow
             functions.ran((args, kwargs), compiled=self._kept.graphs > graphs)
-        if len(self._order) == self._count and self._warned is not None:
+        self._left.discard(name)
+        if not self._left and self._warned is not None:
             self._kept.warn(self._warned)
         return result
 
@@ -169,10 +198,11 @@ class _Regions:
             self._functions[key] = BlockFunctions(kind)
         return self._functions[key]
 
-    def _check_count(self, blocks: dict[str, nn.Module]) -> None:
+    def _check_count(self, blocks: dict[str, dict[str, nn.Module]]) -> None:
         policies = {
-            (type(block), block_config(self._config, name, block, place))
-            for place, (name, block) in enumerate(blocks.items())
+            (type(part), block_config(self._config, name, part, place))
+            for place, parts in enumerate(blocks.values())
+            for name, part in parts.items()
         }
         limit = torch._dynamo.config.recompile_limit
         for kind in {kind for kind, _ in policies}:

@@ -6,7 +6,7 @@ Where Dynamo traces a module it reads the code of its blocks, and not their comp
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from omniq_compile.compiling.compiled_modules import is_compiled
+from omniq_compile.compiling.own_hooks import OwnHook
 from omniq_compile.lowering.errors import OptionError
 
 _refusing: WeakSet[nn.Module] = WeakSet()
@@ -56,27 +57,12 @@ def read_as_whole() -> Iterator[None]:
             _readers -= 1
 
 
-class _WholeRefused:
+class _WholeRefused(OwnHook):
     """A hook of a model, which Dynamo traces like the model; without Dynamo it does nothing."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_dynamo_compiling() and _readers == 0:
             _raise_refusal(type(module).__name__)
-
-    # Copies of a model leave the compiled forms of its blocks behind, and so this one.
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _no_hook
-
-    def __reduce__(self) -> Any:
-        return _copied_hook, ()
-
-
-def _no_hook(module: nn.Module, args: Any) -> None:
-    pass
-
-
-def _copied_hook() -> Callable[..., None]:
-    return _no_hook
 
 
 # An error that Dynamo met while tracing would make it give up on the frame, silently; what it does

@@ -17,6 +17,7 @@ from torch import nn
 
 from omniq_compile.backend import omniq, own_backend
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
+from omniq_compile.compiling.block_parts import compiled_parts
 from omniq_compile.compiling.regional import compile, module_blocks
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
@@ -229,7 +230,7 @@ def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantCo
         What was done, to print.
     """
     config = QuantConfig.from_options(options)
-    if module_blocks(component):
+    if compiled_parts(module_blocks(component), config):
         compile(component, config)
         return "its blocks compile when they first run"
     component.compile(backend=own_backend(partial(omniq, options=config)))
