@@ -16,8 +16,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import MOVES
 from omniq_compile.passes.metadata import add_call, call_fake, fill_values, looks_alike
+from omniq_compile.passes.moves import MOVES_OF_PARTS
 from omniq_compile.passes.writes import any_written
 
 _VIEWS_OF_PAIRS = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
@@ -127,7 +127,7 @@ def _behind(node: fx.Node) -> fx.Node:
 
 def _is_move(node: fx.Node) -> bool:
     """Say whether a node moves or selects plain complex numbers on their device, and no more."""
-    if node.op not in ("call_function", "call_method") or node.target not in MOVES:
+    if node.op not in ("call_function", "call_method") or node.target not in MOVES_OF_PARTS:
         return False
     # `to` and `view` take dtypes, which would make other numbers of each part.
     if any(isinstance(argument, torch.dtype) for argument in tree_leaves((node.args, node.kwargs))):

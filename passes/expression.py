@@ -6,7 +6,6 @@ is new or has changed, instead of in every call.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,39 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from omniq_compile.passes import dynamo
+from omniq_compile.passes import dynamo, moves
 
 # A tensor method and its positional arguments, applied to an operand or to the result.
 Step = tuple[str, tuple[Any, ...]]
-
-# Of torch.ops.aten, which exported models are made of.
-_MOVING_OPERATORS = (
-    "_to_copy", "alias", "cat", "chunk", "clone", "contiguous", "detach", "expand", "flatten",
-    "narrow", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze",
-    "stack", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-)  # fmt: skip
-
-
-def _overloads(name: str) -> list[Any]:
-    packet = getattr(torch.ops.aten, name)
-    return [getattr(packet, overload) for overload in packet.overloads()]
-
-
-# Operations that only move or select elements, or cast them: cheap to repeat, and without effect
-# on anything else, but where `writes.is_in_place` finds an ``out``.
-MOVES: frozenset[Any] = frozenset(
-    {
-        "chunk", "clone", "contiguous", "detach", "flatten", "narrow", "permute", "reshape",
-        "select", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "to", "transpose",
-        "unbind", "unflatten", "unsqueeze", "view", "expand", "bfloat16", "half", "float",
-        "to_local",
-        operator.getitem, getattr,
-        torch.cat, torch.chunk, torch.clone, torch.concat, torch.flatten, torch.narrow,
-        torch.permute, torch.reshape, torch.select, torch.split, torch.squeeze, torch.stack,
-        torch.t, torch.transpose, torch.unbind, torch.unsqueeze,
-        *(overload for name in _MOVING_OPERATORS for overload in _overloads(name)),
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +50,8 @@ def is_expression(node: Any) -> bool:
         current = stack.pop()
         if dynamo.is_weight(current):
             continue
-        inputs = current.all_input_nodes
-        if current.op not in ("call_function", "call_method") or current.target not in MOVES:
-            return False
-        if not inputs:
+        inputs = moves.sources(current)
+        if not inputs or not moves.is_move(current):
             return False
         stack += [n for n in inputs if n not in seen]
         seen.update(inputs)
@@ -92,6 +60,8 @@ def is_expression(node: Any) -> bool:
 
 def build(node: fx.Node, steps: Iterable[Step]) -> WeightExpression:
     """Build the expression for a node for which `is_expression` holds, followed by ``steps``."""
+    # A weight that is cast to what it is stays the parameter, whatever it is stored as.
+    node = moves.without_casts(node)
     if dynamo.is_weight(node):
         module = _of_one_leaf(tuple(steps))
         return WeightExpression((node,), module, module.code.strip())
@@ -103,8 +73,9 @@ def build(node: fx.Node, steps: Iterable[Step]) -> WeightExpression:
     }
     for current in order:
         if current not in copies:
-            args, kwargs = fx.map_arg((current.args, current.kwargs), copies.__getitem__)
-            copies[current] = graph.create_node(current.op, current.target, args, kwargs, "value")
+            op, target, args, kwargs = moves.spelled_out(current)
+            args, kwargs = fx.map_arg((args, kwargs), copies.__getitem__)
+            copies[current] = graph.create_node(op, target, args, kwargs, "value")
     module = _finish(graph, copies[node], steps)
     return WeightExpression(leaves, module, module.code.strip())
 
@@ -136,7 +107,7 @@ def topological(node: fx.Node) -> list[fx.Node]:
     stack = [node]
     while stack:
         current = stack[-1]
-        inputs = [] if dynamo.is_weight(current) else current.all_input_nodes
+        inputs = [] if dynamo.is_weight(current) else moves.sources(current)
         missing = [n for n in inputs if n not in order]
         if missing:
             stack += reversed(missing)

@@ -14,7 +14,8 @@ from torch._ops import HigherOrderOperator
 
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import MOVES, topological
+from omniq_compile.passes.expression import topological
+from omniq_compile.passes.moves import MOVES, sources
 
 _IN_PLACE_NAMES = (
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
@@ -117,7 +118,9 @@ def any_written(nodes: Iterable[fx.Node], *, by_called_graphs: bool = True) -> b
             is_call = isinstance(user.target, HigherOrderOperator)
             if _writes_to(user, current) and (by_called_graphs or not is_call):
                 return True
-            if user not in seen and (user.target in MOVES or _may_view(user, current)):
+            if user in seen or (user.target in MOVES and current not in sources(user)):
+                continue  # or it reads no more than a dtype, as ``x.to(w)``
+            if user.target in MOVES or _may_view(user, current):
                 seen.add(user)
                 stack.append(user)
     return False
