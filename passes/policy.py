@@ -14,7 +14,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes import dynamo, writes
+from omniq_compile.passes import dynamo, moves, writes
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.regions import find_blocks
@@ -133,13 +133,23 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
     if id(site) in leading:
         return leading_reason(config)
     if site.kind is Kind.ACTIVATION and not config.matmul:
-        computed = site.spelling == "linear"
-        what = "its weight is computed in the graph" if computed else "two activations"
-        return f"{what} (option 'matmul': True quantizes both operands)"
+        return f"{_what_meets(site)} (option 'matmul': True quantizes both operands)"
     if site.dtype is torch.float32 and low_precision:
         return FLOAT32_REASON
     assert site.problem is not None
     return too_small(site.problem.K, site.problem.N, config.min_features)
+
+
+def _what_meets(site: Site) -> str:
+    """Word what the second operand is, where it is no weight."""
+    if site.spelling != "linear":
+        return "two activations"
+    b = site.product.b.node
+    while moves.is_move(b):
+        b = moves.sources(b)[0]
+    if b.op == "placeholder":
+        return "its weight is an input, no parameter or buffer"
+    return "its weight is computed in the graph"
 
 
 def _changed(site: Site, shared: Mapping[fx.Node, list[fx.Node]]) -> str | None:

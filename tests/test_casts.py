@@ -166,3 +166,22 @@ def test_an_activation_cast_like_a_weight_may_be_written() -> None:
     result, (site,) = run(model, x.clone())
     assert site.decision.method == "int8"
     assert error(result, dequantized(x + 1) @ dequantized(model.w).T) < 5e-7
+
+
+def test_a_weight_that_is_no_parameter_is_called_an_input() -> None:
+    class Unregistered(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.how(self.weight, x))  # type: ignore[operator]
+
+    for how, what in (
+        (lambda w, x: w, "an input, no parameter or buffer (option"),
+        (lambda w, x: w.to(x).t().t(), "an input, no parameter or buffer (option"),
+        (lambda w, x: w * 2, "computed in the graph (option"),
+    ):
+        torch._dynamo.reset()
+        model = Unregistered(38, 19)
+        weight = model.weight.detach()
+        del model.weight
+        model.weight, model.how = weight, how  # type: ignore[assignment]
+        (site,) = sites(model, torch.randn(7, 38))
+        assert site.decision.reason.startswith(f"its weight is {what}")

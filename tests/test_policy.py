@@ -15,8 +15,8 @@ from omniq_compile import explain, quantize_
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.sites import Kind
 
-COMPUTED = "its weight is computed in the graph (option 'matmul': True quantizes both operands)"
 ACTIVATIONS = "two activations (option 'matmul': True quantizes both operands)"
+INPUT = ACTIVATIONS.replace("two activations", "its weight is an input, no parameter or buffer")
 VECTOR = "one operand is a vector, not a matrix"
 PARAMETERS = "both operands are parameters"
 CELL = "PyTorch computes its products in one call"
@@ -167,7 +167,7 @@ PRODUCTS: dict[str, tuple[str, Callable[..., Any], Any, Any, int, int, str]] = {
         "baddbmm", lambda x, y: torch.baddbmm(x.new_ones(19), x, y, alpha=2),
         (3, 7, 38), (3, 38, 19), -1, -2, ACTIVATIONS),
     "inner": ("inner", torch.inner, (7, 38), (19, 38), -1, -1, ACTIVATIONS),
-    "linear": ("linear", F.linear, (3, 7, 38), (19, 38), -1, -1, COMPUTED),
+    "linear": ("linear", F.linear, (3, 7, 38), (19, 38), -1, -1, INPUT),
     "einsum_heads": (
         "einsum", lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q, k), (2, 7, 3, 38),
         (2, 19, 3, 38), -1, -1, ACTIVATIONS),
