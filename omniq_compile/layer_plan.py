@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from omniq_compile.compiling.all_kept import commonest
+from omniq_compile.compiling.all_kept import commonest, what_to_change
 from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
@@ -24,6 +24,7 @@ from omniq_compile.passes.policy import (
     FLOAT32_REASON,
     ignored_reason,
     leading_reason,
+    option_of,
     too_small,
 )
 
@@ -200,11 +201,14 @@ def describe(rows: Sequence[LayerPlan], method: str) -> str:
     )
 
 
-def nothing_quantized(rows: Sequence[LayerPlan], model: str) -> str:
-    """Word a warning for a plan that leaves every layer as it is, with the commonest reasons."""
+def nothing_quantized(rows: Sequence[LayerPlan], model: str, config: QuantConfig) -> str:
+    """Word a warning for a plan that leaves every layer as it is: the commonest reasons, and which
+    options to change where it is by options.
+    """
     if not rows:
         return f"nothing was quantized: {model} has no linear layers"
+    options = {option_of(row.reason, row.shape[1], row.shape[0], config) for row in rows}
     return (
         f"nothing was quantized: all {len(rows)} linear layers of {model} are kept "
-        f"({why_kept(rows)}). Give a smaller 'min_features' or fewer 'ignored_layers'"
+        f"({why_kept(rows)}){what_to_change(options)}"
     )

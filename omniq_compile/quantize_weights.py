@@ -93,7 +93,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
     if layers or any(isinstance(p, QuantizedTensor) for p in model.parameters()):
         logger.info("quantize_: %s", describe(rows, config.method))
     else:
-        logger.warning("quantize_: %s", nothing_quantized(rows, type(model).__name__))
+        logger.warning("quantize_: %s", nothing_quantized(rows, type(model).__name__, config))
     return rows
 
 

@@ -169,23 +169,30 @@ def _mixed_dtypes(site: Site) -> str | None:
 
 def option_that_keeps(site: Site, config: QuantConfig) -> str | None:
     """Name the option by which a decided site is kept, or None where it is not by an option."""
-    reason = site.decision.reason
     if site.decision.scheme is not None or site.kind is not Kind.WEIGHT:
         return None
-    if reason == ignored_reason(config, site.layer):
+    problem = site.problem
+    K, N = (problem.K, problem.N) if problem is not None else (None, None)
+    return option_of(site.decision.reason, K, N, config)
+
+
+def option_of(reason: str, K: Any, N: Any, config: QuantConfig) -> str | None:
+    """Name the option that a layer ``[N, K]`` is kept by for this reason, or return None."""
+    if reason in map(_ignored_by, config.ignored_layers):
         return "ignored_layers"
     if reason == leading_reason(config) or reason == config.keep_all:
         return "num_bf16_fallback_layers"
-    problem = site.problem
-    if problem is not None and reason == _narrow(problem.K, problem.N, config.min_features):
-        return "min_features"
-    return None
+    return "min_features" if reason == _narrow(K, N, config.min_features) else None
 
 
 def ignored_reason(config: QuantConfig, layer: str) -> str | None:
     """Word which pattern keeps a layer, or return None."""
     pattern = first_match(config.ignored_layers, layer)
-    return None if pattern is None else f"ignored by {pattern!r}"
+    return None if pattern is None else _ignored_by(pattern)
+
+
+def _ignored_by(pattern: str) -> str:
+    return f"ignored by {pattern!r}"
 
 
 def leading_reason(config: QuantConfig) -> str:

@@ -286,3 +286,47 @@ def test_the_state_of_a_model_survives_safetensors(tmp_path: Any) -> None:
 def test_what_is_no_plain_tensor_is_refused(weight: Any, words: str) -> None:
     with pytest.raises(omniq.WeightError, match=words):
         omniq.quantize(weight, "mxfp4")
+
+
+ADVICE = ". To quantize some, give "
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "advice"),
+    [
+        ({}, torch.float32, "a smaller 'min_features'"),
+        (
+            {"min_features": 1, "ignored_layers": ["re:.*"]},
+            None,
+            "fewer patterns in 'ignored_layers'",
+        ),
+        (
+            {"ignored_layers": ["re:.*up"]},
+            None,
+            "a smaller 'min_features' or fewer patterns in 'ignored_layers'",
+        ),
+        (
+            {"method": "mxfp4_dualscale", "min_features": 41, "num_bf16_fallback_layers": 3},
+            None,
+            "a smaller 'min_features' or a smaller 'num_bf16_fallback_layers'",
+        ),
+        # By no option: nothing that could be given would quantize any.
+        ({"min_features": 1}, torch.float8_e4m3fn, ""),
+        ({}, torch.float8_e4m3fn, ""),
+    ],
+)
+def test_what_to_change_is_said_where_it_is_an_option(
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    advice: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Model().to(dtype or torch.float32).requires_grad_(False)
+    rows = omniq.quantize_(model, {"method": "int8"} | options)
+    assert all(row.method is None for row in rows)
+    (text,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert text.startswith(
+        "quantize_: nothing was quantized: all 7 linear layers of Model are kept"
+    )
+    assert text.partition(ADVICE)[2] == advice
+    assert text.endswith(advice or ")")

@@ -135,7 +135,7 @@ class QuantizingFill:
             line = describe(self._rows, self._config.method)
             logger.info("loading: %s from %s", line, place)
         else:
-            why = nothing_quantized(self._rows, type(self._model).__name__)
+            why = nothing_quantized(self._rows, type(self._model).__name__, self._config)
             logger.warning("loading: %s (%s)", why, place)
         return bool(self._layers)
 

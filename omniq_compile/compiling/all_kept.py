@@ -39,6 +39,12 @@ def commonest(reasons: Counter[str]) -> str:
     return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(MOST_REASONS))
 
 
+def what_to_change(options: Collection[str | None]) -> str:
+    """Word what quantizes some layers that these options keep; "" where there are none."""
+    changes = " or ".join(words for option, words in WHAT_TO_CHANGE.items() if option in options)
+    return f". To quantize some, give {changes}" if changes else ""
+
+
 class KeptLayers:
     """What became of the layers of one compile, whose graphs come one by one.
 
@@ -79,13 +85,11 @@ class KeptLayers:
         if self._told or not self.all_by_options:
             return
         self._told = True
-        why = commonest(self._reasons)
-        change = " or ".join(w for option, w in WHAT_TO_CHANGE.items() if option in self._options)
         logger.warning(
-            "nothing in %s is quantized: its layers are kept (%s). To quantize some, give %s",
+            "nothing in %s is quantized: its layers are kept (%s)%s",
             model,
-            why,
-            change,
+            commonest(self._reasons),
+            what_to_change(self._options),
         )
 
 
