@@ -99,7 +99,7 @@ class Branches(nn.Module):
 def test_a_graph_that_is_compiled_keeps_the_graphs_that_it_calls() -> None:
     """As inputs, which no compiler takes, the branches of `torch.cond` had no code."""
     model, x = Branches().eval(), torch.randn(5, 38)
-    _, (context,) = trace(model, [x], {"method": "int8", "ignored_layers": ["re:.*"]})
+    (context,) = trace(model, [x], {"method": "int8", "ignored_layers": ["re:.*"]}).contexts
     assert context.stages is not None
     (section,) = split(context.stages["lowered"])
     gm, _ = section.graph(to_compile=True)

@@ -26,7 +26,7 @@ from omniq_compile.passes.patterns import matches, unmatched
 from omniq_compile.passes.program import is_result, relative
 from omniq_compile.passes.sections import Section, added_for, layer_names, restrict
 from omniq_compile.reports import tracing
-from omniq_compile.reports.report import Report, Site, report_of, trace
+from omniq_compile.reports.report import Report, Site, Trace, report_of, trace
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -140,11 +140,12 @@ def inspect(
     """
     if layer is not None:
         check_pattern("--layer", layer)
-    config, contexts = _traced(name, model, inputs, options, target)
+    traced = _traced(name, model, inputs, options, target)
+    config, contexts = traced.config, traced.contexts
     graphs = {index: dict(context.stages or {}) for index, context in enumerate(contexts)}
     if layer is not None:
         graphs = _restricted(graphs, layer)
-    report = report_of(config, contexts, stages if whole else ())
+    report = report_of(traced, stages if whole else ())
     found = {
         id(site): view
         for context, views in zip(contexts, _by_graph(report, len(contexts)), strict=True)
@@ -180,7 +181,7 @@ def inspect(
     )
 
 
-def _traced(name: str, model: nn.Module, *arguments: Any) -> tuple[QuantConfig, list[Context]]:
+def _traced(name: str, model: nn.Module, *arguments: Any) -> Trace:
     try:
         return trace(model, *arguments)
     except (OmniqError, BackendCompilerFailed):

@@ -21,6 +21,7 @@ from pygments.lexers import PythonLexer
 import omniq_compile
 from omniq_compile.inspector.inspection import Inspection, Part, SiteView
 from omniq_compile.inspector.text import part_title
+from omniq_compile.reports.display import untraced_line
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def render_page(inspection: Inspection) -> str:
         version=omniq_compile.__version__,
         inspection=inspection,
         report=report,
+        untraced=untraced_line(report.untraced),
         parts=[_part(part) for part in inspection.parts],
     )
 

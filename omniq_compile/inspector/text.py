@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from omniq_compile.inspector.inspection import Inspection, Part
+from omniq_compile.reports.display import untraced_line
 from omniq_compile.reports.report import Report
 
 KERNELS = "kernels"
@@ -71,6 +72,8 @@ def _summary(report: Report) -> Iterator[str]:
         yield f"# kept {count}: {reason}"
     for pattern, near in report.unmatched.items():
         yield f"# pattern {pattern!r} matches nothing; nearest: {', '.join(near) or '-'}"
+    if report.untraced:
+        yield f"# {untraced_line(report.untraced)}"
 
 
 def _table(inspection: Inspection) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from omniq_compile.reports.report import Report, Site
 
 COLUMNS = ("layer", "spelling", "M x K x N", "decision", "kernel or reason")
+# Of linear layers that no graph holds, this many are named.
+MOST_NAMES = 5
 
 
 def to_pandas(report: Report) -> Any:
@@ -67,6 +69,17 @@ def _summary(report: Report) -> Iterator[str]:
     )
     for reason, count in Counter(site.decision.reason for site in report.kept).most_common():
         yield f"kept {count}: {reason}"
+    if report.untraced:
+        yield untraced_line(report.untraced)
+
+
+def untraced_line(names: Sequence[str]) -> str:
+    """Word which linear layers no graph holds, the first of them by name."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (
+        f"in no graph {len(names)}: {', '.join(names[:MOST_NAMES])}{more}: not called in this "
+        "call, or run by Python outside the graphs"
+    )
 
 
 def _cells(site: Site) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from omniq_compile.passes.program import program
 from omniq_compile.reports import display
 from omniq_compile.reports.summary import site_bytes, weight_bytes
 from omniq_compile.reports.tracing import run_traced
+from omniq_compile.reports.untraced import UntracedLinears
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Report:
         graphs: more than one where Dynamo had to break the model.
         weight_bytes_before, weight_bytes_after: of the weights that are quantized.
         unmatched: layer patterns that match nothing, of any option, with the nearest layers.
+        untraced: the model's linear layers whose weights no site multiplies by, kept ones included:
+            they were not called in this call, or Python ran them outside the graphs.
     """
 
     options: dict[str, Any]
@@ -88,6 +91,7 @@ class Report:
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     unmatched: dict[str, list[str]] = field(default_factory=dict)
+    untraced: list[str] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -120,6 +124,17 @@ class Report:
         return display.to_html(self)
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A model as it was traced: the configuration, what the passes made of each graph, and the
+    linear layers that are in none.
+    """
+
+    config: QuantConfig
+    contexts: list[Context]
+    untraced: list[str]
+
+
 def explain(
     model: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
@@ -146,7 +161,7 @@ def explain(
     for stage in stages:
         if stage not in STAGES:
             raise OptionError(unknown("stage", stage, STAGES))
-    return report_of(*trace(model, inputs, options, target), stages)
+    return report_of(trace(model, inputs, options, target), stages)
 
 
 def trace(
@@ -154,11 +169,12 @@ def trace(
     inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     options: Mapping[str, Any] | QuantConfig,
     target: str | None = None,
-) -> tuple[QuantConfig, list[Context]]:
+) -> Trace:
     """Trace a model and run the passes on each graph; the arguments are those of `explain`."""
     config = QuantConfig.from_options(options)
     chosen = Target.parse(target) if target is not None else None
     contexts: list[Context] = []
+    left = UntracedLinears(model)
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         here = chosen or run_target(config, dynamo.devices(gm.graph))
@@ -167,7 +183,7 @@ def trace(
         pipeline.run(gm, pipeline.build(config), context)
         note_precision(model_around(), context.sites)
         contexts.append(context)
-        return gm.forward
+        return left.watched(gm, context)
 
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
@@ -183,13 +199,12 @@ def trace(
             "Dynamo traced no graph from this model, so there is nothing to explain. "
             'TORCH_LOGS="dynamo" shows why.'
         )
-    return config, contexts
+    return Trace(config, contexts, left.names)
 
 
-def report_of(
-    config: QuantConfig, contexts: Sequence[Context], stages: Sequence[str] = STAGES
-) -> Report:
+def report_of(trace: Trace, stages: Sequence[str] = STAGES) -> Report:
     """Word what the passes found, as plain data; of the programs those of some stages."""
+    config, contexts = trace.config, trace.contexts
     bindings = {
         (b.expression.key, b.expression.leaves, b.format): b for c in contexts for b in c.bindings
     }
@@ -204,6 +219,7 @@ def report_of(
         weight_bytes_before=sum(before for before, _ in sizes),
         weight_bytes_after=sum(after for _, after in sizes),
         unmatched=unmatched(patterns, layers),
+        untraced=trace.untraced,
     )
 
 
