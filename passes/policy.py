@@ -145,8 +145,8 @@ def _what_meets(site: Site) -> str:
     if site.spelling != "linear":
         return "two activations"
     b = site.product.b.node
-    while moves.is_move(b):
-        b = moves.sources(b)[0]
+    while moves.is_move(b) and (sources := moves.sources(b)):
+        b = sources[0]
     if b.op == "placeholder":
         return "its weight is an input, no parameter or buffer"
     return "its weight is computed in the graph"
