@@ -1,7 +1,8 @@
-"""A layer is no block, though an adapter makes it hold other layers: three ways to count agree."""
+"""A layer is no block, though an adapter makes it hold others: all that counts blocks agrees."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import traced
 from torch import nn
+from torch._dynamo.utils import counters
 
 import omniq_compile
 from omniq_compile import explain, quantize_
@@ -188,3 +190,74 @@ def test_weights_alone_tell_that_a_module_wraps_a_layer() -> None:
         assert find_blocks(chains(*names), weights) == {}
     weights = [f"text.{number}.{own}" for number in (0, 2) for own in ("my_lora_A", "base_layers")]
     assert set(find_blocks(chains(*names), weights).values()) == {"text.0", "text.2"}
+
+
+class OwnMatrices(nn.Module):
+    """A block that holds no layer: it multiplies by matrices of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(64, 130) / 8)
+        self.down = nn.Parameter(torch.randn(130, 64) / 8)
+        self.act = nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.act(x @ self.up) @ self.down
+
+
+class OwnWeight(nn.Module):
+    """A linear of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(64, 64) / 8),
+            nn.Parameter(torch.zeros(64)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class OwnGain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(1, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x, dim=-1) * self.gamma * 8
+
+
+def test_blocks_that_multiply_themselves_are_blocks() -> None:
+    model = Net()
+    model.blocks = nn.ModuleList(OwnMatrices() for _ in range(6))
+    model.requires_grad_(False)
+    outside = OPTIONS | {"ignored_layers": ["text", "time"]}
+    expected = torch.compile(copy.deepcopy(model), backend="omniq", options=outside)(X)
+    assert list(module_blocks(model)) == [f"blocks.{number}" for number in range(6)]
+    kept = [s.layer for s in explain(model, X, OPTIONS).sites if not s.decision.method]
+    assert kept == [f"blocks.{n}.{matrix}" for n in range(LEADING) for matrix in ("up", "down")]
+    torch._dynamo.reset()
+    counters.clear()
+    omniq_compile.compile(model, OPTIONS)
+    assert torch.allclose(model(X), expected, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Linear(64, 64),
+        lambda: nn.Embedding(64, 64),
+        lambda: nn.GRU(64, 64),
+        lambda: nn.ParameterList([torch.zeros(64, 64)]),
+        OwnWeight,
+        OwnGain,
+    ],
+)
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda layers: nn.Sequential(*layers)])
+def test_layers_in_a_container_are_no_blocks(layer: Any, container: Any) -> None:
+    model = nn.ModuleDict({"layers": container([layer() for _ in range(3)])})
+    assert list(module_blocks(model)) == []
+    model["layers"] = container([OwnMatrices() for _ in range(3)])
+    assert list(module_blocks(model)) == ["layers.0", "layers.1", "layers.2"]
