@@ -17,7 +17,7 @@ from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo, moves, writes
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
-from omniq_compile.passes.regions import find_blocks
+from omniq_compile.passes.regions import find_blocks, with_containers
 from omniq_compile.passes.sites import Decision, Kind, Site
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,9 +94,10 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
     if not config.num_bf16_fallback_layers or config.keep_all:
         return set()
     # A layer is in blocks, and is none, unless it holds other layers: a block may multiply itself.
-    holders = {link.name for s in sites for link in s.around if link.name != s.layer}
+    around = {id(s): with_containers(s.around) for s in sites}
+    holders = {link.name for s in sites for link in around[id(s)] if link.name != s.layer}
     chains = {
-        id(s): tuple(link for link in s.around if link.name != s.layer or link.name in holders)
+        id(s): tuple(x for x in around[id(s)] if x.name != s.layer or x.name in holders)
         for s in sites
     }
     weights = {name for s in sites for name in s.weight_name.split(" + ") if name}

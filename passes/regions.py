@@ -80,6 +80,23 @@ def outside_layers(chains: Iterable[Chain], weights: Iterable[str] = ()) -> list
     return [tuple(takewhile(lambda link: link.name not in layers, chain)) for chain in chains]
 
 
+def with_containers(chain: Chain) -> Chain:
+    """Return a chain with the numbered modules that its names show and that were not called.
+
+    A trace leaves them out, as the lists of attention and feed-forward that some models are made
+    of. Of their class it says nothing: those of one container count as one.
+    """
+    found: list[Link] = []
+    for link in chain:
+        above = f"{found[-1].name}." if found else ""
+        parts = link.name.split(".")
+        for name in (".".join(parts[:n]) for n in range(1, len(parts))):
+            if _is_numbered(name) and name.startswith(above):
+                found.append(Link(name, f"in {name.rpartition('.')[0]}"))
+        found.append(link)
+    return tuple(found)
+
+
 def block_classes(chains: Iterable[Chain]) -> set[str]:
     """Return the classes of which some container holds at least two numbered modules."""
     families: dict[tuple[str, str], set[str]] = {}

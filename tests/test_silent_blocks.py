@@ -61,6 +61,13 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(64, 130), nn.GELU(), nn.Linear(130, 64))
 
 
+class Projection(nn.Linear):
+    pass
+
+
+CALLED = (Attention, FeedForward, Projection)
+
+
 def as_attributes(attention: nn.Module, feed_forward: nn.Module) -> nn.Module:
     block = nn.Module()
     block.attention, block.feed_forward = attention, feed_forward
@@ -87,7 +94,7 @@ class Held(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in reversed(self.layers):
             for part in layer.modules():
-                x = part(x) if isinstance(part, Attention | FeedForward) else x
+                x = part(x) if isinstance(part, CALLED) else x
         return x
 
 
@@ -127,6 +134,19 @@ def test_blocks_are_counted_and_not_their_parts(how: str, caplog: pytest.LogCapt
     starts = [r.args[1][:9] for r in caplog.records if "starts at block" in r.msg]
     assert starts == ["layers.2.", "layers.1."]
     assert graphs() == 4
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_a_whole_graph_shows_such_blocks_too(how: str) -> None:
+    options = OPTIONS | {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}
+    for model in (Held(HELD[how]), Held(lambda a, b: HELD[how](FeedForward(), b))):
+        kept = [s.layer for s in explain(model, X, options).sites if not s.decision.method]
+        assert {layer[:9] for layer in kept} == {"layers.2."}  # which runs first
+        assert len(kept) == 4
+    model = Held(lambda a, b: HELD[how](Projection(64, 64), b))
+    kept = [s.layer for s in explain(model, X, options).sites if not s.decision.method]
+    assert {layer[:9] for layer in kept} == {"layers.2."}
+    assert len(kept) == 3
 
 
 def test_full_names_are_known_in_what_is_called() -> None:
