@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import Step, is_expression
+from omniq_compile.passes.expression import Step, is_the_weight
 from omniq_compile.passes.sites import Operand, Product, product_of_several
 
 
@@ -74,7 +74,7 @@ def _read(x: fx.Node, y: fx.Node, a: str, b: str, out: str, equation: str) -> Pr
 
     Where only ``x`` is a weight, it is the second.
     """
-    if is_expression(x) and not is_expression(y):
+    if is_the_weight(x, y):
         x, y, a, b = y, x, b, a
     batch = [c for c in a if c in b and c in out]
     inner = [c for c in a if c in b and c not in out]

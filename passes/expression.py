@@ -1,12 +1,14 @@
-"""Weight expressions: a weight that is a view, slice or concatenation of parameters.
+"""Weight expressions: a weight that is a view, slice or concatenation of parameters, or computed
+from parameters alone.
 
-Such a weight depends on nothing but parameters, so it is evaluated and quantized when a parameter
-is new or has changed, instead of in every call.
+Such a weight is evaluated and quantized when a parameter is new or has changed, instead of in every
+call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from omniq_compile.lowering.tensor_of_parts import foreign_kind
 from omniq_compile.passes import dynamo, moves
+from omniq_compile.passes.weight_functions import WEIGHT_FUNCTIONS
 
 # A tensor method and its positional arguments, applied to an operand or to the result.
 Step = tuple[str, tuple[Any, ...]]
@@ -58,8 +62,53 @@ def is_expression(node: Any) -> bool:
     return True
 
 
+# Of a node that is computed from parameters alone, in ``meta``.
+_COMPUTED = "omniq_of_parameters"
+
+
+def find_computed(graph: fx.Graph, casting: Container[fx.Node]) -> None:
+    """Note which nodes are computed from parameters alone, by moves and `WEIGHT_FUNCTIONS`.
+
+    Args:
+        graph: of Dynamo's, before it is changed.
+        casting: its tensors that are computed under autocast, which none of these functions may be:
+            a weight is evaluated outside of it.
+    """
+    for node in graph.nodes:
+        inputs = moves.sources(node)
+        alone = bool(inputs) and all(n.meta.get(_COMPUTED) or dynamo.is_weight(n) for n in inputs)
+        if alone and (moves.is_move(node) or (_is_function(node) and node not in casting)):
+            node.meta[_COMPUTED] = True
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Say whether a node computes a plain tensor, by one of `WEIGHT_FUNCTIONS`."""
+    is_call = node.op in ("call_function", "call_method")
+    value = dynamo.value(node)
+    plain = foreign_kind(value) is None and not dynamo.is_transformed(node)
+    return is_call and node.target in WEIGHT_FUNCTIONS and plain
+
+
+def is_of_parameters(node: Any) -> bool:
+    """Say whether the node is computed from parameters alone: by moves, or as was noted of it."""
+    return isinstance(node, fx.Node) and (
+        dynamo.is_weight(node) or _COMPUTED in node.meta or is_expression(node)
+    )
+
+
+def is_the_weight(one: fx.Node, other: fx.Node) -> bool:
+    """Say whether the first of two factors is the weight, and the second is not.
+
+    A parameter as it stands, or moved, comes before one that is computed from some: that may be
+    what the model multiplies by its weights, such as learned tokens.
+    """
+    if is_expression(one) != is_expression(other):
+        return is_expression(one)
+    return is_of_parameters(one) and not is_of_parameters(other)
+
+
 def build(node: fx.Node, steps: Iterable[Step]) -> WeightExpression:
-    """Build the expression for a node for which `is_expression` holds, followed by ``steps``."""
+    """Build the expression for a node for which `is_of_parameters` holds, followed by ``steps``."""
     # A weight that is cast to what it is stays the parameter, whatever it is stored as.
     node = moves.without_casts(node)
     if dynamo.is_weight(node):
@@ -96,7 +145,11 @@ def _finish(graph: fx.Graph, result: fx.Node, steps: Iterable[Step]) -> fx.Graph
 
 def evaluate(expression: WeightExpression, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     """Compute the weight ``[..., N, K]`` from its parameters, detached."""
-    with torch.inference_mode(False), torch.no_grad():
+    device = leaves[0].device.type
+    # It may be on around the call, and off where the model computes the weight.
+    can_cast = torch.amp.is_autocast_available(device)
+    autocast = torch.autocast(device, enabled=False) if can_cast else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), autocast:
         result: torch.Tensor = expression.module(*leaves)
         return result.detach()
 

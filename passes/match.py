@@ -32,6 +32,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     """
     sites: list[Site] = []
     casting = dynamo.under_autocast(gm.graph)
+    expression.find_computed(gm.graph, casting)
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             sites += _sites_inside(gm, node, {})
@@ -94,11 +95,13 @@ def _sites_inside(
 
 
 def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
-    a_is_weight = expression.is_expression(product.a.node)
-    b_is_weight = expression.is_expression(product.b.node)
+    a, b = product.a.node, product.b.node
     kind = Kind.ACTIVATION
-    if b_is_weight:
-        kind = Kind.CONSTANT if a_is_weight else Kind.WEIGHT
+    if expression.is_expression(b):
+        # What is computed from parameters, such as learned tokens, is multiplied as any input.
+        kind = Kind.CONSTANT if expression.is_expression(a) else Kind.WEIGHT
+    elif expression.is_of_parameters(b) and not expression.is_of_parameters(a):
+        kind = Kind.WEIGHT
     weight = None
     if kind is Kind.WEIGHT and product.unsupported is None:
         weight = expression.build(product.b.node, product.b.steps)

@@ -16,12 +16,14 @@ from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import dynamo, moves, writes
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.expression import topological
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.regions import find_blocks, with_containers
 from omniq_compile.passes.sites import Decision, Kind, Site
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT32_REASON = "kept in float32 by the model, beside layers of lower precision"
+_BY_MATMUL = " (option 'matmul': True quantizes both operands)"
 
 
 def decide(
@@ -64,6 +66,23 @@ def decide(
         else:
             reason = "; ".join(text for text in (note, refusals or kernel.about) if text)
             site.decision = Decision(scheme, reason, kernel)
+    _keep_parts(sites)
+
+
+def _keep_parts(sites: list[Site]) -> None:
+    """Keep products whose result is part of a quantized weight, such as those of an adapter.
+
+    They are computed with it, where a parameter changes, and no more in the graph.
+    """
+    whole: dict[fx.Node, Site] = {}
+    for site in sites:
+        if site.decision.scheme is not None and site.weight is not None:
+            for node in topological(site.product.b.node):
+                whole.setdefault(node, site)
+    for site in sites:
+        of = whole.get(site.node)
+        if of is not None and site.decision.scheme is not None:
+            site.decision = Decision(None, f"it computes a part of the weight of {of.layer!r}")
 
 
 def _device(site: Site) -> str:
@@ -134,7 +153,7 @@ def _keep(site: Site, config: QuantConfig, low_precision: bool, leading: set[int
     if id(site) in leading:
         return leading_reason(config)
     if site.kind is Kind.ACTIVATION and not config.matmul:
-        return f"{_what_meets(site)} (option 'matmul': True quantizes both operands)"
+        return f"{_what_meets(site)}{_BY_MATMUL}"
     if site.dtype is torch.float32 and low_precision:
         return FLOAT32_REASON
     assert site.problem is not None
@@ -170,6 +189,8 @@ def _mixed_dtypes(site: Site) -> str | None:
 
 def option_that_keeps(site: Site, config: QuantConfig) -> str | None:
     """Name the option by which a decided site is kept, or None where it is not by an option."""
+    if site.spelling == "linear" and site.decision.reason.endswith(_BY_MATMUL):
+        return "matmul"  # its weight is no parameter; other spellings are of activations
     if site.decision.scheme is not None or site.kind is not Kind.WEIGHT:
         return None
     problem = site.problem

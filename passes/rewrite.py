@@ -14,7 +14,7 @@ from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.lowering.symbolic_sizes import traced_size
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Binding, Context
-from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.expression import evaluate, is_of_parameters
 from omniq_compile.passes.metadata import fake_mode, looks_alike, placed
 from omniq_compile.passes.sites import Operand, Product, Site, bias_in_epilogue, is_one
 from omniq_compile.passes.writes import is_in_place
@@ -141,7 +141,7 @@ def _bind(gm: fx.GraphModule, site: Site, bound: dict[Any, Any]) -> list[fx.Node
         return list(placeholders)
     values = [dynamo.value(leaf) for leaf in weight.leaves]
     with fake_mode(values), torch.no_grad():
-        shaped = weight.module(*values)
+        shaped = evaluate(weight, values)
         stored = site.stored
         parts = get_format(format).allocate(shaped) if stored is None else stored.parts
     placeholders = _add_placeholders(gm.graph, site, format, parts)
@@ -197,11 +197,11 @@ def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
 
 
 def _drop_unused_weights(gm: fx.GraphModule) -> None:
-    """Erase moves of weights, and weights, that nothing uses any more.
+    """Erase weights, and what is computed of them alone, that nothing uses any more.
 
     Only these: any other unused node may have an effect, and is not ours to judge.
     """
     for node in reversed(list(gm.graph.nodes)):
         unused = not node.users and node.op != "output"
-        if unused and is_expression(node) and not is_in_place(node):
+        if unused and is_of_parameters(node) and not is_in_place(node):
             gm.graph.erase_node(node)

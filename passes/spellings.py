@@ -15,7 +15,7 @@ from torch import fx
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.einsum import read_einsum, read_tensordot
-from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.expression import is_the_weight
 from omniq_compile.passes.sites import TRANSPOSE, Operand, Product, product_of_several
 
 
@@ -67,7 +67,7 @@ def _product(a: fx.Node, b: fx.Node) -> Product:
             Operand(b, (TRANSPOSE,)),
             out_steps=(("squeeze", (0,)),),
         )
-    if is_expression(a) and not is_expression(b):
+    if is_the_weight(a, b):
         return Product(Operand(b, (TRANSPOSE,)), Operand(a), out_steps=(TRANSPOSE,))
     return Product(Operand(a), Operand(b, (TRANSPOSE,)))
 
@@ -87,7 +87,7 @@ def _inner(node: fx.Node) -> Product:
     a, b = arguments["input"], arguments["other"]
     if _rank(a) < 2 or _rank(b) != 2:
         return Product(Operand(a), Operand(b), unsupported="an inner product of these ranks")
-    if _rank(a) == 2 and is_expression(a) and not is_expression(b):
+    if _rank(a) == 2 and is_the_weight(a, b):
         return Product(Operand(b), Operand(a), out_steps=(TRANSPOSE,))
     return Product(Operand(a), Operand(b))
 

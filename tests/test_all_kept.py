@@ -291,3 +291,60 @@ def test_leading_blocks_that_are_all_there_are(blockwise: bool, told: Any) -> No
         found = told()
         assert len(found) == expected
         assert all("a smaller 'num_bf16_fallback_layers'" in text for text in found)
+
+
+class Hyper(nn.Module):
+    """Its weight depends on its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.matrix * x.mean())
+
+
+def test_weights_that_each_call_computes_are_said_to_keep_all(told: Any) -> None:
+    model = Chain(Hyper(), Hyper(), Block(100))
+    whole(model, min_features=65)
+    (text,) = told()
+    assert text.startswith(
+        "nothing in Chain is quantized: its layers are kept (2 x its weight is computed in the "
+        "graph (option 'matmul'"
+    )
+    assert text.endswith(
+        "To quantize some, give a smaller 'min_features' or 'matmul': True, which quantizes in "
+        "each call what is computed in it"
+    )
+    model(torch.randn(9, 64))
+    assert told() == []
+
+    torch._dynamo.reset()
+    whole(Chain(Hyper(), Block(256)), min_features=64)
+    assert told() == []
+    whole(Chain(Hyper(), Hyper()), min_features=1, matmul=True)
+    assert told() == []
+
+
+def test_a_weight_that_another_graph_multiplies_by_is_not_taken_for_one_of_them(told: Any) -> None:
+    whole(Chain(Hyper(), WideBlock(), breaks=(1,)), min_features=64)
+    assert told() == []
+
+
+def test_a_weight_that_is_no_parameter_is_said_to_keep_all(told: Any) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = torch.randn(300, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.matrix)
+
+    whole(Plain())
+    (text,) = told()
+    assert "1 x its weight is an input, no parameter or buffer" in text
+
+
+def test_activations_that_meet_are_no_layers(told: Any) -> None:
+    whole(Holder(lambda x: x @ x.T))
+    assert told() == []

@@ -192,12 +192,12 @@ def test_a_parameter_is_read_once_however_many_ways_lead_to_it() -> None:
     assert error(result, dequantized(x) @ dequantized(model.w).T) < 5e-7
 
 
-# name: a weight that depends on more than parameters and moves
+# name: a weight that depends on more than parameters, or is more than functions of them
 COMPUTED: dict[str, Tensors] = {
-    "scaled": lambda x, w: w * 2,
-    "normalised": lambda x, w: F.normalize(w, dim=1),
     "by_activation": lambda x, w: w + x[:1],
-    "lora": lambda x, w: torch.add(w, w.flip(0), alpha=0.5),
+    "scaled_by_activation": lambda x, w: w * x.mean(),
+    "normalised": lambda x, w: F.normalize(w * x[0], dim=1),
+    "ranked": lambda x, w: w.cumsum(0),
 }
 
 

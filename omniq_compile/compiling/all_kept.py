@@ -14,6 +14,7 @@ from torch import nn
 from omniq_compile.compiling.compiled_modules import is_compiled, original
 from omniq_compile.compiling.traced_modules import modules_being_called
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.policy import FLOAT32_REASON, ignored_reason, option_that_keeps
@@ -27,6 +28,7 @@ WHAT_TO_CHANGE = {
     "min_features": "a smaller 'min_features'",
     "ignored_layers": "fewer patterns in 'ignored_layers'",
     "num_bf16_fallback_layers": "a smaller 'num_bf16_fallback_layers'",
+    "matmul": "'matmul': True, which quantizes in each call what is computed in it",
 }
 # Weights of these are not multiplied as a layer's are, however large. Those of embeddings may be.
 NO_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -115,7 +117,7 @@ def warn_all_kept(config: QuantConfig, sites: Sequence[Site]) -> None:
     told = _told.setdefault(model, set())
     parts, decided = _compiled_parts(model), set[str]()
     if models[0] is model:  # otherwise the names are those in a module of it
-        parts, decided = [model], {site.layer for site in sites}
+        parts, decided = [model], {layer for site in sites for layer in _layers_of(site, config)}
     if config not in told and not _another_graph_may(parts, config, decided):
         told.add(config)
         kept.warn(type(model).__name__)
@@ -125,6 +127,21 @@ def _could_be_quantized(site: Site) -> bool:
     """Say whether a kept site is a layer whose precision is ours to choose."""
     sums = site.problem is None or site.problem.K != 1
     return site.kind is Kind.WEIGHT and sums and site.decision.reason != FLOAT32_REASON
+
+
+def _layers_of(site: Site, config: QuantConfig) -> set[str]:
+    """Name what a site multiplies by: its layer, and all that a kept one computes its weight of."""
+    computed = option_that_keeps(site, config) == "matmul"
+    stack = [site.product.b.node] if computed else []
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        # What another product returns has a layer of its own.
+        inputs = [] if "omniq_site" in node.meta else node.all_input_nodes
+        stack += [n for n in inputs if n not in seen]
+        seen.update(inputs)
+    names = map(dynamo.weight_name, filter(dynamo.is_weight, seen))
+    return {site.layer, *(layer_name([name], "") for name in names)}
 
 
 def _another_graph_may(
