@@ -18,7 +18,7 @@ from torch import fx
 
 from omniq_compile.lowering.tensor_of_parts import foreign_kind
 from omniq_compile.passes import dynamo, moves
-from omniq_compile.passes.weight_functions import WEIGHT_FUNCTIONS
+from omniq_compile.passes.weight_functions import WEIGHT_FUNCTIONS, is_number_of_numpy
 
 # A tensor method and its positional arguments, applied to an operand or to the result.
 Step = tuple[str, tuple[Any, ...]]
@@ -75,7 +75,7 @@ def find_computed(graph: fx.Graph, casting: Container[fx.Node]) -> None:
             a weight is evaluated outside of it.
     """
     for node in graph.nodes:
-        inputs = moves.sources(node)
+        inputs = [n for n in moves.sources(node) if not is_number_of_numpy(n)]
         alone = bool(inputs) and all(n.meta.get(_COMPUTED) or dynamo.is_weight(n) for n in inputs)
         if alone and (moves.is_move(node) or (_is_function(node) and node not in casting)):
             node.meta[_COMPUTED] = True

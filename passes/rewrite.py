@@ -17,6 +17,7 @@ from omniq_compile.passes.context import Binding, Context
 from omniq_compile.passes.expression import evaluate, is_of_parameters
 from omniq_compile.passes.metadata import fake_mode, looks_alike, placed
 from omniq_compile.passes.sites import Operand, Product, Site, bias_in_epilogue, is_one
+from omniq_compile.passes.weight_functions import is_number_of_numpy
 from omniq_compile.passes.writes import is_in_place
 
 QUANTIZE = torch.ops.omniq.quantize.default
@@ -203,5 +204,6 @@ def _drop_unused_weights(gm: fx.GraphModule) -> None:
     """
     for node in reversed(list(gm.graph.nodes)):
         unused = not node.users and node.op != "output"
-        if unused and is_of_parameters(node) and not is_in_place(node):
+        constant = is_of_parameters(node) or is_number_of_numpy(node)
+        if unused and constant and not is_in_place(node):
             gm.graph.erase_node(node)

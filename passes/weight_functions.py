@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
+
+from omniq_compile.passes import dynamo
 
 # By the name of a method, and of the function of torch's where there is one.
 _NAMES = (
@@ -54,3 +57,29 @@ WEIGHT_FUNCTIONS: frozenset[Any] = frozenset(
         *_of_torch(),
     }
 )  # fmt: skip
+
+# What Dynamo makes of NumPy's functions of numbers, and of operators on their results. Private,
+# checked on torch 2.11 to 2.13.
+_OF_NUMPY = {
+    f"wrapped_{name}"
+    for name in (
+        "add", "divide", "exp", "float32", "float64", "log", "log2", "mul", "multiply", "neg",
+        "pow", "power", "reciprocal", "sqrt", "square", "sub", "subtract", "true_divide", "truediv",
+    )
+}  # fmt: skip
+
+
+def is_number_of_numpy(node: fx.Node) -> bool:
+    """Say whether a node computes one number from constants by NumPy, as ``np.sqrt(K)`` does."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        target, value = current.target, dynamo.value(current)
+        known = getattr(target, "__name__", "") in _OF_NUMPY and not current.kwargs
+        if not known or type(target).__module__ != "torch._dynamo.utils":
+            return False
+        if not isinstance(value, torch.Tensor) or value.dim() > 0:
+            return False
+        stack += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return True

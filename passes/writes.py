@@ -16,6 +16,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.expression import topological
 from omniq_compile.passes.moves import MOVES, sources
+from omniq_compile.passes.weight_functions import is_number_of_numpy
 
 _IN_PLACE_NAMES = (
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
@@ -45,7 +46,7 @@ def is_in_place(node: fx.Node) -> bool:
     if isinstance(target, HigherOrderOperator):
         return True  # what its subgraph does is not looked into
     if not isinstance(target, str) and _is_foreign(target):
-        return True
+        return not is_number_of_numpy(node)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 

@@ -174,18 +174,19 @@ def test_every_form_of_an_inspection_shows_both() -> None:
 
 
 class Normalised(nn.Linear):
-    """As in EDM2, with a gain."""
+    """As in EDM2, whose numbers are NumPy's, with a gain or without."""
 
-    def __init__(self) -> None:
+    def __init__(self, gain: bool) -> None:
         super().__init__(K, N, bias=False)
-        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.gain = nn.Parameter(torch.tensor(1.5)) if gain else 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.weight.to(torch.float32)
         norm = torch.linalg.vector_norm(w, dim=[1], keepdim=True, dtype=torch.float32)
-        norm = torch.add(1e-4, norm, alpha=float(np.sqrt(norm.numel() / w.numel())))
+        norm = torch.add(1e-4, norm, alpha=np.sqrt(norm.numel() / w.numel()))
         w = w / norm.to(w.dtype)
-        return F.linear(x, (w * (self.gain / math.sqrt(K))).to(x.dtype))
+        w = w * (self.gain / np.sqrt(w[0].numel()))
+        return F.linear(x, w.to(x.dtype))
 
 
 def old_weight_norm() -> nn.Module:
@@ -198,7 +199,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(K, N)),
     "weight_norm_by_hooks": old_weight_norm,
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(K, N)).eval(),
-    "edm2": Normalised,
+    "edm2": lambda: Normalised(gain=False),
+    "edm2_with_gain": lambda: Normalised(gain=True),
 }
 
 
@@ -224,6 +226,12 @@ def test_modules_that_compute_their_weight(name: str, dtype: torch.dtype) -> Non
             parameter.copy_(torch.randn_like(parameter))
 
 
+def test_numbers_of_numpy_leave_nothing_in_the_graph() -> None:
+    inspection = inspect("Holder", Normalised(gain=True), [torch.randn(7, K)], OPTIONS)
+    assert "wrapped_sqrt" in inspection.program("traced")
+    assert "wrapped" not in inspection.program("quantized")
+
+
 # name: near misses, of which each call computes another weight
 KEPT: dict[str, Weight] = {
     "hypernetwork": lambda x, w: w * torch.tanh(x).mean(),
@@ -231,6 +239,8 @@ KEPT: dict[str, Weight] = {
     "random": lambda x, w: w + torch.randn_like(w),
     "dropout": lambda x, w: F.dropout(w * 2, 0.5, training=True),
     "made_in_the_graph": lambda x, w: w * torch.ones(K),
+    "of_a_number": lambda x, w: torch.as_tensor(np.sqrt(5)).float().expand(N, K),
+    "by_numpy": lambda x, w: w * torch.from_numpy(np.sqrt(np.ones(K, np.float32))),
 }
 
 
