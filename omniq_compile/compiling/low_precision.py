@@ -21,8 +21,9 @@ def has_low_precision(model: nn.Module | None) -> bool:
     """Say whether a model has linear layers of low precision, or had products of it in a graph."""
     if model is None:
         return False
-    weights = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
-    return model in _seen or any(weight.dtype in LOW for weight in weights)
+    # Not its `weight`, which a parametrization computes when it is asked for, and may write to.
+    parameters = (p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+    return model in _seen or any(parameter.dtype in LOW for parameter in parameters)
 
 
 def note_precision(model: nn.Module | None, sites: Sequence[Site]) -> None:

@@ -177,8 +177,10 @@ class _Regions:
         config = block_config(self._config, name, block, place)
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
+            # Dynamo keeps the backend, and by it would keep all functions if it referred to this.
+            decided = partial(_check, self._kept)
             self._backends[config] = own_backend(
-                partial(compile_graph, config=config, decided=self._decided, by_block=True)
+                partial(compile_graph, config=config, decided=decided, by_block=True)
             )
             logger.info("policy %d starts at block %s", len(self._backends), name)
         functions, graphs = self._functions_of(block, config), self._kept.graphs
@@ -195,10 +197,6 @@ class _Regions:
         if not self._left and self._warned is not None:
             self._kept.warn(self._warned)
         return result
-
-    def _decided(self, config: QuantConfig, sites: Sequence[Site]) -> None:
-        refuse_unequal(config, sites)
-        self._kept.add(config, sites)
 
     def _functions_of(self, block: nn.Module, config: QuantConfig) -> BlockFunctions:
         """Return the functions of blocks of one class, policy, and sizes, of which a UNet's blocks
@@ -227,6 +225,11 @@ class _Regions:
                     "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
                     "layers in every block, compile the model whole, or raise the limit."
                 )
+
+
+def _check(kept: KeptLayers, config: QuantConfig, sites: Sequence[Site]) -> None:
+    refuse_unequal(config, sites)
+    kept.add(config, sites)
 
 
 def _call_with_hooks(
