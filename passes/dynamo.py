@@ -199,6 +199,11 @@ def weight_path(node: fx.Node) -> Path:
     return _path(_source_name(node))
 
 
+def names_in(name: str) -> Path:
+    """Return the parts of a dotted name, without those that Dynamo's names are without."""
+    return tuple(part for part in name.split(".") if part not in _NOT_LAYERS)
+
+
 def layer_name(node: fx.Node) -> str:
     """Return the dotted name of the innermost module that made the node; "" for the root."""
     stack = node.meta.get("nn_module_stack") or {}

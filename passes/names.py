@@ -26,7 +26,7 @@ def name_as_in_model(gm: fx.GraphModule, names: WeightNames) -> fx.GraphModule:
     moved: dict[dynamo.Path, dynamo.Path] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         found = dynamo.weight_path(node)
-        known = [tuple(name.split(".")) for name in names.get(node.name, ())]
+        known = [dynamo.names_in(name) for name in names.get(node.name, ())]
         if not known or not found or found[1:] in known:
             continue
         name = max(known, key=lambda name: _equal_at_end(found, name))

@@ -177,6 +177,20 @@ def test_a_function_of_a_model_names_layers_as_the_model_does() -> None:
     assert Trainer().sample(whole)
 
 
+@pytest.mark.parametrize("compiled", [(), (0,), (0, 1)])
+def test_what_torch_compile_wraps_is_no_part_of_a_name(compiled: tuple[int, ...]) -> None:
+    """Blocks that a user has compiled are read as they were before."""
+    model = ready(Net(Prepared))
+    for index in compiled:
+        model.joint_blocks[index] = torch.compile(model.joint_blocks[index])
+    names = [
+        f"joint_blocks.{i}.{n}" for i in "01" for n in ("patchify_proj", "adaln_single.1", "out")
+    ]
+    assert list(kept(model)) == names
+    ignored = kept(model, ignored_layers=["joint_blocks.1.adaln_single"])
+    assert [name for name, is_kept in ignored.items() if is_kept] == [names[4]]
+
+
 def test_an_activation_checkpoint_is_no_part_of_a_name() -> None:
     model = ready(nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(WIDTH, WIDTH)))))
     assert list(kept(model)) == ["0.0"]

@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 from torch import fx, nn
@@ -118,5 +118,6 @@ def _own_object(frame: FrameType) -> Any:
 
 
 def _module(value: Any) -> nn.Module | None:
-    value = getattr(value, "__self__", value)  # of a bound method
+    if isinstance(value, MethodType):
+        value = value.__self__
     return original(value) if isinstance(value, nn.Module) else None
