@@ -348,3 +348,28 @@ def test_a_weight_that_is_no_parameter_is_said_to_keep_all(told: Any) -> None:
 def test_activations_that_meet_are_no_layers(told: Any) -> None:
     whole(Holder(lambda x: x @ x.T))
     assert told() == []
+
+
+def test_an_adapter_whose_scale_became_a_symbol_is_said_to_keep_all(told: Any) -> None:
+    """PyTorch compiles for a number, and once it has changed for any: an input of the graph."""
+
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(300, 64))
+            self.down, self.up = (nn.Parameter(torch.randn(n, m)) for n, m in ((4, 64), (300, 4)))
+            self.scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            merged = self.matrix + self.up @ self.down * self.scale
+            return torch.nn.functional.linear(x, merged)
+
+    model = Merged().requires_grad_(False)
+    fast = torch.compile(model, backend="omniq", options=OPTIONS | {"min_features": 1})
+    fast(X)
+    assert told() == []
+    model.scale = 0.5
+    fast(X)
+    (text,) = told()
+    assert text.startswith("nothing in Merged is quantized")
+    assert "1 x its weight is computed in the graph" in text

@@ -131,8 +131,10 @@ def _could_be_quantized(site: Site) -> bool:
 
 def _layers_of(site: Site, config: QuantConfig) -> set[str]:
     """Name what a site multiplies by: its layer, and all that a kept one computes its weight of."""
-    computed = option_that_keeps(site, config) == "matmul"
-    stack = [site.product.b.node] if computed else []
+    product = site.product
+    stack = [product.b.node] if option_that_keeps(site, config) == "matmul" else []
+    if site.kind is Kind.CONSTANT:
+        stack = [product.a.node, product.b.node]  # an adapter's, which name no layer
     seen = set(stack)
     while stack:
         node = stack.pop()
