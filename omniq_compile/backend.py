@@ -92,7 +92,7 @@ def compile_graph(
         config: what to do.
         decided: gets the configuration and the graph's sites, once they are decided and before they
             are compiled; what it raises refuses them.
-        by_block: see `context_of`.
+        by_block: see `run_passes`.
 
     Raises:
         OptionError, GradientError, WeightError: as `omniq` does.
@@ -112,27 +112,40 @@ def compile_graph(
     return run
 
 
-def context_of(
+def run_passes(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     config: QuantConfig,
-    target: Target,
+    target: Target | None = None,
+    *,
+    with_stages: bool,
     by_block: bool = False,
-) -> Context:
-    """Return what the passes are told of a graph that Dynamo is compiling.
+) -> tuple[fx.GraphModule, Context]:
+    """Run the passes on a graph that Dynamo is compiling, told of the model that it is part of.
 
     Args:
-        gm: the graph as Dynamo traced it.
+        gm: the graph as Dynamo traced it, which is left as it is.
         example_inputs: those that it was traced with.
         config: the options.
-        target: to lower for.
+        target: to lower for; by default the graph's own, see `run_target`.
+        with_stages: whether the context keeps a copy of the graph at the end of each stage.
         by_block: layers are named in the outermost module that is compiled, and not in that which
             Dynamo compiles on its own after a graph break.
+
+    Returns:
+        The rewritten graph, and what the passes found.
     """
-    modules = traced_modules()
-    named_in = modules[-1 if by_block else 0] if modules else None
-    names = weight_names(gm, example_inputs, named_in)
-    return Context(config, target, names, has_low_precision(model_around()))
+    modules, model = traced_modules(), model_around()
+    context = Context(
+        config,
+        target or run_target(config, dynamo.devices(gm.graph)),
+        weight_names(gm, example_inputs, modules[-1 if by_block else 0] if modules else None),
+        has_low_precision(model),
+        stages={} if with_stages else None,
+    )
+    rewritten = pipeline.run(gm, pipeline.build(config), context)
+    note_precision(model, context.sites)
+    return rewritten, context
 
 
 def _compile_for_steps(
@@ -144,11 +157,9 @@ def _compile_for_steps(
 ) -> Compiled:
     start = time.perf_counter()
     traced = structured_trace.wanted()
-    target = run_target(config, dynamo.devices(gm.graph))
-    context = context_of(gm, example_inputs, config, target, by_block)
-    context.stages = {} if traced else None
-    rewritten = pipeline.run(gm, pipeline.build(config), context)
-    note_precision(model_around(), context.sites)
+    rewritten, context = run_passes(
+        gm, example_inputs, config, with_stages=traced, by_block=by_block
+    )
     seconds = time.perf_counter() - start
     _refuse_inner_gradients(context.sites, example_inputs)
     decided(config, context.sites)

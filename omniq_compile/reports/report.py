@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from omniq_compile.backend import context_of, run_target
-from omniq_compile.compiling.low_precision import note_precision
-from omniq_compile.compiling.traced_modules import model_around
+from omniq_compile.backend import run_passes
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target
-from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes import sites as passes_sites
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
@@ -177,11 +174,7 @@ def trace(
     left = UntracedLinears(model)
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        here = chosen or run_target(config, dynamo.devices(gm.graph))
-        context = context_of(gm, example_inputs, config, here)
-        context.stages = {}
-        pipeline.run(gm, pipeline.build(config), context)
-        note_precision(model_around(), context.sites)
+        _, context = run_passes(gm, example_inputs, config, chosen, with_stages=True)
         contexts.append(context)
         return left.watched(gm, context)
 
