@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import register_backend
 
 from omniq_compile.compiling import inductor, weight_changes
 from omniq_compile.compiling.all_kept import layers_in, warn_all_kept
@@ -62,18 +63,20 @@ def omniq(
     return compile_graph(gm, example_inputs, config, decided=_check_options)
 
 
-def own_backend(function: Compiled) -> Compiled:
-    """Return a function of one graph of Dynamo's, for ``torch.compile``, by omniq's own name.
+@register_backend(name="omniq_own", tags=("debug",))  # type: ignore[untyped-decorator]
+def _own(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Compiled]) -> Any:
+    return options["function"](gm, inputs)
 
-    Dynamo refers weakly to each tensor that it traced. Once it is done it lets go of them where it
-    knows the backend's name, and else keeps them while anything of the graph is kept. ``Module.to``
+
+def own_backend(function: Compiled) -> dict[str, Any]:
+    """Return the arguments of ``torch.compile`` by which it calls a function for each graph.
+
+    A function that is a backend itself would do the same, and keep models where they are: Dynamo
+    refers weakly to each tensor that it traced. Once it is done it lets go of them where the
+    backend is registered, and else keeps them while anything of the graph is kept. ``Module.to``
     swaps weights that are stored quantized, which PyTorch refuses while they are referred to.
     """
-
-    def omniq(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        return function(gm, example_inputs)
-
-    return omniq
+    return {"backend": "omniq_own", "options": {"function": function}}
 
 
 def compile_graph(

@@ -19,8 +19,12 @@ _OPERATORS = (
 )  # fmt: skip
 
 
+def _packet(name: str) -> Any:
+    return getattr(torch.ops.aten, name)
+
+
 def _overloads(name: str) -> list[Any]:
-    packet = getattr(torch.ops.aten, name)
+    packet = _packet(name)
     return [getattr(packet, overload) for overload in packet.overloads()]
 
 
@@ -36,6 +40,8 @@ MOVES_OF_PARTS: frozenset[Any] = frozenset(
         torch.permute, torch.reshape, torch.select, torch.split, torch.squeeze, torch.stack,
         torch.t, torch.transpose, torch.unbind, torch.unsqueeze,
         *(overload for name in _OPERATORS for overload in _overloads(name)),
+        # What Dynamo makes of ``w.T`` and the like from torch 2.14 on; before that a `getattr`.
+        *map(_packet, ("mH", "mT", "matrix_H", "numpy_T")),
     }
 )  # fmt: skip
 

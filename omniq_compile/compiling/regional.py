@@ -184,9 +184,7 @@ class _Regions:
             )
             logger.info("policy %d starts at block %s", len(self._backends), name)
         functions, graphs = self._functions_of(block, config), self._kept.graphs
-        compiled = torch.compile(
-            functions.of(block), backend=self._backends[config], **self._arguments
-        )
+        compiled = torch.compile(functions.of(block), **self._backends[config], **self._arguments)
         # Dynamo does not see that a hook is added to a module, or removed.
         call = partial(_call_with_hooks, compiled, hooks_of(block), partial(self._first_call, name))
         call_instead(block, OwnMethod(call, block))

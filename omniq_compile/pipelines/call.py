@@ -233,5 +233,5 @@ def compile_component(component: nn.Module, options: Mapping[str, Any] | QuantCo
     if compiled_parts(module_blocks(component), config):
         compile(component, config)
         return "its blocks compile when they first run"
-    component.compile(backend=own_backend(partial(omniq, options=config)))
+    component.compile(**own_backend(partial(omniq, options=config)))
     return "it compiles when it first runs"

@@ -40,7 +40,7 @@ def run_traced(
     )
     with torch.no_grad(), read_as_whole():
         try:
-            torch.compile(fresh, backend=own_backend(record), dynamic=False)(*args, **kwargs)
+            torch.compile(fresh, **own_backend(record), dynamic=False)(*args, **kwargs)
         except BackendCompilerFailed as failed:
             if isinstance(failed.inner_exception, OmniqError):
                 raise failed.inner_exception from None
