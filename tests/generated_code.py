@@ -23,10 +23,11 @@ _ALIAS = re.compile(
 _PART = re.compile(r"(buf\d+) = (buf\d+)\[\d+\]")
 _VIEW = re.compile(r"(buf\d+) = torch\.ops\.aten\.view\.dtype\((arg\w+),.*")
 _ALLOCATE = re.compile(r"(buf\d+) = empty_strided_cpu\(\((.*?)\), .*")
-_CHECK = re.compile(r"assert_size_stride\((\w+), \((.*?)\), .*")
+# The second from torch 2.14 on, where those of the inputs stand in one line.
+_CHECK = re.compile(r"assert_(?:size_stride|tensor_metadata)\((\w+), \((.*?)\), .*")
 _GENERATED = re.compile(r"(cpp_\w+)\((.*)\)")
 _OPERATOR = re.compile(r"(?:(buf\d+) = )?((?:extern_kernels|torch\.ops)\.[\w.]+)\((.*)\)")
-_NOTHING = re.compile(r"|del .*|args\.clear\(\)|.* = args|assert_alignment.*")
+_NOTHING = re.compile(r"|del .*|args\.clear\(\)|.* = args|assert_(alignment|size_stride_grouped).*")
 
 
 @dataclass(frozen=True)

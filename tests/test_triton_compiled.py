@@ -55,12 +55,13 @@ SHARED = {
 # The one matrix instruction that makes a product native: another beside it would be a fallback.
 INT8 = {
     "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+    "sm_80": r"mma\.sync\.\S*\.s32\.s8\.s8\.s32",
     # Triton before 3.8 has no tcgen05.mma kind::i8.
-    "sm_100": r"mma\.sync\.\S*\.s32\.s8\.s8\.s32",
+    "sm_100": r"mma\.sync\.\S*\.s32\.s8\.s8\.s32|tcgen05\.mma\.cta_group::1\.kind::i8",
     "gfx942": r"v_mfma_i32_\d+x\d+x\d+_?i8",
     "gfx1100": r"v_wmma_i32_16x16x16_iu8",
 }
-INT8 |= {arch: INT8["sm_100"] for arch in ("sm_80", "sm_89", "sm_120")}
+INT8 |= {arch: INT8["sm_80"] for arch in ("sm_89", "sm_120")}
 INT8 |= {"gfx950": INT8["gfx942"], "gfx90a": INT8["gfx942"], "gfx1201": INT8["gfx1100"]}
 FP8 = {
     "sm_89": r"mma\.sync\.\S*\.f32\.e4m3\.e4m3\.f32",
@@ -81,13 +82,14 @@ BFLOAT16 = {
 BFLOAT16 |= {arch: BFLOAT16["sm_80"] for arch in ("sm_89", "sm_120")}
 BFLOAT16["sm_100"] = r"tcgen05\.mma\.cta_group::1\.kind::f16"
 BFLOAT16["gfx1201"] = BFLOAT16["gfx1100"]
+# PTX has two words for one scale for 32 elements; Triton writes the second from 3.8 on.
 E4M3_SCALED = {
-    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.scale_vec::1X",
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.(scale_vec::1X|block32)",
     "sm_120": r"mma\.sync\.\S*kind::mxf8f6f4\.block_scale\.scale_vec::1X\.f32\.e4m3\.e4m3\S*ue8m0",
     "gfx950": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
 }
 E2M1_SCALED = {
-    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.scale_vec::2X",
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.(scale_vec::2X|block32)",
     "sm_120": r"mma\.sync\.\S*kind::mxf4\w*\.block_scale\.scale_vec::2X\.f32\.e2m1\.e2m1\S*ue8m0",
     "gfx950": E4M3_SCALED["gfx950"],
 }

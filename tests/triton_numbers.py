@@ -188,13 +188,17 @@ def patch_interpreter() -> None:
         left = values(a.data, a_scale.data, a_element)
         return product(left, values(b.data.T, b_scale.data, b_element).T, sums)
 
-    semantic = type(interpreter.interpreter_semantic)
-    dot_scaled = semantic.dot_scaled
+    if not hasattr(builder, "create_dot_scaled"):
+        semantic = type(interpreter.interpreter_semantic)
+        dot_scaled = semantic.dot_scaled
 
-    def with_constants(self: Any, *arguments: Any) -> Any:
-        return dot_scaled(self, *(tl.constexpr(x) if isinstance(x, str) else x for x in arguments))
+        def with_constants(self: Any, *arguments: Any) -> Any:
+            return dot_scaled(
+                self, *(tl.constexpr(x) if isinstance(x, str) else x for x in arguments)
+            )
 
-    semantic.dot_scaled = with_constants
+        semantic.dot_scaled = with_constants
+        builder.create_dot_scaled = create_dot_scaled
     tl.float8e4b8.to_ir = lambda builder: tl.float8e4b8
     cast = builder.cast_impl
 
@@ -226,7 +230,6 @@ def patch_interpreter() -> None:
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
-    builder.create_dot_scaled = create_dot_scaled
 
 
 def _run(case: Case, finite: bool = False) -> torch.Tensor:

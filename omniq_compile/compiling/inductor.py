@@ -154,15 +154,16 @@ def _choices() -> Any:
     from torch._inductor.runtime.hints import ReductionHint
 
     class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        def should_use_persistent_reduction(
+            self, features: Any, cooperative_reduction: bool
+        ) -> bool:
             """Hold contiguous rows of up to `_LONGEST_ROW`, where Inductor stops at 1024.
 
             Longer ones it reads in a loop for each reduction and once more for the results, and
             computes what comes before them again: the mean and variance of a norm, the amax of
             its result and its codes are four loops.
             """
-            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+            if super().should_use_persistent_reduction(features, cooperative_reduction):
                 return True
             row = features.reduction_numel
             return (
@@ -173,16 +174,19 @@ def _choices() -> Any:
                 and int(row) <= _LONGEST_ROW
             )
 
-        @staticmethod
         def reduction_split_factor(
-            device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
+            self,
+            device: torch.device,
+            reduction_numel_hint: int,
+            numel_hint: int,
+            inner_reduction: bool,
         ) -> int:
             """Leave such a row to one program too where there are few of them: cut into parts,
             it takes a launch more, and is computed twice.
             """
             if inner_reduction and reduction_numel_hint <= _LONGEST_ROW:
                 return 1
-            return InductorChoices.reduction_split_factor(
+            return super().reduction_split_factor(
                 device, reduction_numel_hint, numel_hint, inner_reduction
             )
 
