@@ -27,7 +27,8 @@ def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
         b: int8 ``[N, K]``.
     """
     rows = a.reshape(-1, a.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, max(0, MIN_M - rows.shape[0]))).contiguous()
+    missing = MIN_M - rows.shape[0]
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows.contiguous()
     out = torch._int_mm(padded, b.t())
     return out[: rows.shape[0]].view(*a.shape[:-1], b.shape[0])
 

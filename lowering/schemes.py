@@ -77,5 +77,6 @@ def get_scheme(
 
 
 def w4a8(scheme: Scheme) -> Scheme:
-    """Return mxfp4 with the same weights and mxfp8 activations."""
+    """Return mxfp4 with the same weights and mxfp8 activations; no other method has kernels."""
+    assert scheme.method == "mxfp4", scheme
     return Scheme(scheme.method, "mxfp8", scheme.weight)

@@ -106,7 +106,11 @@ class Target:
 
 
 def present(device: str) -> Target | None:
-    """Return this machine's target of a device of `ARCHITECTURES`, or None where it has none."""
+    """Return this machine's target of a device of `ARCHITECTURES`, or None where it has none.
+
+    Raises:
+        OptionError: it has one whose architecture omniq has no kernels for.
+    """
     torch_device = TORCH_DEVICES.get(device, device)
     module = getattr(torch, torch_device, None)
     if module is None or not module.is_available():

@@ -58,10 +58,8 @@ class _Views:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """Do so for the last time."""
-        others = _live[self.codes]
-        others.remove(self)
-        if not others:
-            del _live[self.codes]
+        # An empty list stays: another thread may be about to append to it.
+        _live[self.codes].remove(self)
         self.take()
 
 
@@ -113,7 +111,10 @@ def renew(weight: TensorOfParts) -> None:
         return
     for views in stale:
         views.resting = True
-    values = weight.dequantize()
-    for views in stale:
-        views.values.copy_(values)
-        views.resting = False
+    try:
+        values = weight.dequantize()
+        for views in stale:
+            views.values.copy_(values)
+    finally:
+        for views in stale:
+            views.resting = False

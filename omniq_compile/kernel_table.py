@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from omniq_compile.lowering import registry
-from omniq_compile.lowering.target import present
+from omniq_compile.lowering.errors import OptionError
+from omniq_compile.lowering.target import ARCHITECTURES, Target, present
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def kernels() -> list[KernelRow]:
     """Return every kernel of every target, the preferred first."""
     seen: set[tuple[str, str]] = set()
     rows = []
+    here = {_present(device) for device in ARCHITECTURES}
     for target, kernel in registry.table():
         cell = (kernel.method, str(target))
         rows.append(
@@ -39,10 +41,17 @@ def kernels() -> list[KernelRow]:
                 target=str(target),
                 kernel=kernel.name,
                 native=kernel.native,
-                here=target == present(target.device),
+                here=target in here,
                 preferred=cell not in seen,
                 about=kernel.about,
             )
         )
         seen.add(cell)
     return rows
+
+
+def _present(device: str) -> Target | None:
+    try:
+        return present(device)
+    except OptionError:  # a GPU from before those that have kernels
+        return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from omniq_compile import kernel_table
 from omniq_compile.cli import main
 from omniq_compile.kernel_table import kernels
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 
@@ -42,3 +44,16 @@ def test_one_target_shows_every_kernel_with_its_reason(capsys: pytest.CaptureFix
 def test_an_unknown_target_names_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--target", "cuda:sm_91"]) == 2
     assert "Did you mean 'sm_90'?" in capsys.readouterr().err
+
+
+def test_a_gpu_without_kernels_does_not_keep_the_table_from_being_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    assert main(["kernels"]) == 0
+    assert "cuda:sm_80" in capsys.readouterr().out
+    assert not any(row.here for row in kernels() if row.target.startswith("cuda"))
+    with pytest.raises(OptionError, match=r"no kernels for .*7\.5"):
+        Target.parse("cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import Holder, error, quantized_inputs, traced
 
-from omniq_compile import QuantConfig
+from omniq_compile import QuantConfig, explain
 from omniq_compile.lowering.target import ARCHITECTURES, Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
@@ -133,3 +134,26 @@ def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
             (site,) = context.sites
             assert not isinstance(site.problem.M, int)
             assert site.decision.kernel is not None
+
+
+class Scores(torch.nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q @ k.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("what", ["a bias in float32", "a batch"])
+def test_a_row_of_bfloat16_gemms_multiplies_in_bfloat16(what: str, method: str) -> None:
+    """Autocast leaves the bias of a float32 layer as it is in the graph."""
+    options = {"method": method, "min_features": 1}
+    if what == "a batch":
+        heads = [torch.randn(4, rows, 64, dtype=BF16) for rows in (128, 96)]
+        report = explain(Scores(), heads, options | {"matmul": True}, target="cuda:sm_90")
+    else:
+        layer = torch.nn.Linear(256, 384).requires_grad_(False)
+        with torch.autocast("cpu", BF16):
+            report = explain(layer, (torch.randn(200, 256),), options, target="cuda:sm_90")
+    (site,), (graph,) = report.sites, report.graphs
+    assert site.decision.kernel == f"cuda_{method}_bfloat16"
+    (product,) = re.findall(r"\.\w*(?:linear|matmul)\(.*", graph.programs["lowered"])
+    assert re.search(r"# bf16\[", product), product

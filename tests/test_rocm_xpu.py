@@ -239,6 +239,32 @@ def test_operands_of_other_strides_are_made_rows_for_aiter(
     assert torch.equal(aiter.rocm_gemm_a4w4(*columns, *weight), expected)
 
 
+def test_no_rows_are_not_given_to_aiter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = fake_gemms.install_aiter(monkeypatch, tmp_path, "gfx950")
+    weight = aiter.arrange(get_format("mxfp4").quantize(torch.randn(32, 256)))
+    recorder.calls.clear()
+    nothing = get_format("mxfp4").quantize(torch.randn(2, 0, 256))
+    out = aiter.rocm_gemm_a4w4(*nothing, *weight)
+    assert (out.shape, out.dtype, recorder.calls) == ((2, 0, 32), BF16, [])
+
+
+@pytest.mark.parametrize(("rows", "copied"), [(16, True), (17, False), (64, False)])
+def test_codes_are_copied_only_to_be_padded(
+    monkeypatch: pytest.MonkeyPatch, rows: int, copied: bool
+) -> None:
+    given = []
+
+    def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        given.append(a.data_ptr())
+        return a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    codes = torch.randint(-127, 128, (rows, 40), dtype=torch.int8)
+    padded_int_mm(codes, codes[:8])
+    assert given == [given[0]]
+    assert (given[0] != codes.data_ptr()) == copied
+
+
 def test_a_bias_that_is_added_after_is_not_rounded_before() -> None:
     out, bias = torch.tensor([-1.0], dtype=BF16), torch.tensor([1 + 2.0**-12])
     assert mx.add_bias(out, bias).tolist() == [2.0**-12]

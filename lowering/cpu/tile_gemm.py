@@ -18,6 +18,7 @@ from torch import Tensor
 from omniq_compile.lowering.bias import check_bias
 from omniq_compile.lowering.cpu import library
 from omniq_compile.lowering.cpu.decode import decode_rows
+from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.lowering.formats.blocks import repeat
 from omniq_compile.lowering.integer_matmul import TILE_ELEMENTS
 from omniq_compile.lowering.target import Target, detect
@@ -68,11 +69,13 @@ def cpu_tile_gemm(
         ``[..., M, N]``.
 
     Raises:
-        OmniqError: the bias is not ``[N]``.
+        OmniqError: the bias is not ``[N]``, or one operand has scales and the other has none.
         RuntimeError: the C++ reports an error, with its message.
     """
     N, K = codes.shape[0], a.shape[-1]
     check_bias("omniq::cpu_tile_gemm", bias, N)
+    if (a_scale is None) != (b_scale is None):
+        raise OmniqError("omniq::cpu_tile_gemm: scales are of both operands, or of none.")
     out = a.new_empty((*a.shape[:-1], N), dtype=dtype)
     if out.numel() == 0:
         return out

@@ -26,6 +26,8 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
     for name, size in (("K", problem.K), ("N", problem.N)):
         if not isinstance(size, int):
             return f"{name} is symbolic ({size}), and torch_npu takes at most {LARGEST}"
+        if name == "K" and scheme.weight.startswith("mx"):
+            size = mx.padded(size)
         if size > LARGEST:
             return f"{name} = {size}, and torch_npu takes at most {LARGEST}"
     if problem.dtype not in DTYPES:
@@ -49,10 +51,3 @@ def refuse_e2m1(problem: Problem, scheme: Scheme) -> str | None:
     if mixed and problem.dtype is not torch.bfloat16:
         return "torch_npu multiplies e4m3 with e2m1 to bfloat16, not to float16"
     return None
-
-
-def refuse_dual_level(problem: Problem, scheme: Scheme) -> str | None:
-    """Return why ``npu_dual_level_quant_matmul`` cannot take a problem, or None."""
-    if scheme.activation == "mxfp8":
-        return "npu_dual_level_quant_matmul takes e2m1 activations only"
-    return refuse(problem, scheme)

@@ -95,5 +95,5 @@ MXFP4_DUALSCALE = Kernel(
     quantize=quantize_dual_level,
     gemm=gemm_dual_level,
     arrange=arrange_dual_level,
-    refuse=limits.refuse_dual_level,
+    refuse=limits.refuse,
 )

@@ -106,6 +106,8 @@ def rocm_gemm_a4w4(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
     Returns:
         bfloat16 ``[..., M, N]``.
     """
+    if not a.numel():
+        return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.bfloat16)
     rows = a.reshape(-1, a.shape[-1]).contiguous()
     scale_rows = a_scale.reshape(-1, a_scale.shape[-1]).contiguous()
     out: Tensor = _aiter("aiter").gemm_a4w4(

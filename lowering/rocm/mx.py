@@ -38,13 +38,13 @@ def rocm_scaled_mm_1x32(
         dtype: of the result ``[..., M, N]``, bfloat16 or float16.
     """
     rows = a.reshape(-1, a.shape[-1])
-    padded = F.pad(rows.view(torch.uint8), (0, 0, 0, -rows.shape[0] % ALIGNMENT_MN))
+    padded = _padded(rows.view(torch.uint8), ALIGNMENT_MN)
     element = torch.float4_e2m1fn_x2 if a.dtype is torch.uint8 else a.dtype
     out = torch._scaled_mm(
-        padded.contiguous().view(element),
+        padded.view(element),
         b.view(element).t(),
-        _padded(a_scale.reshape(-1, a_scale.shape[-1])),
-        _padded(b_scale),
+        _scales(a_scale.reshape(-1, a_scale.shape[-1])),
+        _scales(b_scale),
         out_dtype=dtype,
     )
     return out[: rows.shape[0]].view(*a.shape[:-1], b.shape[0])
@@ -55,9 +55,13 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
 
 
-def _padded(scale: Tensor) -> Tensor:
-    rows = F.pad(scale, (0, 0, 0, -scale.shape[0] % SCALE_ROWS))
-    return rows.contiguous().view(torch.float8_e8m0fnu)
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    missing = -rows.shape[0] % multiple
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+
+
+def _scales(scale: Tensor) -> Tensor:
+    return _padded(scale, SCALE_ROWS).view(torch.float8_e8m0fnu)
 
 
 def gemm(

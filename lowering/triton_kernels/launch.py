@@ -188,6 +188,7 @@ def mx(
 ) -> Launch:
     """Multiply MX operands: codes, e8m0 scales and, for both or none, coarse scales."""
     a_coarse, b_coarse = (parts[2] if len(parts) > 2 else None for parts in (a, b))
+    assert (a_coarse is None) == (b_coarse is None)
     operands = {
         "a_ptr": a[0], "a_scale_ptr": a[1], "a_coarse_ptr": a_coarse,
         "b_ptr": b[0], "b_scale_ptr": b[1], "b_coarse_ptr": b_coarse,
