@@ -205,13 +205,7 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_int8_tile(tile: Tile, device: str, patch: pytest.MonkeyPatch) -> None:
     """Compare int8 products with integers, in one kind of tile: more of them than SMs."""
-    import triton
-
     patch.setattr(launch, "choose", lambda *sizes: tile)
-    # Inductor gives memory for TMA's descriptors before each launch.
-    triton.set_allocator(
-        lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device)
-    )
     generator = torch.Generator().manual_seed(7)
     a, b = (
         torch.randint(-127, 128, (rows, 272), generator=generator, dtype=torch.int8)
