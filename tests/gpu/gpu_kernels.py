@@ -217,3 +217,18 @@ def check_int8_tile(tile: Tile, device: str, patch: pytest.MonkeyPatch) -> None:
     out = ops.row_scaled_gemm(a.to(device), ones[0], b.to(device), ones[1], None, dtype, False)
     # The sums are under 2**24, so that float32 holds them: they are rounded once, if at all.
     assert torch.equal(out.cpu(), (a.double() @ b.double().t()).to(dtype))
+
+
+def check_large_result(tile: Tile, device: str, patch: pytest.MonkeyPatch) -> None:
+    """Compare the last rows of a result of more than 2**31 elements: offsets of 64 bits."""
+    patch.setattr(launch, "choose", lambda *sizes: tile)
+    M, N, last = 70_001, 32_768, 100
+    generator = torch.Generator().manual_seed(7)
+    a, b = (
+        torch.randint(-127, 128, (rows, 64), generator=generator, dtype=torch.int8)
+        for rows in (M, N)
+    )
+    ones = [torch.ones(len(codes), device=device) for codes in (a, b)]
+    arguments = (a.to(device), ones[0], b.to(device), ones[1], None, torch.bfloat16, False)
+    out = ops.row_scaled_gemm(*arguments)[-last:].cpu()
+    assert torch.equal(out, (a[-last:].double() @ b.double().t()).to(torch.bfloat16))

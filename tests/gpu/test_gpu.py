@@ -68,6 +68,13 @@ def test_each_tile_that_inductor_may_time_is_exact(
     gpu_kernels.check_int8_tile(tile, "cuda", monkeypatch)
 
 
+@pytest.mark.parametrize("tile", {t.persistent: t for t in INT8_TILES}.values(), ids=str)
+def test_a_result_may_be_larger_than_32_bits_count(
+    tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_kernels.check_large_result(tile, "cuda", monkeypatch)
+
+
 def test_tiles_are_timed() -> None:
     checks.whole(checks.FAMILY_NAMES[0], "int8", PLACE, mode="max-autotune-no-cudagraphs")
 
