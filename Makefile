@@ -10,12 +10,13 @@ READY = $(VENV)/.ready
 
 setup: $(READY)
 
-# The torch range of pyproject.toml is installed first and alone, so that nothing else pulls in a
-# second one; where pip is offered a plain CPU build, that is the one it takes.
+# One torch of the range in pyproject.toml is installed first and alone, with the Triton that
+# belongs to it, so that nothing else pulls in a second one; where pip is offered a plain CPU build,
+# that is the one it takes. The snapshots of generated code are of this one.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25" "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install -q "torch>=2.11,<2.14" "triton>=3.6,<3.8; sys_platform == 'linux'"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[all]"
 	touch $(READY)
 

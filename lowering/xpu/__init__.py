@@ -15,8 +15,8 @@ KERNELS = (
         _ALL,
         {
             "fp8": "where torch._scaled_mm cannot take it",
-            # Up to torch 2.13, whose fake asks for NVIDIA's swizzle and whose kernel for none.
-            "mxfp8": "torch._scaled_mm takes no e8m0 scales on XPU",
+            # Its fake asks for NVIDIA's swizzle there, and its kernel for none.
+            "mxfp8": "before torch 2.14 torch._scaled_mm takes no e8m0 scales on XPU",
             "mxfp4": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
             "mxfp4_dualscale": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
         },
