@@ -96,3 +96,17 @@ def test_where_nothing_is_quantized_nothing_is_written(
     said = capsys.readouterr().err
     assert "no layer of t2i is quantized, and nothing is written" in said
     assert [path.name for path in Path().iterdir()] == ["t2i"]
+
+
+def test_a_folder_that_holds_something_else_is_not_overwritten(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("made", "photos").mkdir(parents=True)
+    Path("made", "photos", "a").write_text("mine")
+    assert quantize({"transformer": SMALL}, "--overwrite") == 2
+    assert "made holds no model, and would be deleted" in capsys.readouterr().err
+    assert Path("made", "photos", "a").read_text() == "mine"
+    quantized = omniq.load_model("t2i", options=SMALL)
+    with pytest.raises(omniq.CheckpointError, match="t2i holds a whole pipeline"):
+        omniq.save_model(quantized, "t2i", overwrite=True)
+    assert Path("t2i", "vae").is_dir()

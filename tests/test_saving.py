@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from omniq_compile import CheckpointError
-from omniq_compile.checkpoints.saving import write_aside
+from omniq_compile.checkpoints.saving import MODEL, PIPELINE, write_aside
 
 FILES = ("config.json", "model.safetensors")
 
@@ -66,11 +66,11 @@ def test_whatever_stops_a_replacement_leaves_one_whole_folder(
     for step in itertools.count():
         place = tmp_path / str(step)
         folder = place / "out"
-        write_aside(folder, writer("old"))
+        write_aside(folder, writer("old"), MODEL)
         with pytest.MonkeyPatch.context() as monkeypatch:
             interruption = Interruption(monkeypatch, step, after, error)
             try:
-                write_aside(folder, writer("new"), overwrite=True)
+                write_aside(folder, writer("new"), MODEL, overwrite=True)
                 assert contents(folder) == ["new", "new"]
             except (KeyboardInterrupt, OSError, CheckpointError):
                 assert contents(folder) in (["old", "old"], ["new", "new"]), step
@@ -86,15 +86,15 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     def write(aside: Path) -> None:
         code = f"""
 from pathlib import Path
-from omniq_compile.checkpoints.saving import write_aside
-write_aside(Path({str(folder)!r}), lambda aside: (aside / "a").write_text("other"))
+from omniq_compile.checkpoints.saving import MODEL, write_aside
+write_aside(Path({str(folder)!r}), lambda aside: (aside / "a").write_text("other"), MODEL)
 """
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode == 1
         assert f"CheckpointError: {folder} is being written by another process." in other.stderr
         writer("first")(aside)
 
-    write_aside(folder, write)
+    write_aside(folder, write, MODEL)
     assert contents(folder) == ["first", "first"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -103,7 +103,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rename = tmp_path / "out", Path.rename
-    write_aside(folder, writer("old"))
+    write_aside(folder, writer("old"), MODEL)
 
     def refuse(path: Path, target: Path) -> Path:
         if target == folder:
@@ -112,7 +112,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_named(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(CheckpointError, match="The old one is whole, in ") as raised:
-        write_aside(folder, writer("new"), overwrite=True)
+        write_aside(folder, writer("new"), MODEL, overwrite=True)
     (old,) = tmp_path.glob(".out.old.*/out")
     assert str(old) in str(raised.value)
     assert contents(old) == ["old", "old"]
@@ -121,7 +121,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_named(
 def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(CheckpointError, match="is a file"):
-        write_aside(tmp_path / "out", writer("new"), overwrite=True)
+        write_aside(tmp_path / "out", writer("new"), MODEL, overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -132,7 +132,7 @@ def test_a_folder_without_a_name_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="has no name"):
-        write_aside(Path(folder), writer("new"), overwrite=True)
+        write_aside(Path(folder), writer("new"), MODEL, overwrite=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,10 +142,41 @@ def test_a_link_stays_and_the_folder_that_it_names_is_made(there: bool, tmp_path
     large = tmp_path / "large" / "quantized"
     if there:
         large.mkdir(parents=True)
-        (large / "old").touch()
+        (large / MODEL).touch()
     link = tmp_path / "link"
     link.symlink_to(large)
-    write_aside(link, lambda folder: (folder / "new").touch(), overwrite=True)
+    write_aside(link, lambda folder: (folder / "new").touch(), MODEL, overwrite=True)
     assert link.is_symlink()
     assert [file.name for file in large.iterdir()] == ["new"]
     assert {entry.name for entry in tmp_path.iterdir()} == {"large", "link"}
+
+
+@pytest.mark.parametrize(
+    ("there", "kind", "words"),
+    [
+        (["model_index.json", "vae/a"], MODEL, "holds a whole pipeline, and .* for one model"),
+        (["model_index.json", "config.json"], MODEL, "holds a whole pipeline"),
+        (["config.json"], PIPELINE, "holds one model, and .* for a whole pipeline"),
+        (["photos/a"], PIPELINE, "holds no model, and would be deleted"),
+        (["photos/a"], MODEL, "holds no model, and would be deleted"),
+    ],
+)
+def test_what_is_of_another_kind_is_never_replaced(
+    there: list[str], kind: str, words: str, tmp_path: Path
+) -> None:
+    for name in there:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=words):
+        write_aside(tmp_path / "out", lambda _: pytest.fail("written"), kind, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", [MODEL, PIPELINE])
+def test_what_is_of_the_same_kind_is_replaced(kind: str, tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write_aside(
+            tmp_path / "out", lambda f, t=text: (f / kind).write_text(t), kind, overwrite=True
+        )
+    assert (tmp_path / "out" / kind).read_text() == "new"

@@ -84,16 +84,23 @@ def _is_of_transformers(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
-    """Make a folder by writing it beside its place and renaming it, so that it is never half there.
+# The file that says what a folder is: a pipeline, or one model.
+PIPELINE = "model_index.json"
+MODEL = "config.json"
 
-    A folder that an interrupted run left beside it is removed first. What is replaced is moved
-    aside too, to ``.NAME.old.*``, and removed when the new folder is in its place: a run that is
-    killed between the two leaves it there.
+
+def check_place(folder: Path, kind: str, *, overwrite: bool = False) -> Path:
+    """Check where a folder is to be made; returns its place, which a link leads to.
+
+    Args:
+        folder: to make.
+        kind: PIPELINE or MODEL. Only a folder of the same kind is replaced, as whatever else lies
+            in a folder goes with it.
+        overwrite: replace a folder that exists.
 
     Raises:
-        CheckpointError: the folder is there already, has no name, is a file, is being written by
-            another process, or cannot be written (a full disk).
+        CheckpointError: the folder is there already, has no name, is a file, or is not of the kind
+            that would replace it.
     """
     if not folder.name:
         raise CheckpointError(
@@ -104,11 +111,44 @@ def write_aside(folder: Path, write: Callable[[Path], None], *, overwrite: bool 
         folder = folder.resolve()
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
-    if folder.exists() and not overwrite and any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not overwrite:
         raise CheckpointError(
             f"{folder} exists already. Choose another folder, or replace it with overwrite=True, "
             "--overwrite on the command line."
         )
+    # A pipeline's folder may hold a config.json too.
+    there = next((name for name in (PIPELINE, MODEL) if (folder / name).is_file()), None)
+    if there != kind:
+        words = {PIPELINE: "a whole pipeline", MODEL: "one model", None: "no model"}
+        raise CheckpointError(
+            f"{folder} holds {words[there]}, and would be deleted for {words[kind]}. Choose "
+            "another folder, or remove this one yourself."
+        )
+    return folder
+
+
+def write_aside(
+    folder: Path, write: Callable[[Path], None], kind: str, *, overwrite: bool = False
+) -> None:
+    """Make a folder by writing it beside its place and renaming it, so that it is never half there.
+
+    A folder that an interrupted run left beside it is removed first. What is replaced is moved
+    aside too, to ``.NAME.old.*``, and removed when the new folder is in its place: a run that is
+    killed between the two leaves it there.
+
+    Args:
+        folder: to make.
+        write: writes what it is to hold into the folder that it is given.
+        kind: see `check_place`.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        CheckpointError: see `check_place`; or the folder is being written by another process, or
+            cannot be written (a full disk).
+    """
+    folder = check_place(folder, kind, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(folder):
@@ -195,7 +235,7 @@ def save_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False)
         model: of a class of diffusers or transformers, from `load_model`, `from_pretrained` or
             `quantize_`.
         folder: to make.
-        overwrite: replace a folder that exists.
+        overwrite: replace the folder of a model; a pipeline's, or any other, is never replaced.
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or the model cannot be saved.
@@ -205,4 +245,5 @@ def save_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False)
             f"{type(model).__name__} was not quantized by omniq, or is not a model of diffusers or "
             "transformers."
         )
-    write_aside(Path(folder), model.save_pretrained, overwrite=overwrite)  # type: ignore[arg-type]
+    write: Any = model.save_pretrained
+    write_aside(Path(folder), write, MODEL, overwrite=overwrite)

@@ -38,14 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hub_arguments(parser)
     add_dtype_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="the folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the pipeline or model that --out holds"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
     from omniq_compile.checkpoints.hub_download import hub_arguments, whole_folder
     from omniq_compile.checkpoints.loading import load_model
-    from omniq_compile.checkpoints.saving import stored_options, write_aside
+    from omniq_compile.checkpoints.saving import MODEL, PIPELINE, stored_options, write_aside
     from omniq_compile.pipelines.call import loading_worded
     from omniq_compile.pipelines.from_pretrained import (
         check_components,
@@ -66,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     if of_a_run := given.intersection(OF_A_RUN):
         names = ", ".join(sorted(of_a_run))
         console.print(f"not stored, as they say how a model is run: {names}", soft_wrap=True)
-    if (source / "model_index.json").is_file():
+    kind = PIPELINE if (source / PIPELINE).is_file() else MODEL
+    if kind == PIPELINE:
         components = check_components(source, config)
         chosen = {name: config.options_for(name) for name in components}
         todo = {name: options for name, options in chosen.items() if options is not None}
@@ -111,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             model.save_pretrained(folder)
 
     # Tries --out first, before the work.
-    write_aside(arguments.out, write, overwrite=arguments.overwrite)
+    write_aside(arguments.out, write, kind, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}", soft_wrap=True, markup=False)
     return 0
 
