@@ -66,6 +66,29 @@ def test_a_stored_component_is_reported_as_it_is_copied(
     assert "text_encoder: " in told
 
 
+OTHER = {"default": {"method": "int8", "min_features": 16}}
+
+
+def test_a_default_leaves_what_is_stored_as_it_is(stored: Path, tmp_path: Path) -> None:
+    options = json.dumps(OTHER)
+    out = tmp_path / "again"
+    assert main(["quantize", str(stored), "--quantization", options, "--out", str(out)]) == 0
+    for pipe in (omniq.from_pretrained(stored, OTHER), omniq.from_pretrained(out)):
+        assert options_to_run(pipe.transformer, None) == KEPT | {"mxfp4_scale_alg": 0}
+        encoder = options_to_run(pipe.text_encoder, None)
+        assert encoder is not None
+        assert encoder["method"] == "int8"
+    assert generate(stored, tmp_path / "a.png", "--eager", "--quantization", options) == 0
+
+
+@pytest.mark.parametrize(
+    "part", [{"transformer": OTHER["default"]}, {"transformer.proj_out": None}]
+)
+def test_what_is_asked_of_a_stored_component_by_name_has_to_fit(part: Any, stored: Path) -> None:
+    with pytest.raises(omniq.OptionError, match=r"quantized to .*, and the options ask for int8"):
+        omniq.from_pretrained(stored, OTHER | part)
+
+
 def test_options_of_a_run_are_added_to_those_that_were_stored(stored: Path) -> None:
     model = omniq.from_pretrained(stored).transformer
     run = {"w4a8_fallback_steps": [0]}

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from omniq_compile.pipelines.from_pretrained import (
         check_components,
         components_with,
+        is_own,
         load_component,
     )
 
@@ -71,8 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     kind = PIPELINE if (source / PIPELINE).is_file() else MODEL
     if kind == PIPELINE:
         components = check_components(source, config)
-        chosen = {name: config.options_for(name) for name in components}
-        todo = {name: options for name, options in chosen.items() if options is not None}
+        todo = {
+            name: options
+            for name in components
+            if (options := config.options_for(name)) is not None
+        }
         with_variant = components_with(variant, source, components)
 
         def write(folder: Path) -> None:
@@ -88,9 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
             for name, options in todo.items():
                 # Where `default` stands for it, a component that has nothing to quantize may.
                 asked = config.everywhere is not None or name in config.components
+                how = config.options_as_stored(name) if is_own(source / name) else options
                 own = {**loading, "variant": variant if name in with_variant else None}
                 with loading_worded(source / name):
-                    model = load_component(*components[name], source / name, options=options, **own)
+                    model = load_component(*components[name], source / name, options=how, **own)
                 some |= _report(console, name, model, stored_options(model) or options, asked)
                 model.save_pretrained(folder / name)
                 _copy_rest(source / name, folder / name)

@@ -48,6 +48,18 @@ class PipelineQuantConfig:
         ignored = [*given.get("ignored_layers", ()), *(_subtree(path) for path in below)]
         return {**given, "ignored_layers": ignored}
 
+    def names(self, component: str) -> bool:
+        """Say whether a key is of a component, or of a part of it."""
+        return any(key.split(".")[0] == component for key in self.components)
+
+    def options_as_stored(self, component: str) -> dict[str, Any] | None:
+        """Return the options of a component that is stored quantized.
+
+        They are None where nothing but ``default`` is said of it: it is loaded as it is stored.
+        """
+        named = self.everywhere is not None or self.names(component)
+        return self.options_for(component) if named else None
+
     @property
     def chosen(self) -> list[Mapping[str, Any]]:
         """The options of all that is quantized."""

@@ -98,8 +98,8 @@ def from_pretrained(
     with_variant = components_with(variant, place, components)
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
-        options = config.options_for(name)
-        own = _is_own(place / name)
+        own = is_own(place / name)
+        options = config.options_as_stored(name) if own else config.options_for(name)
         if name in pipeline_arguments or (options is None and not own):
             continue
         loaded[name] = load_component(
@@ -205,7 +205,7 @@ def check_components(
             f"stored. Quantize it in the loaded pipeline: omniq_compile.quantize_(pipe.{name}, "
             "options)"
         )
-        if any(key.split(".")[0] == name for key in config.components):
+        if config.names(name):
             raise OptionError(f"{place}: {what}, and leave it out here.")
         if config.components.get(DEFAULT) is not None:
             logger.warning("%s: %s", place, what)
@@ -217,10 +217,9 @@ def check_components(
     for name in listed:
         if name in given:
             continue
-        named = any(key.split(".")[0] == name for key in config.components)
-        if named or (config.everywhere is not None and is_transformer(name)):
+        if config.names(name) or (config.everywhere is not None and is_transformer(name)):
             _check_complete(place / name)
-        if config.components.get(name, ...) is None and _is_own(place / name):
+        if config.components.get(name, ...) is None and is_own(place / name):
             raise OptionError(
                 f"{place / name} is stored quantized, and None asks for {name!r} in BF16. Leave "
                 "it out to load it as it is stored, or give the folder it was quantized from."
@@ -270,7 +269,8 @@ def _is_stage(name: str, kind: str) -> bool:
     return kind.endswith(_LANGUAGE_MODELS) and not name.startswith("text_encoder")
 
 
-def _is_own(folder: Path) -> bool:
+def is_own(folder: Path) -> bool:
+    """Say whether a component's folder is stored quantized by omniq."""
     stored = read_config(folder).get("quantization_config")
     return isinstance(stored, Mapping) and stored.get("quant_method") == OWN
 
