@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub.utils import filter_repo_objects
+from fake_hub import HUB_ID, Hub
 from tiny_pipelines import save_text_to_image
 
 import omniq_compile as omniq
@@ -23,7 +23,6 @@ from omniq_compile.quality.tune_state import fingerprint
 
 pytest.importorskip("transformers")
 OPTIONS = {"method": "int8", "min_features": 32}
-HUB_ID = "somebody/pipeline"
 
 # What a repository has beside what a load reads.
 BESIDE = (
@@ -32,36 +31,6 @@ BESIDE = (
     "vae/comfy/model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
     "transformer/diffusion_pytorch_model.fp16.safetensors",
 )  # fmt: skip
-
-
-class Hub:
-    """A repository in a folder, and what was asked of it."""
-
-    def __init__(self, files: Path, cache: Path) -> None:
-        self.files = files
-        self.cache = cache
-        self.calls: list[dict[str, Any]] = []
-
-    def snapshot_download(
-        self, repo_id: str, *, allow_patterns: Any, ignore_patterns: Any, **given: Any
-    ) -> str:
-        assert repo_id == HUB_ID
-        self.calls.append(given)
-        if given.get("local_files_only"):
-            if not self.cache.is_dir():
-                raise FileNotFoundError("nothing is cached")
-            return str(self.cache)
-        names = [p.relative_to(self.files).as_posix() for p in self.files.rglob("*") if p.is_file()]
-        for name in filter_repo_objects(
-            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        ):
-            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(self.files / name, self.cache / name)
-        return str(self.cache)
-
-    def downloaded(self, folder: str = "") -> set[str]:
-        place = self.cache / folder
-        return {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +208,8 @@ def test_a_misnamed_argument_is_refused_before_a_download(hub: Hub) -> None:
     assert hub.calls == []
     with pytest.raises(OptionError, match=r"'revison' .*Did you mean 'revision'\?"):
         omniq.from_pretrained(HUB_ID, OPTIONS, revison="main")
+    with pytest.raises(OptionError, match=r"'transfomer'\. Did you mean 'transformer'\?"):
+        omniq.from_pretrained(HUB_ID, {"transfomer": "int8"})
     assert hub.downloaded() == {"model_index.json"}
 
 
@@ -249,6 +220,30 @@ def test_a_command_checks_arguments_before_weights_are_downloaded(
     assert main([*command, "--argument", "promt=1"]) == 2
     assert "Did you mean 'prompt'" in capsys.readouterr().err
     assert hub.downloaded() == {"model_index.json"}
+
+
+@pytest.mark.parametrize("model", ["pipeline", "transformer"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("int9", "unknown method 'int9'"),
+        ({"transfomer": "int8"}, "Did you mean 'transformer'?"),
+        ({"method": "int8", "matmul": True}, "option 'matmul' shapes no weight"),
+        ("int8", "out exists already"),
+    ],
+)
+def test_quantize_checks_what_it_is_told_before_weights_are_downloaded(
+    hub: Hub, model: str, options: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if model == "transformer":
+        hub.files = hub.files / "transformer"
+        words = words.replace("Did you mean 'transformer'?", "is one model, not a pipeline")
+    Path("out").mkdir()
+    Path("out", "a").touch()
+    given = options if isinstance(options, str) else json.dumps(options)
+    assert main(["quantize", HUB_ID, "--quantization", given, "--out", "out"]) == 2
+    assert words in capsys.readouterr().err
+    assert {Path(name).name for name in hub.downloaded()} <= {"config.json", "model_index.json"}
 
 
 TOKEN = "hf_SecretOfSomebody"

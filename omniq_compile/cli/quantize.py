@@ -45,9 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
-    from omniq_compile.checkpoints.hub_download import hub_arguments, whole_folder
+    from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
+    from omniq_compile.checkpoints.hub_download import (
+        described_folder,
+        hub_arguments,
+        whole_folder,
+    )
     from omniq_compile.checkpoints.loading import load_model
-    from omniq_compile.checkpoints.saving import MODEL, PIPELINE, stored_options, write_aside
+    from omniq_compile.checkpoints.saving import (
+        MODEL,
+        PIPELINE,
+        check_place,
+        stored_options,
+        write_aside,
+    )
     from omniq_compile.pipelines.call import loading_worded
     from omniq_compile.pipelines.from_pretrained import (
         check_components,
@@ -56,12 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
         load_component,
     )
 
-    loading = loading_arguments(arguments)
-    variant = loading.pop("variant", None)
-    hub = hub_arguments(loading)
-    loading = {name: value for name, value in loading.items() if name not in hub}
-    source = whole_folder(arguments.folder, hub, variant=variant)
-    _check_apart(source, arguments.out)
     config = build_quant_config(read_quantization(arguments.quantization))
     console = Console(stderr=True)
     given = {name for options in config.chosen for name in options}
@@ -69,7 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
     if of_a_run := given.intersection(OF_A_RUN):
         names = ", ".join(sorted(of_a_run))
         console.print(f"not stored, as they say how a model is run: {names}", soft_wrap=True)
-    kind = PIPELINE if (source / PIPELINE).is_file() else MODEL
+    loading = loading_arguments(arguments)
+    variant = loading.pop("variant", None)
+    hub = hub_arguments(loading)
+    loading = {name: value for name, value in loading.items() if name not in hub}
+    # What can be wrong is found out before weights are downloaded.
+    described = described_folder(arguments.folder, hub)
+    kind = PIPELINE if (described / PIPELINE).is_file() else MODEL
+    if kind == PIPELINE:
+        config.check_names(pipeline_components(described))
+    elif config.everywhere is None:
+        raise OptionError(
+            f"{arguments.folder} is one model, not a pipeline: give a method, such as int8."
+        )
+    _check_apart(described, arguments.out)
+    check_place(arguments.out, kind, overwrite=arguments.overwrite)
+    source = whole_folder(arguments.folder, hub, variant=variant)
     if kind == PIPELINE:
         components = check_components(source, config)
         todo = {
@@ -106,11 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
                 )
 
     else:
-        options = config.everywhere
-        if options is None:
-            raise OptionError(
-                f"{source} is one model, not a pipeline: give a method, such as int8."
-            )
+        assert config.everywhere is not None
+        options = dict(config.everywhere)
 
         def write(folder: Path) -> None:
             with loading_worded(source):
@@ -118,7 +135,6 @@ def run(arguments: argparse.Namespace) -> int:
             _report(console, str(source), model, options, asked=True)
             model.save_pretrained(folder)
 
-    # Tries --out first, before the work.
     write_aside(arguments.out, write, kind, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}", soft_wrap=True, markup=False)
     return 0

@@ -90,6 +90,17 @@ class PipelineQuantConfig:
             changed(self.everywhere, ""), {k: changed(v, k) for k, v in self.components.items()}
         )
 
+    def check_names(self, components: Iterable[str]) -> None:
+        """Check that each key is of a component, before it is known which ones are models.
+
+        Raises:
+            OptionError: one is not.
+        """
+        names = list(components)
+        for key in self.components:
+            if key != DEFAULT and key.split(".")[0] not in names:
+                raise OptionError(unknown("component", key.split(".")[0], names))
+
     def check(self, components: Iterable[str], stages: Iterable[str] = ()) -> None:
         """Check the keys against a pipeline.
 
@@ -102,9 +113,7 @@ class PipelineQuantConfig:
                 is not clear what it means.
         """
         names = list(components)
-        for key in self.components:
-            if key != DEFAULT and key.split(".")[0] not in names:
-                raise OptionError(unknown("component", key.split(".")[0], names))
+        self.check_names(names)
         stages = list(stages)
         if self.everywhere is not None and (stages or not any(map(is_transformer, names))):
             why = (

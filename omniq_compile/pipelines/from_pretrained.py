@@ -87,6 +87,7 @@ def from_pretrained(
     )
     index = read_json(described / "model_index.json")
     check_pipeline_keywords(pipeline, pipeline_arguments, index)
+    config.check_names(pipeline_components(described))
     place = whole_folder(
         str(folder),
         hub,
