@@ -84,8 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from omniq_compile.quality.metrics import need
     from omniq_compile.quality.output_folder import make_folder
     from omniq_compile.quality.tune_figure import quality_plot
+    from omniq_compile.quality.tune_goal import Goal
     from omniq_compile.quality.tune_state import TuneState, fingerprint
-    from omniq_compile.quality.tuning import Goal, tune
+    from omniq_compile.quality.tuning import tune
 
     need("skimage.metrics")
     need("matplotlib")
@@ -130,11 +131,6 @@ def _run(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if len(found.kept) == len(found.layers):
-        raise OptionError(
-            f"--max-bytes {goal.max_bytes:,} leaves every layer in BF16: the weights take "
-            f"{found.nbytes_bf16:,} bytes. Give fewer."
-        )
     method = arguments.method
     quality_plot(out / "quality.png", found, goal, f"{method}: quality for bytes")
     write_json(out / "tuned.json", _content(setting, goal, found))

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from omniq_compile.quality.compare_figures import BLUE, pyplot, save_figure
-from omniq_compile.quality.tuning import Goal, Tuned
+from omniq_compile.quality.tune_goal import Goal
+from omniq_compile.quality.tuning import Tuned
 
 RED = "#c1121f"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.memory import state_bytes
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipelines.components import PipelineQuantConfig
@@ -37,6 +37,7 @@ from omniq_compile.quality.metrics import psnr
 from omniq_compile.quality.recorded_calls import Call, recording
 from omniq_compile.quality.sensitivity import layer_errors
 from omniq_compile.quality.switches import Switches
+from omniq_compile.quality.tune_goal import Goal, check_bytes, check_goal
 from omniq_compile.quality.tune_state import TuneState, name_of_set
 
 # A set is also tried without each of this many of its layers, those that gain least for a byte.
@@ -44,19 +45,6 @@ MOST_PRUNED = 16
 
 Kept = frozenset[str]
 OnWork = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for: one of the two.
-
-    Attributes:
-        psnr: in dB, that every seed has to reach, with as few bytes as possible.
-        max_bytes: of weights of the quantized components, with as high a PSNR as possible.
-    """
-
-    psnr: float | None = None
-    max_bytes: int | None = None
 
 
 @dataclass
@@ -279,14 +267,11 @@ def tune(
     Raises:
         OptionError: nothing to tune, or a goal that cannot be reached.
     """
-    _check(setting, goal)
+    check_goal(setting, goal)
     release(setting.device)
     subject = _Subject(setting, work, on_work)
-    if goal.max_bytes is not None and subject.nbytes(()) > goal.max_bytes:
-        raise OptionError(
-            f"--max-bytes {goal.max_bytes:,} cannot be met: with every layer quantized the weights "
-            f"take {subject.nbytes(()):,} bytes."
-        )
+    if goal.max_bytes is not None:
+        check_bytes(goal.max_bytes, subject.nbytes(()), subject.nbytes_bf16)
     subject.make_references(most_calls, on_work)
     search = _Search.begin(subject, state, on_work, most_measurements)
     candidates = search.candidates(goal)
@@ -328,18 +313,6 @@ def tune(
             for layer in layers
         ],
     )
-
-
-def _check(setting: Setting, goal: Goal) -> None:
-    if goal.psnr is not None and not (math.isfinite(goal.psnr) and goal.psnr > 0):
-        raise OptionError(f"--target-psnr {goal.psnr:g} must be a positive number of decibels.")
-    given = setting.config
-    for options in (given.everywhere, *given.components.values()):
-        if options is not None and QuantConfig.from_options(options).matmul:
-            raise OptionError(
-                "'matmul' quantizes products that belong to no layer, so they cannot be tuned. "
-                "Tune without it."
-            )
 
 
 def with_kept(
