@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
+from omniq_compile.pipelines import from_pretrained
 
 pytest.importorskip("transformers")
 import tiny_pipelines
@@ -86,6 +90,24 @@ def test_how_to_run_is_not_stored(copied: Path, capsys: pytest.CaptureFixture[st
     assert quantize({"transformer": SMALL | {"compiler": "eager", "mode": "default"}}) == 0
     assert "not stored, as they say how a model is run: compiler, mode\n" in capsys.readouterr().err
     assert "compiler" not in Path("made", "transformer", "config.json").read_text()
+
+
+def test_no_two_components_are_in_memory(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, models, alive = from_pretrained.load_component, [], []
+
+    def watched(*given: Any, **how: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        model = load(*given, **how)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(from_pretrained, "load_component", watched)
+    gc.disable()
+    try:
+        assert quantize({"default": SMALL}) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.parametrize("options", [{"default": "int8"}, {"vae": None}])

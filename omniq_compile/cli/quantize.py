@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,20 @@ def run(arguments: argparse.Namespace) -> int:
         }
         with_variant = components_with(variant, source, components)
 
+        def write_component(name: str, folder: Path) -> bool:
+            """Write one; a function of its own, so that no two are ever in memory."""
+            options = todo[name]
+            # Where `default` stands for it, a component that has nothing to quantize may.
+            asked = config.everywhere is not None or name in config.components
+            how = config.options_as_stored(name) if is_own(source / name) else options
+            own = {**loading, "variant": variant if name in with_variant else None}
+            with loading_worded(source / name):
+                model = load_component(*components[name], source / name, options=how, **own)
+            some = _report(console, name, model, stored_options(model) or options, asked)
+            model.save_pretrained(folder)
+            _copy_rest(source / name, folder)
+            return some
+
         def write(folder: Path) -> None:
             for entry in source.iterdir():
                 if entry.name in todo:
@@ -109,16 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
                     copy = shutil.copytree if entry.is_dir() else shutil.copy2
                     copy(entry, folder / entry.name)
             some = False
-            for name, options in todo.items():
-                # Where `default` stands for it, a component that has nothing to quantize may.
-                asked = config.everywhere is not None or name in config.components
-                how = config.options_as_stored(name) if is_own(source / name) else options
-                own = {**loading, "variant": variant if name in with_variant else None}
-                with loading_worded(source / name):
-                    model = load_component(*components[name], source / name, options=how, **own)
-                some |= _report(console, name, model, stored_options(model) or options, asked)
-                model.save_pretrained(folder / name)
-                _copy_rest(source / name, folder / name)
+            for name in todo:
+                some |= write_component(name, folder / name)
+                # A model of transformers is part of a reference cycle.
+                gc.collect()
             if not some:
                 raise OptionError(
                     f"no layer of {source} is quantized, and nothing is written. Name components "
