@@ -69,10 +69,20 @@ def test_quantize_says_how_many_layers(copied: Path, capsys: pytest.CaptureFixtu
 def test_quantize_writes_no_folder_of_bf16(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder, name in (("t2i", "transformer"), ("t2i/transformer", "t2i/transformer")):
+    for folder, name, advice in (
+        (
+            "t2i",
+            "transformer",
+            '\'{"transformer": {"method": "...", "min_features": 1}}\', or leave',
+        ),
+        ("t2i/transformer", "t2i/transformer", '\'{"method": "...", "min_features": 1}\'.'),
+    ):
         error = failed(capsys, "quantize", folder, "--quantization", "int8", "--out", "q1")
         assert error.startswith(f"{name}: no layer is quantized to int8: ")
-        assert "is under min_features = 256" in error
+        assert (
+            f"is under min_features = 256. Change that option, as in --quantization {advice}"
+            in (error)
+        )
         assert not Path("q1").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
             own = {**loading, "variant": variant if name in with_variant else None}
             with loading_worded(source / name):
                 model = load_component(*components[name], source / name, options=how, **own)
-            some = _report(console, name, model, stored_options(model) or options, asked)
+            line, some = describe_component(name, model, stored_options(model) or options)
+            if asked and not some:
+                raise OptionError(
+                    f"{line}. Change that option, as in --quantization "
+                    f'\'{{"{name}": {{"method": "...", "min_features": 1}}}}\', '
+                    "or leave the component out."
+                )
+            console.print(line, soft_wrap=True, markup=False)
             model.save_pretrained(folder)
             _copy_rest(source / name, folder)
             return some
@@ -141,7 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
         def write(folder: Path) -> None:
             with loading_worded(source):
                 model: Any = load_model(source, options=options, variant=variant, **loading)
-            _report(console, str(source), model, options, asked=True)
+            line, some = describe_component(str(source), model, options)
+            if not some:
+                raise OptionError(
+                    f"{line}. Change that option, as in --quantization "
+                    '\'{"method": "...", "min_features": 1}\'.'
+                )
+            console.print(line, soft_wrap=True, markup=False)
             model.save_pretrained(folder)
 
     write_aside(arguments.out, write, kind, overwrite=arguments.overwrite)
@@ -164,25 +176,6 @@ def _check_apart(source: Path, out: Path) -> None:
                 f"--out {out} and {folder}, which is read, are one folder or lie inside each "
                 "other, so the original would be lost. Choose a folder beside it."
             )
-
-
-def _report(
-    console: Console, name: str, model: Any, options: Mapping[str, Any], asked: bool
-) -> bool:
-    """Print what became of a component's layers, and say whether any is quantized.
-
-    Raises:
-        OptionError: none is quantized, where that was asked for: what would be written is BF16.
-    """
-    line, quantized = describe_component(name, model, options)
-    if asked and not quantized:
-        raise OptionError(
-            f"{line}. Change that option, as in --quantization "
-            f'\'{{"{name}": {{"method": ..., "min_features": 1}}}}\', '
-            "or leave the component out."
-        )
-    console.print(line, soft_wrap=True, markup=False)
-    return quantized
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
