@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
+from omniq_compile.checkpoints.hub_download import described_folder, hub_arguments, whole_folder
+from omniq_compile.checkpoints.loading import load_model
 from omniq_compile.checkpoints.recorded_options import refuse_unstored
+from omniq_compile.checkpoints.saving import (
+    MODEL,
+    PIPELINE,
+    check_place,
+    stored_options,
+    write_aside,
+)
 from omniq_compile.checkpoints.variant_files import copy_as_plain, is_of_weights
 from omniq_compile.cli.loading_arguments import (
     add_dtype_argument,
@@ -24,7 +37,14 @@ from omniq_compile.cli.quantization import (
     read_quantization,
 )
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.pipelines.components import build_quant_config
+from omniq_compile.pipelines.call import loading_worded
+from omniq_compile.pipelines.components import PipelineQuantConfig, build_quant_config
+from omniq_compile.pipelines.from_pretrained import (
+    check_components,
+    components_with,
+    is_own,
+    load_component,
+)
 
 # Options that change no number, so that a set found by `omniq tune` may have them.
 OF_A_RUN = ("compiler", "inductor", "mode")
@@ -45,28 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
-    from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
-    from omniq_compile.checkpoints.hub_download import (
-        described_folder,
-        hub_arguments,
-        whole_folder,
-    )
-    from omniq_compile.checkpoints.loading import load_model
-    from omniq_compile.checkpoints.saving import (
-        MODEL,
-        PIPELINE,
-        check_place,
-        stored_options,
-        write_aside,
-    )
-    from omniq_compile.pipelines.call import loading_worded
-    from omniq_compile.pipelines.from_pretrained import (
-        check_components,
-        components_with,
-        is_own,
-        load_component,
-    )
-
     config = build_quant_config(read_quantization(arguments.quantization))
     console = Console(stderr=True)
     given = {name for options in config.chosen for name in options}
@@ -90,75 +88,97 @@ def run(arguments: argparse.Namespace) -> int:
     _check_apart(described, arguments.out)
     check_place(arguments.out, kind, overwrite=arguments.overwrite)
     source = whole_folder(arguments.folder, hub, variant=variant)
-    if kind == PIPELINE:
-        components = check_components(source, config)
-        todo = {
-            name: options
-            for name in components
-            if (options := config.options_for(name)) is not None
-        }
-        with_variant = components_with(variant, source, components)
-
-        def write_component(name: str, folder: Path) -> bool:
-            """Write one; a function of its own, so that no two are ever in memory."""
-            options = todo[name]
-            # Where `default` stands for it, a component that has nothing to quantize may.
-            asked = config.everywhere is not None or name in config.components
-            how = config.options_as_stored(name) if is_own(source / name) else options
-            own = {**loading, "variant": variant if name in with_variant else None}
-            with loading_worded(source / name):
-                model = load_component(*components[name], source / name, options=how, **own)
-            line, some = describe_component(name, model, stored_options(model) or options)
-            if asked and not some:
-                raise OptionError(
-                    f"{line}. Change that option, as in --quantization "
-                    f'\'{{"{name}": {{"method": "...", "min_features": 1}}}}\', '
-                    "or leave the component out."
-                )
-            console.print(line, soft_wrap=True, markup=False)
-            model.save_pretrained(folder)
-            _copy_rest(source / name, folder)
-            return some
-
-        def write(folder: Path) -> None:
-            for entry in source.iterdir():
-                if entry.name in todo:
-                    continue
-                if variant is not None and entry.name in with_variant:
-                    copy_as_plain(entry, folder / entry.name, variant)
-                else:
-                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
-                    copy(entry, folder / entry.name)
-            some = False
-            for name in todo:
-                some |= write_component(name, folder / name)
-                # A model of transformers is part of a reference cycle.
-                gc.collect()
-            if not some:
-                raise OptionError(
-                    f"no layer of {source} is quantized, and nothing is written. Name components "
-                    f"that have some to quantize: it has {', '.join(components)}."
-                )
-
-    else:
-        assert config.everywhere is not None
-        options = dict(config.everywhere)
-
-        def write(folder: Path) -> None:
-            with loading_worded(source):
-                model: Any = load_model(source, options=options, variant=variant, **loading)
-            line, some = describe_component(str(source), model, options)
-            if not some:
-                raise OptionError(
-                    f"{line}. Change that option, as in --quantization "
-                    '\'{"method": "...", "min_features": 1}\'.'
-                )
-            console.print(line, soft_wrap=True, markup=False)
-            model.save_pretrained(folder)
-
-    write_aside(arguments.out, write, kind, overwrite=arguments.overwrite)
+    quantized = partial(
+        _quantize_pipeline if kind == PIPELINE else _quantize_model,
+        _Work(source, config, variant, loading, console),
+    )
+    write_aside(arguments.out, quantized, kind, overwrite=arguments.overwrite)
     console.print(f"wrote {arguments.out}", soft_wrap=True, markup=False)
     return 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is quantized.
+
+    Attributes:
+        source: the folder of a pipeline or a model.
+        config: how to quantize it.
+        variant: of the weights, where one was named.
+        loading: further arguments of a load.
+        console: to print on.
+    """
+
+    source: Path
+    config: PipelineQuantConfig
+    variant: str | None
+    loading: Mapping[str, Any]
+    console: Console
+
+
+def _quantize_model(work: _Work, folder: Path) -> None:
+    options = work.config.everywhere
+    assert options is not None
+    with loading_worded(work.source):
+        model: Any = load_model(work.source, options=options, variant=work.variant, **work.loading)
+    line, some = describe_component(str(work.source), model, options)
+    if not some:
+        raise OptionError(
+            f"{line}. Change that option, as in --quantization "
+            '\'{"method": "...", "min_features": 1}\'.'
+        )
+    work.console.print(line, soft_wrap=True, markup=False)
+    model.save_pretrained(folder)
+
+
+def _quantize_pipeline(work: _Work, folder: Path) -> None:
+    components = check_components(work.source, work.config)
+    with_variant = components_with(work.variant, work.source, components)
+    chosen = [name for name in components if work.config.options_for(name) is not None]
+    for entry in work.source.iterdir():
+        if entry.name in chosen:
+            continue
+        if work.variant is not None and entry.name in with_variant:
+            copy_as_plain(entry, folder / entry.name, work.variant)
+        else:
+            copy = shutil.copytree if entry.is_dir() else shutil.copy2
+            copy(entry, folder / entry.name)
+    some = False
+    for name in chosen:
+        variant = work.variant if name in with_variant else None
+        some |= _quantize_component(work, components[name], name, variant, folder / name)
+        # A model of transformers is part of a reference cycle.
+        gc.collect()
+    if not some:
+        raise OptionError(
+            f"no layer of {work.source} is quantized, and nothing is written. Name components "
+            f"that have some to quantize: it has {', '.join(components)}."
+        )
+
+
+def _quantize_component(
+    work: _Work, kind: tuple[str, str], name: str, variant: str | None, folder: Path
+) -> bool:
+    """Write one component, and let go of it; returns whether a layer of it is quantized."""
+    source, config = work.source / name, work.config
+    options = config.options_as_stored(name) if is_own(source) else config.options_for(name)
+    with loading_worded(source):
+        model = load_component(*kind, source, options=options, variant=variant, **work.loading)
+    shown = stored_options(model) or config.options_for(name)
+    assert shown is not None
+    line, some = describe_component(name, model, shown)
+    # Where `default` stands for it, a component that has nothing to quantize may.
+    asked = config.everywhere is not None or name in config.components
+    if asked and not some:
+        raise OptionError(
+            f"{line}. Change that option, as in --quantization "
+            f'\'{{"{name}": {{"method": "...", "min_features": 1}}}}\', '
+            "or leave the component out."
+        )
+    work.console.print(line, soft_wrap=True, markup=False)
+    model.save_pretrained(folder)
+    _copy_rest(source, folder)
+    return some
 
 
 def _check_apart(source: Path, out: Path) -> None:
