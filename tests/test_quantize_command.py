@@ -132,3 +132,14 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(
     with pytest.raises(omniq.CheckpointError, match="t2i holds a whole pipeline"):
         omniq.save_model(quantized, "t2i", overwrite=True)
     assert Path("t2i", "vae").is_dir()
+
+
+def test_what_is_no_part_of_the_pipeline_is_not_copied(copied: Path) -> None:
+    (copied / ".git").mkdir()
+    for name in (".git/HEAD", ".gitattributes", "flux1-dev.safetensors", "README.md"):
+        (copied / name).touch()
+    assert quantize({"transformer": SMALL}) == 0
+    made = {entry.name for entry in Path("made").iterdir()}
+    assert made == {entry.name for entry in copied.iterdir()} - {
+        ".git", ".gitattributes", "flux1-dev.safetensors",
+    }  # fmt: skip

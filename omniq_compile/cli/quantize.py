@@ -136,7 +136,7 @@ def _quantize_pipeline(work: _Work, folder: Path) -> None:
     with_variant = components_with(work.variant, work.source, components)
     chosen = [name for name in components if work.config.options_for(name) is not None]
     for entry in work.source.iterdir():
-        if entry.name in chosen:
+        if entry.name in chosen or _is_beside(entry):
             continue
         if work.variant is not None and entry.name in with_variant:
             copy_as_plain(entry, folder / entry.name, work.variant)
@@ -196,6 +196,14 @@ def _check_apart(source: Path, out: Path) -> None:
                 f"--out {out} and {folder}, which is read, are one folder or lie inside each "
                 "other, so the original would be lost. Choose a folder beside it."
             )
+
+
+def _is_beside(entry: Path) -> bool:
+    """Say whether an entry of a pipeline's folder is no part of the pipeline.
+
+    Such as `.git`, or all weights once more in a single file.
+    """
+    return entry.name.startswith(".") or (entry.is_file() and is_of_weights(entry.name))
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
