@@ -18,6 +18,7 @@ import torch
 from diffusers import AuraFlowPipeline
 from diffusers.utils import import_utils
 from PIL import Image
+from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
 from omniq_compile.checkpoints.loading import load_model
@@ -136,6 +137,22 @@ def test_a_library_that_a_call_lacks(there: bool, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NameError if there else OmniqError, match="ftfy") as raised:
         call_worded(Pipeline(), {"prompt": "fox"})
     assert there or str(raised.value).endswith("which is not installed: pip install ftfy.")
+
+
+@pytest.mark.parametrize("wrong", [OptionError("mine"), ValueError("another's")])
+def test_what_omniq_refuses_while_a_call_compiles_comes_out_of_dynamos_error(
+    wrong: Exception,
+) -> None:
+    def backend(*_: Any) -> Any:
+        raise wrong
+
+    class Pipeline:
+        def __call__(self, prompt: str) -> torch.Tensor:
+            return torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+
+    expected = OptionError if isinstance(wrong, OptionError) else BackendCompilerFailed
+    with pytest.raises(expected, match=str(wrong)):
+        call_worded(Pipeline(), {"prompt": "fox"})
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])

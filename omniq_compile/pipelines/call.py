@@ -18,6 +18,7 @@ from torch import nn
 from omniq_compile.backend import omniq, own_backend
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
 from omniq_compile.compiling.block_parts import compiled_parts
+from omniq_compile.compiling.own_errors import own_errors
 from omniq_compile.compiling.regional import compile, module_blocks
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.passes.config import QuantConfig
@@ -196,7 +197,8 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
     argument takes lists alone, or is named for several.
 
     Raises:
-        OmniqError: it refused its arguments, or needs a library that is not installed.
+        OmniqError: it refused its arguments, or needs a library that is not installed; or omniq
+            raised it while a component was compiled.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     mode = "RGBA" if _reads_alpha(pipe) else "RGB"
@@ -206,7 +208,7 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
     }
     name = type(pipe).__name__
     try:
-        with refusals_worded(f"{name} refused its arguments"):
+        with refusals_worded(f"{name} refused its arguments"), own_errors():
             return pipe(**fitting)
     except NameError as error:
         # Pipelines such as Wan's import ftfy only where it is, and call it anyway.

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from omniq_compile.backend import own_backend
 from omniq_compile.compiling.compiled_modules import original
+from omniq_compile.compiling.own_errors import own_errors
 from omniq_compile.compiling.whole_or_blocks import read_as_whole
-from omniq_compile.lowering.errors import OmniqError
 
 Record = Callable[[fx.GraphModule, Sequence[Any]], Any]
 
@@ -38,10 +37,5 @@ def run_traced(
     fresh = types.FunctionType(
         call.__code__.replace(co_name="call"), globals(), "call", None, call.__closure__
     )
-    with torch.no_grad(), read_as_whole():
-        try:
-            torch.compile(fresh, **own_backend(record), dynamic=False)(*args, **kwargs)
-        except BackendCompilerFailed as failed:
-            if isinstance(failed.inner_exception, OmniqError):
-                raise failed.inner_exception from None
-            raise
+    with torch.no_grad(), read_as_whole(), own_errors():
+        torch.compile(fresh, **own_backend(record), dynamic=False)(*args, **kwargs)
