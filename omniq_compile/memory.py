@@ -16,8 +16,10 @@ from omniq_compile.lowering.tensor_of_parts import inner_tensors
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and persistent buffers."""
-    return sum(_nbytes(t) for t in model.state_dict().values())
+    """Return the bytes of a model's parameters and persistent buffers; tied ones count once."""
+    # Without keep_vars each name would have a tensor of its own.
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(map(_nbytes, tensors.values()))
 
 
 def footprint(model: nn.Module, return_buffers: bool = True) -> int:

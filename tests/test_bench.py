@@ -303,6 +303,14 @@ def test_state_bytes_of_a_subclass_are_those_inside_it():
     assert 64 * 32 <= state_bytes(model) < 64 * 32 * 1.5
 
 
+def test_state_bytes_count_a_tied_weight_once():
+    """As T5EncoderModel has `shared.weight` and `encoder.embed_tokens.weight`."""
+    model = torch.nn.Sequential(torch.nn.Embedding(32, 64), torch.nn.Linear(64, 32, bias=False))
+    assert state_bytes(model) == 2 * 64 * 32 * 4
+    model[1].weight = model[0].weight
+    assert state_bytes(model) == 64 * 32 * 4
+
+
 def test_peak_of_call_sees_what_a_call_allocates():
     size = 256 << 20  # large beside what other tests left to be freed
     peak = peak_of_call(lambda: torch.ones(size, dtype=torch.uint8), torch.device("cpu"))

@@ -14,6 +14,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import QuantConfig
+from omniq_compile.memory import state_bytes
 from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.quality.layer_units import (
@@ -52,6 +53,17 @@ def test_recorded_calls_give_the_error_of_one_layer() -> None:
         out = flat_output(model(**calls[1].kwargs)).double()
     by_hand = float((out - expected).square().sum() / expected.square().sum())
     assert found == pytest.approx(by_hand, rel=0.01)
+
+
+def test_a_weight_that_layers_share_is_saved_once() -> None:
+    config = QuantConfig.from_options({"method": "int8", "min_features": 16})
+    tied = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    tied[1].weight = tied[0].weight
+    saved = state_bytes(tied)
+    found = quantized_layers("transformer", tied, config)
+    omniq.quantize_(tied, config)
+    saved -= state_bytes(tied)
+    assert [layer.extra_bytes for layer in found] == [saved, 0]
 
 
 def layers(blocks: int, kinds: str = "abc", size: int = 10) -> list[Layer]:

@@ -27,7 +27,8 @@ class Layer:
         name: dotted, in its component.
         block: the repeated block it is in, or "".
         block_class: the class of that block, or "".
-        extra_bytes: what keeping it takes beyond its quantized form.
+        extra_bytes: what keeping it takes beyond its quantized form; of layers that share a weight
+            the first has it.
     """
 
     component: str
@@ -53,12 +54,15 @@ def quantized_layers(component: str, model: nn.Module, config: QuantConfig) -> l
     """Return the layers that the options quantize, in the model's order."""
     blocks = module_blocks(model)
     found = []
+    seen = set()
     for row in plan_layers(model, config):
         if row.method is None:
             continue
         block = next((b for b in blocks if row.layer.startswith(f"{b}.")), "")
         kind = type(blocks[block]).__name__ if block else ""
-        saved = row.nbytes_before - row.nbytes_after
+        weight = id(model.get_submodule(row.layer).weight)
+        saved = 0 if weight in seen else row.nbytes_before - row.nbytes_after
+        seen.add(weight)
         found.append(Layer(component, row.layer, block, kind, saved))
     return found
 
