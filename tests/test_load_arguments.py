@@ -39,6 +39,21 @@ def test_a_misnamed_keyword_is_refused(folder: Path, given: Any, meant: str) -> 
         omniq.from_pretrained(folder, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"option": {"method": "int8"}}, "options"),
+        ({"quantization": "int8"}, "options"),
+        ({"min_features": 32}, "options"),
+        ({"sub_folder": "transformer"}, "subfolder"),
+        ({"revison": "main"}, "revision"),
+    ],
+)
+def test_a_misnamed_keyword_of_load_model_is_refused(folder: Path, given: Any, meant: str) -> None:
+    with pytest.raises(OptionError, match=f"no argument '.*'. Did you mean '{meant}'"):
+        omniq.load_model(folder, **given)
+
+
 def test_what_the_pipeline_and_diffusers_take_is_taken(folder: Path) -> None:
     pipe = omniq.from_pretrained(
         folder, OPTIONS, tokenizer=None, local_files_only=True, low_cpu_mem_usage=True

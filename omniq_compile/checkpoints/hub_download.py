@@ -9,7 +9,7 @@ from typing import Any
 
 from omniq_compile.checkpoints.checkpoint_folder import component_folder, pipeline_components
 from omniq_compile.checkpoints.safetensors_files import STEMS
-from omniq_compile.lowering.errors import CheckpointError, OptionError, hint, unknown
+from omniq_compile.lowering.errors import CheckpointError, hint
 
 # What ``huggingface_hub.snapshot_download`` takes of a user; from version 1 on it ignores proxies.
 HUB_ARGUMENTS = (
@@ -24,17 +24,6 @@ _WEIGHTS = tuple(
     )
 )  # fmt: skip
 _MEDIA = tuple(f"*.{ending}" for ending in ("png", "jpg", "jpeg", "gif", "webp", "mp4", "webm"))
-
-
-def check_hub_arguments(given: Iterable[str]) -> None:
-    """Check the names of arguments that are for downloading.
-
-    Raises:
-        OptionError: one is none of HUB_ARGUMENTS.
-    """
-    for name in given:
-        if name not in HUB_ARGUMENTS:
-            raise OptionError(unknown("argument of load_model", name, HUB_ARGUMENTS))
 
 
 def hub_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import diffusers
 import torch
 
+from omniq_compile.checkpoints.hub_download import HUB_ARGUMENTS
 from omniq_compile.lowering.errors import OptionError, hint
 from omniq_compile.passes.option_checks import CHECKS
 
@@ -62,6 +63,29 @@ def check_pipeline_keywords(pipeline: type, given: Iterable[str], index: Mapping
             f"from_pretrained takes no argument {name!r} for this pipeline.{meant} How to quantize "
             'is said by quantization, as in quantization={"method": "int8"}; the pipeline takes '
             f"{', '.join(own)}."
+        )
+
+
+def check_model_keywords(given: Iterable[str], own: Collection[str]) -> None:
+    """Check the keywords of `load_model` that are none of its own, which are for downloading.
+
+    Args:
+        given: the keywords.
+        own: those of the function itself, which one of them may have been meant for.
+
+    Raises:
+        OptionError: one is none of HUB_ARGUMENTS.
+    """
+    for name in given:
+        if name in HUB_ARGUMENTS:
+            continue
+        if name == "quantization" or name in CHECKS:
+            meant = " Did you mean 'options'?"
+        else:
+            meant = hint(name, [*own, *HUB_ARGUMENTS])
+        raise OptionError(
+            f"load_model takes no argument {name!r}.{meant} How to quantize is said by options, as "
+            f'in options={{"method": "int8"}}; it takes {", ".join([*own, *HUB_ARGUMENTS])}.'
         )
 
 

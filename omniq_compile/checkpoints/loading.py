@@ -12,8 +12,8 @@ from torch import nn
 from omniq_compile.checkpoints.checkpoint_folder import model_class, read_config
 from omniq_compile.checkpoints.filling import Devices, fill_quantized, fill_stored, set_dtypes
 from omniq_compile.checkpoints.foreign import refuse_foreign
-from omniq_compile.checkpoints.hub_download import check_hub_arguments, whole_component
-from omniq_compile.checkpoints.load_arguments import check_device, check_dtype
+from omniq_compile.checkpoints.hub_download import whole_component
+from omniq_compile.checkpoints.load_arguments import check_device, check_dtype, check_model_keywords
 from omniq_compile.checkpoints.recorded_options import difference, quantization_config
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving import make_savable
@@ -62,7 +62,7 @@ def load_model(
             fit the model.
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
-    check_hub_arguments(hub)
+    check_model_keywords(hub, _KEYWORDS)
     config = None if options is None else QuantConfig.from_options(options)
     dtype = check_dtype(dtype, torch_dtype)
     device = check_device(device)
@@ -96,6 +96,10 @@ def load_model(
     # Buffers that no file has, such as rotary tables, were computed on the CPU.
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+# What `load_model` takes beside the arguments of a download.
+_KEYWORDS = tuple(load_model.__kwdefaults__)
 
 
 def fill(
