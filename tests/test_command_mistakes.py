@@ -315,6 +315,8 @@ def test_quantize_tries_where_it_writes_before_the_work(
 def test_a_scheduler_is_no_incomplete_model(copied: Path) -> None:
     with pytest.raises(OptionError, match="unknown component 'scheduler'"):
         check_components(copied, build_quant_config({"scheduler": "int8"}))
+    left = {"scheduler": None, "tokenizer": None, "transformer": "int8"}
+    assert "transformer" in check_components(copied, build_quant_config(left))
 
 
 def test_a_model_of_transformers_is_named_through_its_pipeline(copied: Path) -> None:

@@ -102,18 +102,20 @@ class PipelineQuantConfig:
                 raise OptionError(unknown("component", key.split(".")[0], names))
 
     def check(self, components: Iterable[str], stages: Iterable[str] = ()) -> None:
-        """Check the keys against a pipeline.
+        """Check the keys against a pipeline. None is right for what is no model, too.
 
         Args:
             components: the names of its models.
             stages: those that generate in stages of their own, such as an autoregressive one.
 
         Raises:
-            OptionError: a key names no component, or one method was given for a pipeline where it
-                is not clear what it means.
+            OptionError: a key gives options to what is no model, or one method was given for a
+                pipeline where it is not clear what it means.
         """
         names = list(components)
-        self.check_names(names)
+        for key, options in self.components.items():
+            if options is not None and key != DEFAULT and key not in names:
+                raise OptionError(unknown("component", key, names))
         stages = list(stages)
         if self.everywhere is not None and (stages or not any(map(is_transformer, names))):
             why = (

@@ -220,7 +220,7 @@ def check_components(
             continue
         if config.names(name) or (config.everywhere is not None and is_transformer(name)):
             _check_complete(place / name)
-        if config.components.get(name, ...) is None and is_own(place / name):
+        if config.components.get(name, ...) is None and name in components and is_own(place / name):
             raise OptionError(
                 f"{place / name} is stored quantized, and None asks for {name!r} in BF16. Leave "
                 "it out to load it as it is stored, or give the folder it was quantized from."
