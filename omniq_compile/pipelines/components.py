@@ -172,6 +172,11 @@ def build_quant_config(quantization: Any) -> PipelineQuantConfig:
                 f"{key!r} is a part of {owner!r}, and one component has one method: give it to "
                 f"{owner!r}, and None to parts that stay in BF16."
             )
+        if parts and owner not in components and components.get(DEFAULT) is None:
+            raise OptionError(
+                f"{key!r} keeps a part of {owner!r} in BF16, and nothing says how to quantize the "
+                f"rest: give a method to {owner!r}, or to {DEFAULT!r}."
+            )
     return PipelineQuantConfig(components=components)
 
 
