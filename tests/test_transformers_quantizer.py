@@ -49,6 +49,7 @@ def test_what_transformers_keeps_in_float32_is_kept(dtype: torch.dtype, plain: P
     omniq.quantize_(expected, OPTIONS)
     how = omniq.TransformersConfig(**OPTIONS)
     online = T5.from_pretrained(plain, dtype=dtype, quantization_config=how)
+    assert how.options == omniq.TransformersConfig(**OPTIONS).options  # for another device next
     assert same(online, expected) == 12 - wide
     assert [p.dtype for p in online.parameters()] == [p.dtype for p in expected.parameters()]
     with torch.no_grad():

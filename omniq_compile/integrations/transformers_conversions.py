@@ -43,7 +43,8 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         if self.quantizer.error is None:
             release_free_memory()
             layer = full_layer_name.removesuffix(".weight")
-            options = self.quantizer.quantization_config.options
+            options = self.quantizer.options
+            assert options is not None
             try:
                 like = model.get_parameter(full_layer_name)
                 check_shape(full_layer_name, weight, like, model.name_or_path)

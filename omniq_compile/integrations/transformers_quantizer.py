@@ -28,6 +28,7 @@ from omniq_compile.integrations.saving_transformers import WEIGHTS
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
+from omniq_compile.passes.config import QuantConfig
 
 
 class TransformersConfig(RecordedConfig, QuantizationConfigMixin):  # type: ignore[misc]
@@ -52,6 +53,9 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.stored: Mapping[str, Any] = {}
         self.error: OmniqError | None = None
+        # How weights are quantized, which for others than stored ones `_plan` completes: the
+        # configuration is the user's, and may be given to a load on another device next.
+        self.options: QuantConfig | None = None
         self._planned: set[str] = set()
         self._on_one_device = True
 
@@ -101,9 +105,8 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from omniq_compile.integrations.text_encoders import kept_in_float32
         from omniq_compile.layer_plan import plan_layers
 
-        config = self.quantization_config
-        config.options = with_target(config.options, devices)
-        rows = plan_layers(model, config.options)
+        self.options = with_target(self.quantization_config.options, devices)
+        rows = plan_layers(model, self.options)
         # Which stay in float32 is not yet to be seen of the model's parameters.
         kept = kept_in_float32(model, model.dtype)
         names = (f"{row.layer}.weight" for row in rows if row.method is not None)
@@ -147,9 +150,9 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized and self._on_one_device:
             _check_loaded(model)
         model.requires_grad_(False)
-        if not self.pre_quantized:
+        if self.options is not None:
             # What no file holds by its own name, such as a copy of another weight.
-            quantize_(model, self.quantization_config.options)
+            quantize_(model, self.options)
         if any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
             make_savable(model, self.quantization_config.about)
 
