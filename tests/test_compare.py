@@ -19,6 +19,7 @@ import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.quality import comparison
 from omniq_compile.quality.generation import warm_up
+from omniq_compile.quality.output_folder import work_folder
 
 pytest.importorskip("skimage")
 pytest.importorskip("transformers")
@@ -285,6 +286,22 @@ def test_errors_have_exit_code_2(
     assert main(command) == 2
     assert words in capsys.readouterr().err
     assert not Path("out", "result.json").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_a_second_run_leaves_the_folder_of_the_first_alone(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    (tmp_path / "out" / ".work" / "left by a run that was killed").touch()
+    with work_folder(tmp_path / "out") as work:
+        assert list(work.iterdir()) == []
+        (work / "of the first").touch()
+        needed = tiny_pipelines.required_arguments(command, tmp_path)
+        assert main([command, str(DIGITS), *ON_DIGITS, *needed]) == 2
+        assert f"{tmp_path / 'out'} is being written by another" in capsys.readouterr().err
+        assert [file.name for file in work.iterdir()] == ["of the first"]
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_of_quantized_weights_is_no_reference(

@@ -151,7 +151,7 @@ def write_aside(
     folder = check_place(folder, kind, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
+        with only_writer(folder, folder.with_name(f".{folder.name}.partial.lock")):
             _write_aside(folder, write)
     except BaseException as error:
         if _is_a_failed_write(error):
@@ -161,12 +161,15 @@ def write_aside(
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, lock_file: Path) -> Iterator[None]:
     """Keep other processes from writing the same folder; the system ends it with the process.
 
     Some network file systems have no locks: nothing is kept from others there.
+
+    Raises:
+        CheckpointError: another process writes it.
     """
-    lock = FileLock(folder.with_name(f".{folder.name}.partial.lock"))
+    lock = FileLock(lock_file)
     try:
         with suppress(NotImplementedError):
             lock.acquire(timeout=0)
@@ -178,7 +181,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
+            lock_file.unlink(missing_ok=True)
         lock.release()
 
 

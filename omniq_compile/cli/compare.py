@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import shutil
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -82,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from omniq_compile.quality.compare_result import as_json, write_json
     from omniq_compile.quality.comparison import compare
     from omniq_compile.quality.metrics import need
-    from omniq_compile.quality.output_folder import make_folder
+    from omniq_compile.quality.output_folder import make_folder, work_folder
 
     need("skimage.metrics")
     need("matplotlib")
@@ -97,17 +96,17 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     made = not arguments.out.exists()
     out = make_folder(arguments.out)
-    work = make_folder(out / ".work", empty=True)
     console = Console(stderr=True)
     try:
-        with Progress(console=console, transient=True) as progress:
-            result = compare(setting, work, _Bars(progress, len(setting.seeds), arguments.steps))
-        failures = gate.failures(result.seeds)
-        content = as_json(setting, result, gate, arguments.gate, failures)
-        _draw(out, work, result, content, _name_of(setting.config))
-        write_json(out / "result.json", content)  # last: it says that all of it is there
+        with work_folder(out) as work:
+            with Progress(console=console, transient=True) as progress:
+                bars = _Bars(progress, len(setting.seeds), arguments.steps)
+                result = compare(setting, work, bars)
+            failures = gate.failures(result.seeds)
+            content = as_json(setting, result, gate, arguments.gate, failures)
+            _draw(out, work, result, content, _name_of(setting.config))
+            write_json(out / "result.json", content)  # last: it says that all of it is there
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         if made:
             with suppress(OSError):  # something is in it
                 out.rmdir()

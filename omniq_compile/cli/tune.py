@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -82,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from omniq_compile.pipelines.images import by_argument
     from omniq_compile.quality.compare_result import as_given, write_json
     from omniq_compile.quality.metrics import need
-    from omniq_compile.quality.output_folder import make_folder
+    from omniq_compile.quality.output_folder import make_folder, work_folder
     from omniq_compile.quality.tune_figure import quality_plot
     from omniq_compile.quality.tune_goal import Goal
     from omniq_compile.quality.tune_state import TuneState, fingerprint
@@ -109,16 +108,15 @@ def _run(arguments: argparse.Namespace) -> int:
         "device": str(setting.device),
         "calls": arguments.calls,
     }
-    state = TuneState(out / "state.json", about, restart=arguments.restart)
     console = Console(stderr=True)
-    if state.resumed:
-        console.print(
-            f"going on from {state.resumed} measurements in {out}", soft_wrap=True, markup=False
-        )
     columns = (SpinnerColumn(), TextColumn("{task.completed} done"), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    work = make_folder(out / ".work", empty=True)
-    try:
+    with work_folder(out) as work:
+        state = TuneState(out / "state.json", about, restart=arguments.restart)
+        if state.resumed:
+            console.print(
+                f"going on from {state.resumed} measurements in {out}", soft_wrap=True, markup=False
+            )
         with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("", total=None)
 
@@ -129,11 +127,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 setting, goal, state, work, on_work,
                 most_measurements=arguments.measurements, most_calls=arguments.calls,
             )  # fmt: skip
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    method = arguments.method
-    quality_plot(out / "quality.png", found, goal, f"{method}: quality for bytes")
-    write_json(out / "tuned.json", _content(setting, goal, found))
+        method = arguments.method
+        quality_plot(out / "quality.png", found, goal, f"{method}: quality for bytes")
+        write_json(out / "tuned.json", _content(setting, goal, found))
     _print(found, out, console)
     return 0
 
