@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
-from omniq_compile.quality import comparison
+from omniq_compile.quality import compare_figures, comparison
 from omniq_compile.quality.generation import warm_up
 from omniq_compile.quality.output_folder import work_folder
 
@@ -213,6 +213,23 @@ def test_a_plot_of_the_result_that_is_replaced_does_not_stay(
     assert compare(DIGITS, tmp_path / "out", *again) == 0
     assert "trajectory_plot" not in result_in(tmp_path / "out")
     assert not (tmp_path / "out" / "trajectory.png").exists()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_no_earlier_result_stands_beside_new_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "result.json").write_text("earlier")
+    again = [*ON_DIGITS, "--seeds", "0", "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "_seed_row", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            compare(DIGITS, tmp_path, *again)
+    assert (tmp_path / "result.json").read_text() == "earlier"
+    monkeypatch.setattr(compare_figures, "trajectory_plot", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        compare(DIGITS, tmp_path, *again)
+    assert [file.name for file in tmp_path.iterdir()] == ["contact_sheet.png"]
 
 
 def test_keeping_every_layer_changes_nothing(

@@ -159,6 +159,9 @@ def _draw(out: Path, work: Path, result: Any, content: dict[str, Any], method: s
     from omniq_compile.quality.compare_figures import Row, contact_sheet, trajectory_plot
     from omniq_compile.quality.comparison import pictures_in
 
+    # Of a result that is replaced; it would describe pictures that are no longer there.
+    for name in ("result.json", "trajectory.png"):
+        (out / name).unlink(missing_ok=True)
     places = [(row["seed"], p["index"], p) for row in result.seeds for p in row["pictures"]]
     # A picture that is not finite differs most.
     chosen = sorted(places, key=lambda p: np.nan_to_num(p[2]["psnr"], nan=-np.inf))[:MOST_ROWS]
@@ -177,7 +180,6 @@ def _draw(out: Path, work: Path, result: Any, content: dict[str, Any], method: s
         ),
         "pictures": [[seed, index] for seed, index, _ in chosen],
     }
-    (out / "trajectory.png").unlink(missing_ok=True)  # of a result that is replaced
     trajectories = {r["seed"]: r["trajectory"] for r in result.seeds if r["trajectory"]}
     if trajectories:
         trajectory_plot(out / "trajectory.png", trajectories, f"{method}: drift of the latents")
