@@ -134,13 +134,15 @@ def test_weights_that_only_pickle_reads_are_left_to_diffusers(hub: Hub) -> None:
         omniq.load_model(HUB_ID, options=OPTIONS)
 
 
-@pytest.mark.parametrize("subfolder", [None, "transformer"])
+@pytest.mark.parametrize("subfolder", [None, "transformer", "v1.0"])
 def test_of_a_pipeline_one_model_is_downloaded(hub: Hub, subfolder: str | None) -> None:
+    name = subfolder or "transformer"
+    (hub.files / "transformer").rename(hub.files / name)
     model = omniq.load_model(HUB_ID, options=OPTIONS, subfolder=subfolder)
     assert type(model).__name__ == "AuraFlowTransformer2DModel"
     files = {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert hub.downloaded("transformer") == files
-    assert hub.downloaded() - {f"transformer/{name}" for name in files} <= {"model_index.json"}
+    assert hub.downloaded(name) == files
+    assert hub.downloaded() - {f"{name}/{file}" for file in files} <= {"model_index.json"}
 
 
 def test_a_folder_that_the_repository_has_not(hub: Hub) -> None:

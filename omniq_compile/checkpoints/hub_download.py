@@ -242,9 +242,10 @@ class _Repository:
 
     def _fetch_form(self, folders: Sequence[str], names: list[str], ignored: list[str]) -> None:
         if folders:
+            # A pattern is of a whole path, in which a folder's name may have a dot too.
             prefixes = [_prefix(folder) for folder in folders]
-            below = [f"{prefix}*/*" for prefix in prefixes]
-            self.fetch([f"{p}{name}" for p in prefixes for name in names], [*ignored, *below])
+            ignored = [f"{prefix}{name}" for prefix in prefixes for name in (*ignored, "*/*")]
+            self.fetch([f"{p}{name}" for p in prefixes for name in names], ignored)
 
     def _without(self, folders: Sequence[str], names: list[str], ignored: list[str]) -> list[str]:
         def has(folder: str) -> bool:
