@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.checkpoints.recorded_options import difference, quantization_config
+from omniq_compile.checkpoints.recorded_options import (
+    difference,
+    quantization_config,
+    quantization_record,
+)
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.given_model import check_model
 from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
@@ -99,16 +103,13 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
 
 def _check_quantized_before(model: nn.Module, rows: list[LayerPlan], config: QuantConfig) -> None:
     """Refuse a model that was quantized with other options: one record describes all of it."""
-    if hasattr(model, "save_pretrained"):
-        from omniq_compile.checkpoints.saving import quantization_record  # needs diffusers
-
-        record = quantization_record(model)
-        differs = "" if record is None else difference(record, config)
-        if differs:
-            raise OptionError(
-                f"this {type(model).__name__} is {differs}. Quantize the original model, or call "
-                "its dequantize() first, which keeps the rounding of its weights."
-            )
+    record = quantization_record(model)
+    differs = "" if record is None else difference(record, config)
+    if differs:
+        raise OptionError(
+            f"this {type(model).__name__} is {differs}. Quantize the original model, or call "
+            "its dequantize() first, which keeps the rounding of its weights."
+        )
     for row in rows:
         weight: Any = model.get_submodule(row.layer).weight
         if not isinstance(weight, QuantizedTensor) or weight.format == config.scheme.weight:

@@ -19,7 +19,7 @@ from tiny_pipelines import save_text_to_image
 import omniq_compile as omniq
 from omniq_compile import DiffusersConfig, OptionError, WeightError
 from omniq_compile.checkpoints.filling import is_inside
-from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.models.random_models import random_model

@@ -16,7 +16,7 @@ from test_text_encoders import same
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, DiffusersConfig, WeightError
-from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.integrations.single_file import SingleFile
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.models.random_models import make_inputs, random_model

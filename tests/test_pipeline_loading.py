@@ -25,7 +25,7 @@ from tiny_pipelines import required_arguments
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
-from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.cli import main
 from omniq_compile.models.random_models import random_model
 

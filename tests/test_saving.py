@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from omniq_compile import CheckpointError
-from omniq_compile.checkpoints.saving import MODEL, PIPELINE, write_aside
+from omniq_compile.checkpoints.written_folder import MODEL, PIPELINE, write_aside
 
 FILES = ("config.json", "model.safetensors")
 
@@ -86,7 +86,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     def write(aside: Path) -> None:
         code = f"""
 from pathlib import Path
-from omniq_compile.checkpoints.saving import MODEL, write_aside
+from omniq_compile.checkpoints.written_folder import MODEL, write_aside
 write_aside(Path({str(folder)!r}), lambda aside: (aside / "a").write_text("other"), MODEL)
 """
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -18,7 +18,7 @@ from tiny_pipelines import save_text_to_image
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
-from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.integrations.text_encoders import load_quantized
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import omniq_compile as omniq
-from omniq_compile.checkpoints.saving import options_to_run
+from omniq_compile.checkpoints.recorded_options import options_to_run
 from omniq_compile.cli import main
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.pipelines.call import loading_worded

@@ -14,7 +14,7 @@ from test_text_encoders import clip, load_quantized, qwen_vl, qwen_with_tied_hea
 
 import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, WeightError
-from omniq_compile.checkpoints.saving import stored_options
+from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.integrations.saving_transformers import WEIGHTS
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor

@@ -14,12 +14,11 @@ from omniq_compile.checkpoints.filling import Devices, fill_quantized, fill_stor
 from omniq_compile.checkpoints.foreign import refuse_foreign
 from omniq_compile.checkpoints.hub_download import whole_component
 from omniq_compile.checkpoints.load_arguments import check_device, check_dtype, check_model_keywords
-from omniq_compile.checkpoints.recorded_options import difference, quantization_config
+from omniq_compile.checkpoints.recorded_options import check_stored, quantization_config
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving import make_savable
-from omniq_compile.checkpoints.state import VERSION
 from omniq_compile.checkpoints.without_values import parameters_without_values
-from omniq_compile.lowering.errors import CheckpointError, OptionError
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 
 
@@ -144,24 +143,3 @@ def empty_model(cls: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
         model = cls.from_config(dict(about))
     set_dtypes(model, dtype, getattr(cls, "_keep_in_fp32_modules", None) or (), stored_buffers=True)
     return model
-
-
-def check_stored(
-    place: Path, stored: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig | None
-) -> None:
-    """Check omniq's own checkpoint against what was asked for, where anything was.
-
-    Raises:
-        CheckpointError: it is of another version.
-        OptionError: it was not made with these options.
-    """
-    if stored.get("version") != VERSION:
-        raise CheckpointError(
-            f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "
-            f"this omniq reads version {VERSION}. Quantize the original checkpoint again."
-        )
-    differs = "" if options is None else difference(stored, options)
-    if differs:
-        raise OptionError(
-            f"{place} is {differs}. Leave the options out, or load the original checkpoint."
-        )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 import omniq_compile
 from omniq_compile.checkpoints.foreign import OWN
 from omniq_compile.checkpoints.state import VERSION
-from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.errors import CheckpointError, OptionError, unknown
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
@@ -148,3 +151,55 @@ def difference(about: Mapping[str, Any], options: Mapping[str, Any] | QuantConfi
         if held != wanted:
             return f"quantized with {name} = {held!r}, and the options ask for {wanted!r}"
     return ""
+
+
+def check_stored(
+    place: Path, stored: Mapping[str, Any], options: Mapping[str, Any] | QuantConfig | None
+) -> None:
+    """Check omniq's own checkpoint against what was asked for, where anything was.
+
+    Raises:
+        CheckpointError: it is of another version.
+        OptionError: it was not made with these options.
+    """
+    if stored.get("version") != VERSION:
+        raise CheckpointError(
+            f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "
+            f"this omniq reads version {VERSION}. Quantize the original checkpoint again."
+        )
+    differs = "" if options is None else difference(stored, options)
+    if differs:
+        raise OptionError(
+            f"{place} is {differs}. Leave the options out, or load the original checkpoint."
+        )
+
+
+def quantization_record(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return what config.json will say of a model that omniq quantized, or None for another."""
+    about = getattr(model, "omniq_quantization", None)
+    return about if isinstance(about, Mapping) else None
+
+
+def stored_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return the options to compile a model with that omniq quantized, or None for another."""
+    about = quantization_record(model)
+    return None if about is None else options_of(about)
+
+
+def options_to_run(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the options to compile a component with.
+
+    Args:
+        model: which omniq may have loaded as it was stored.
+        given: for it. Of those that it was stored with some may be left out, or, where they are
+            those of a default, all.
+
+    Returns:
+        None where it is not quantized.
+    """
+    stored = stored_options(model)
+    if stored is None:
+        return given
+    if given is None or QuantConfig.from_options(given).method != stored["method"]:
+        return stored
+    return {**given, **stored}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from omniq_compile.checkpoints.saving import options_to_run
+from omniq_compile.checkpoints.recorded_options import options_to_run
 from omniq_compile.cli.loading_arguments import add_dtype_argument
 from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
 from omniq_compile.cli.pipeline_arguments import (

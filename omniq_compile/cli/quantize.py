@@ -16,15 +16,9 @@ from rich.console import Console
 from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
 from omniq_compile.checkpoints.hub_download import described_folder, hub_arguments, whole_folder
 from omniq_compile.checkpoints.loading import load_model
-from omniq_compile.checkpoints.recorded_options import refuse_unstored
-from omniq_compile.checkpoints.saving import (
-    MODEL,
-    PIPELINE,
-    check_place,
-    stored_options,
-    write_aside,
-)
+from omniq_compile.checkpoints.recorded_options import refuse_unstored, stored_options
 from omniq_compile.checkpoints.variant_files import copy_as_plain, is_of_weights
+from omniq_compile.checkpoints.written_folder import MODEL, PIPELINE, check_place, write_aside
 from omniq_compile.cli.loading_arguments import (
     add_dtype_argument,
     add_hub_arguments,

@@ -20,7 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from omniq_compile.checkpoints.foreign import OWN, refuse_foreign
-from omniq_compile.checkpoints.recorded_options import Method, RecordedConfig
+from omniq_compile.checkpoints.recorded_options import Method, RecordedConfig, check_stored
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving_checks import (
     dequantize_weights,
@@ -108,8 +108,6 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             CheckpointError: they are damaged, no safetensors files, of another version of omniq's
                 format, or quantized by something else.
         """
-        from omniq_compile.checkpoints.loading import check_stored
-
         paths = [Path(file) for file in checkpoint_files]
         files = SafetensorsFiles(paths[0].parent, files=paths)
         if self.pre_quantized:

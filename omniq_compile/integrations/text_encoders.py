@@ -16,7 +16,7 @@ import torch
 from omniq_compile.checkpoints.checkpoint_folder import read_config
 from omniq_compile.checkpoints.filling import fill_stored, set_dtypes
 from omniq_compile.checkpoints.foreign import refuse_foreign
-from omniq_compile.checkpoints.loading import check_stored
+from omniq_compile.checkpoints.recorded_options import check_stored
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving import make_savable
 from omniq_compile.checkpoints.without_values import parameters_without_values

@@ -18,9 +18,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from omniq_compile.checkpoints.fitting import refuse_missing
+from omniq_compile.checkpoints.fitting import check_files, refuse_missing
 from omniq_compile.checkpoints.foreign import OWN, refuse_foreign
-from omniq_compile.checkpoints.recorded_options import Method, RecordedConfig
+from omniq_compile.checkpoints.recorded_options import Method, RecordedConfig, check_stored
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving_checks import dequantize_weights
 from omniq_compile.checkpoints.state import read_metadata
@@ -185,9 +185,6 @@ def _checked(model: Any, files: SafetensorsFiles, about: Mapping[str, Any]) -> M
     Raises:
         CheckpointError: it is damaged, of another version, or does not fit.
     """
-    from omniq_compile.checkpoints.fitting import check_files
-    from omniq_compile.checkpoints.loading import check_stored
-
     others = sorted(p.name for p in files.folder.glob(WEIGHTS.replace(".", ".*.")))
     if others:
         raise CheckpointError(

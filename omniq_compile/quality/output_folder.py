@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omniq_compile.checkpoints.saving import only_writer
+from omniq_compile.checkpoints.written_folder import only_writer
 from omniq_compile.lowering.errors import OptionError
 
 
