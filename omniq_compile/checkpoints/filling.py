@@ -18,7 +18,7 @@ from omniq_compile.checkpoints.fitting import check_names, check_shape
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.state import join_parts, part_owners, read_metadata
 from omniq_compile.compiling.unmatched import warn_unmatched_in
-from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
+from omniq_compile.layer_plan import describe, nothing_quantized, plan_layers
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import detect, detectable
 from omniq_compile.passes.config import QuantConfig
@@ -126,7 +126,13 @@ class QuantizingFill:
             WeightError: it holds NaN or Inf; the message names its layer.
         """
         device = device_of(name, self._devices)
-        loaded = _loaded(name, tensor, like, self._layers, self._config, device)
+        if name in self._layers:
+            moved = tensor.to(device, like.dtype)
+            loaded: torch.Tensor = quantized_parameter(
+                self._layers[name].layer, moved, self._config
+            )
+        else:
+            loaded = _copied(tensor, like, like.dtype, device)
         _assign(self._model, name, loaded)
 
     def report(self, place: Path | str) -> bool:
@@ -141,7 +147,7 @@ class QuantizingFill:
 
 
 def fill_quantized(
-    model: Any, files: SafetensorsFiles, config: QuantConfig, devices: Devices, place: Path
+    model: Any, files: SafetensorsFiles, config: QuantConfig, devices: Devices
 ) -> bool:
     """Fill a model from full-precision weights, quantized on the way.
 
@@ -150,7 +156,6 @@ def fill_quantized(
         files: of the weights.
         config: how to quantize them.
         devices: to load on.
-        place: the folder, for messages.
 
     Returns:
         Whether any layer was quantized.
@@ -161,14 +166,14 @@ def fill_quantized(
     """
     names = _names_now(model, files.tensors)
     filling = QuantizingFill(model, config, devices)
-    expected = check_names(model, set(names.values()), place)
+    expected = check_names(model, set(names.values()), files.folder)
     with _progress(files.nbytes) as advance:
         for stored, tensor in files.read([n for n, now in names.items() if now in expected]):
             name = names[stored]
-            check_shape(name, tensor, expected[name], place)
+            check_shape(name, tensor, expected[name], files.folder)
             advance(name, tensor.nbytes)
             filling.put(name, tensor, expected[name])
-    return filling.report(place)
+    return filling.report(files.folder)
 
 
 def _names_now(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -183,21 +188,6 @@ def _names_now(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return {name: now for now, name in names.items()}
 
 
-def _loaded(
-    name: str,
-    tensor: torch.Tensor,
-    like: torch.Tensor,
-    layers: Mapping[str, LayerPlan],
-    config: QuantConfig,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return a tensor of the file as the model holds it: quantized, or copied and cast."""
-    if name in layers:
-        moved = tensor.to(device, like.dtype)
-        return quantized_parameter(layers[name].layer, moved, config)
-    return _copied(tensor, like, like.dtype, device)
-
-
 def _copied(
     tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -206,13 +196,7 @@ def _copied(
     return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
-def fill_stored(
-    model: Any,
-    files: SafetensorsFiles,
-    dtype: torch.dtype,
-    devices: Devices,
-    place: Path,
-) -> None:
+def fill_stored(model: Any, files: SafetensorsFiles, dtype: torch.dtype, devices: Devices) -> None:
     """Fill a model on the meta device from a folder of omniq's own.
 
     Parameters, quantized or not, get the dtypes that they have on the meta device.
@@ -222,11 +206,11 @@ def fill_stored(
         files: of the folder.
         dtype: of the buffers that are stored in a low precision, where `set_dtypes` gave none.
         devices: to load on.
-        place: the folder, for messages.
 
     Raises:
         CheckpointError: the files are damaged or do not fit the model.
     """
+    place = files.folder
     weights = read_metadata(files.metadata, str(place)) or {}
     owners = part_owners(weights)
     names = {owners.get(name, name) for name in files.tensors}

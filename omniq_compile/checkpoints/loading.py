@@ -127,10 +127,10 @@ def fill(
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
     if stored is not None:
-        fill_stored(model, files, dtype, devices, files.folder)
+        fill_stored(model, files, dtype, devices)
         return dict(stored)
     assert config is not None
-    quantized = fill_quantized(model, files, config, devices, files.folder)
+    quantized = fill_quantized(model, files, config, devices)
     return quantization_config(config) if quantized else None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.checkpoints.written_folder import MODEL, write_aside
-from omniq_compile.integrations.diffusers_quantizer import describe
+from omniq_compile.integrations.diffusers_quantizer import attach_record
 from omniq_compile.integrations.saving_transformers import save_pretrained
 from omniq_compile.lowering.errors import CheckpointError
 from omniq_compile.memory import footprint
@@ -27,7 +27,7 @@ def make_savable(model: nn.Module, about: dict[str, Any]) -> None:
     if isinstance(model, ModelMixin):
         # Several ControlNets are saved as a model each.
         for part in getattr(model, "nets", [model]):
-            describe(part, about)
+            attach_record(part, about)
     elif _is_of_transformers(model):
         from omniq_compile.integrations.transformers_quantizer import (
             OmniqHfQuantizer,

@@ -215,7 +215,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         _forget(model)
         model.requires_grad_(False)
         if self._record is not None:
-            describe(model, self._record)
+            attach_record(model, self._record)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = True
@@ -253,7 +253,7 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return model
 
 
-def describe(model: Any, about: Mapping[str, Any]) -> None:
+def attach_record(model: Any, about: Mapping[str, Any]) -> None:
     """Let diffusers' own ``save_pretrained`` save a model that omniq quantized, and know its bytes.
 
     What is said of the weights is kept beside ``model.config``: a model made of that anew by
