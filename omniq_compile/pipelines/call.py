@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+import omniq_compile
 from omniq_compile.backend import omniq, own_backend
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
 from omniq_compile.compiling.block_parts import compiled_parts
@@ -184,8 +185,6 @@ def loading_worded(what: Any) -> AbstractContextManager[None]:
 
 def load_worded(folder: str, config: Any, **loading: Any) -> Any:
     """Load a pipeline as `from_pretrained` does, with the refusals of diffusers worded."""
-    import omniq_compile
-
     with loading_worded(f"the pipeline in {folder}"):
         return omniq_compile.from_pretrained(folder, config, **loading)
 

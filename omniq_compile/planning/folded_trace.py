@@ -35,7 +35,7 @@ def folded_sites(
         blocks: its repeated blocks by name.
         run: what `run_on_meta` saw.
     """
-    calls = _foldable(run, blocks)
+    calls = _foldable(run)
     traced: list[tuple[type, BlockCall, list[Site]]] = []
     inside = {}
     for name, call in calls.items():
@@ -83,7 +83,7 @@ class _StandIn(nn.Module):
         return outputs[0] if self._is_tensor else tree_unflatten(outputs, self._structure)
 
 
-def _foldable(run: MetaRun, blocks: Mapping[str, nn.Module]) -> dict[str, BlockCall]:
+def _foldable(run: MetaRun) -> dict[str, BlockCall]:
     names = [name for name, _ in run.calls]
     return {
         name: call

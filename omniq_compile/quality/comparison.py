@@ -118,10 +118,6 @@ def compare(setting: Setting, work: Path, on_step: OnStep) -> Comparison:
         OptionError: the config or the arguments do not fit the pipeline.
         CheckpointError: the folder cannot be loaded.
     """
-    # Imported now, so that no side's memory counts what both import.
-
-    import omniq_compile.pipelines.from_pretrained  # noqa: F401
-
     result = Comparison()
     _run(setting, None, result.bf16, work, on_step)
     _run(setting, setting.config, result.quantized, work, on_step)

@@ -80,7 +80,7 @@ def _weights_of_products(graph: fx.Graph) -> set[fx.Node]:
     """Return the inputs and attributes that products read as a weight, or compute one of."""
     stack: list[fx.Node] = []
     for node in graph.nodes:
-        stack += _operands(graph, node)
+        stack += _operands(node)
     found, seen = set(), set(stack)
     while stack:
         node = stack.pop()
@@ -93,7 +93,7 @@ def _weights_of_products(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _operands(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
     if isinstance(node.target, HigherOrderOperator):
         # Products in the graphs that it calls are sites, by which their weights come.
         yield from filter(dynamo.is_weight, node.all_input_nodes)
