@@ -209,7 +209,6 @@ def test_planted_outliers_are_found_and_fixed_rules_beaten(tmp_path: Path) -> No
         ({"--target-psnr": "-3"}, "must be a positive number"),
         ({"--method": "mxfp5"}, "unknown method 'mxfp5'"),
         ({"--min-features": "5000"}, "is under min_features = 5000"),
-        ({"--calls": "0"}, "--calls must be at least 1"),
         ({"--seeds": "x"}, "--seeds 'x'"),
         ({"folder": "nowhere"}, "nowhere is not a folder"),
         ({"--out": "file"}, "cannot be written to"),
@@ -232,6 +231,15 @@ def test_errors_have_exit_code_2(
     command = [x for p in pairs for x in (["--argument", p] if not p.startswith("--") else [p])]
     assert main(["tune", folder, "--trust-remote-code", *command]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["calls", "measurements", "max-bytes"])
+def test_a_number_is_a_whole_one_from_1_on(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tune(tmp_path, f"--{name}", "0")
+    assert f"argument --{name}: 0 is less than 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from omniq_compile.cli.loading_arguments import add_hub_arguments, downloading_arguments
 from omniq_compile.cli.options import add_option_arguments, options_of
+from omniq_compile.cli.whole_numbers import positive
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target, detect
@@ -45,17 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hub_arguments(parser)
     add_option_arguments(parser)
     parser.add_argument("--target", help="plan for this target, present or not (cuda:sm_90)")
-    parser.add_argument("--height", type=int, help="pixels (default: 1024, for video 720 or 704)")
-    parser.add_argument("--width", type=int, help="pixels (default: 1024, for video 1280)")
-    parser.add_argument("--frames", type=int, help="of a video (default: 81)")
+    parser.add_argument(
+        "--height", type=positive, help="pixels (default: 1024, for video 720 or 704)"
+    )
+    parser.add_argument("--width", type=positive, help="pixels (default: 1024, for video 1280)")
+    parser.add_argument("--frames", type=positive, help="of a video (default: 81)")
     parser.add_argument(
         "--pictures",
-        type=int,
+        type=positive,
         default=1,
         help="in one call, of this size: the one drawn and those given to an edit, or layers "
         "(default: 1)",
     )
-    parser.add_argument("--text-tokens", type=int, default=512, help="of the prompt (default: 512)")
+    parser.add_argument(
+        "--text-tokens", type=positive, default=512, help="of the prompt (default: 512)"
+    )
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there, not to the terminal")
 
@@ -113,17 +118,12 @@ def _size(model: ModelConfig, arguments: argparse.Namespace) -> Size:
     height, width, frames = (d if g is None else g for g, d in zip(given, default, strict=True))
     size = Size(height, width, frames, arguments.text_tokens, arguments.pictures)
     for name, pixels in (("--height", size.height), ("--width", size.width)):
-        if pixels < pixels_per_token or pixels % pixels_per_token:
-            raise OptionError(
-                f"{name} {pixels} is not a multiple of {pixels_per_token} pixels, and at least one"
-            )
-    if size.frames < 1 or (size.frames - 1) % FRAMES_PER_LATENT:
+        if pixels % pixels_per_token:
+            raise OptionError(f"{name} {pixels} is not a multiple of {pixels_per_token} pixels")
+    if (size.frames - 1) % FRAMES_PER_LATENT:
         raise OptionError(
             f"--frames {size.frames} is not one more than a multiple of {FRAMES_PER_LATENT}"
         )
-    for name, count in (("--pictures", size.pictures), ("--text-tokens", size.text_tokens)):
-        if count < 1:
-            raise OptionError(f"{name} {count} must be at least 1")
     if size.pictures > 1 and not FAMILIES[model.class_name].several_pictures:
         several = " and ".join(name for name, row in FAMILIES.items() if row.several_pictures)
         raise OptionError(

@@ -18,7 +18,8 @@ from omniq_compile.cli.pipeline_arguments import (
     add_quality_arguments,
     quality_setting,
 )
-from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.cli.whole_numbers import positive
+from omniq_compile.lowering.errors import OmniqError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the pictures of every seed have to reach, beside those of BF16",
     )
     goal.add_argument(
-        "--max-bytes", type=int, metavar="N", help="of the quantized components' weights"
+        "--max-bytes", type=positive, metavar="N", help="of the quantized components' weights"
     )
     add_call_arguments(parser)
     add_quality_arguments(parser, seeds="0-1")
@@ -41,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="measure anew what is in --out")
     parser.add_argument(
         "--measurements",
-        type=int,
+        type=positive,
         default=400,
         metavar="N",
         help="layers measured one by one; of larger models kinds and blocks first (%(default)s)",
     )
     parser.add_argument(
         "--calls",
-        type=int,
+        type=positive,
         default=8,
         metavar="N",
         help="calls of a model, spread over its denoising, to measure a layer on (%(default)s)",
@@ -89,9 +90,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     need("skimage.metrics")
     need("matplotlib")
-    for name in ("measurements", "calls"):
-        if getattr(arguments, name) < 1:
-            raise OptionError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
     setting = quality_setting(arguments, options_of(arguments))
     goal = Goal(arguments.target_psnr, arguments.max_bytes)
     out = make_folder(arguments.out)
