@@ -81,6 +81,20 @@ def test_what_is_wrong_is_named(quantization: Any, words: str) -> None:
     assert words in str(raised.value)
 
 
+def test_what_a_command_line_adds_is_added_to_each_component() -> None:
+    given = {"transformer": {"method": "fp8", "ignored_layers": ["img_mod"]}, "vae": None}
+    config = build_quant_config(given | {"text_encoder": "int8"})
+    changed = config.with_options(compiler="eager", ignored_layers=["proj_out"])
+    assert changed.components == {
+        "transformer": {
+            "method": "fp8", "ignored_layers": ["img_mod", "proj_out"], "compiler": "eager",
+        },
+        "text_encoder": {"method": "int8", "ignored_layers": ["proj_out"], "compiler": "eager"},
+        "vae": None,
+    }  # fmt: skip
+    assert config.with_options(compiler=None, ignored_layers=[]) == config
+
+
 def test_unknown_components_list_the_pipelines_own() -> None:
     with pytest.raises(OptionError) as raised:
         build_quant_config({"text_encodr": "int8"}).check(FLUX)

@@ -139,9 +139,6 @@ def quality_setting(
     from omniq_compile.quality.generation import parse_seeds
 
     config = build_quant_config(quantization)
-    more: dict[str, Any] = {}
-    if arguments.compiler:
-        more["compiler"] = arguments.compiler
     given = given_arguments(arguments)
     images = read_images(arguments.image)
     loading = pipeline_arguments(arguments)
@@ -149,7 +146,7 @@ def quality_setting(
     check_call_of_folder(arguments.folder, call, loading, config)
     return Setting(
         folder=arguments.folder,
-        config=config.with_options(more, ignored_layers),
+        config=config.with_options(compiler=arguments.compiler, ignored_layers=ignored_layers),
         arguments=given,
         seeds=parse_seeds(arguments.seeds),
         device=usable_device(arguments.device),

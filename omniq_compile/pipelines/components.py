@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,20 +71,22 @@ class PipelineQuantConfig:
         return any(options.get("w4a8_fallback_steps") for options in self.chosen)
 
     def with_options(
-        self, more: Mapping[str, Any], ignored_layers: Iterable[str] = ()
+        self, *, compiler: str | None, ignored_layers: Sequence[str]
     ) -> PipelineQuantConfig:
-        """Return the config with further options and ignored layers in every quantized component.
+        """Return the config with this compiler, if any, and these ignored layers too everywhere.
 
         Raises:
-            OptionError: unknown options.
+            OptionError: an unknown compiler, or a pattern that is none.
         """
 
         def changed(options: Options, component: str) -> Options:
             if options is None:
                 return None
             ignored = [*options.get("ignored_layers", ()), *ignored_layers]
-            kept = {"ignored_layers": ignored} if ignored else {}
-            return _checked({**options, **more, **kept}, component)
+            more: dict[str, Any] = {"ignored_layers": ignored} if ignored else {}
+            if compiler:
+                more["compiler"] = compiler
+            return _checked({**options, **more}, component)
 
         return PipelineQuantConfig(
             changed(self.everywhere, ""), {k: changed(v, k) for k, v in self.components.items()}
