@@ -26,7 +26,7 @@ from omniq_compile.quantize_weights import quantized_parameter
 
 logger = logging.getLogger("omniq")
 
-# Which device each parameter goes to: by its name, or by a run of leading parts of it; "" is all.
+# Which device each parameter goes to: by its name, or by the name of a module around it; "" is all.
 Devices = Mapping[str, str | int | torch.device]
 
 
@@ -38,9 +38,10 @@ def set_dtypes(
     Args:
         model: any module.
         dtype: of the parameters.
-        kept: dotted names of modules, or a run of their parts, that stay in float32.
-        stored_buffers: floating buffers that files hold are loaded in it too, as diffusers does,
-            and lose their value. transformers leaves them as the model makes them.
+        kept: modules that stay in float32: dotted names, or consecutive parts of such a name.
+        stored_buffers: give the dtype to floating-point buffers that files hold too, as diffusers
+            does; they have no value until it is read. transformers leaves them as the model makes
+            them.
     """
     kept = list(kept)
 
@@ -60,7 +61,7 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
 
     Args:
         name: of a parameter.
-        modules: dotted names, or a run of their parts.
+        modules: dotted names, or consecutive parts of such a name.
     """
     return any(f".{module}." in f".{name}." for module in modules)
 
@@ -204,7 +205,8 @@ def fill_stored(model: Any, files: SafetensorsFiles, dtype: torch.dtype, devices
     Args:
         model: with parameters of the dtypes to load in.
         files: of the folder.
-        dtype: of the buffers that are stored in a low precision, where `set_dtypes` gave none.
+        dtype: for buffers whose dtype the model itself chose and which the file stores in a low
+            precision.
         devices: to load on.
 
     Raises:

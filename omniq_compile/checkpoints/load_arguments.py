@@ -35,8 +35,8 @@ def check_pipeline_keywords(pipeline: type, given: Iterable[str], index: Mapping
     """Check the keywords that go on to a pipeline: diffusers ignores those it does not know.
 
     Args:
-        pipeline: its class; DiffusionPipeline for one that brings code of its own, where what
-            ``index`` names is taken.
+        pipeline: its class, or DiffusionPipeline for a pipeline that brings its own code: then
+            the names in ``index`` count as its arguments.
         given: the keywords.
         index: the content of its model_index.json.
 

@@ -116,7 +116,8 @@ def fill(
         files: of its weights.
         stored: what config.json says of weights that omniq quantized, or None for others.
         config: how to quantize others.
-        dtype: of the buffers that are stored in a low precision, where `set_dtypes` gave none.
+        dtype: for buffers whose dtype the model itself chose and which the file stores in a low
+            precision.
         devices: to load on.
 
     Returns:

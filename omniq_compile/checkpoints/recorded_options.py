@@ -191,8 +191,8 @@ def options_to_run(model: nn.Module, given: dict[str, Any] | None) -> dict[str, 
 
     Args:
         model: which omniq may have loaded as it was stored.
-        given: for it. Of those that it was stored with some may be left out, or, where they are
-            those of a default, all.
+        given: what the user asked for. Options the model was stored with may be omitted; options
+            that came from ``default`` are ignored where the model is stored quantized.
 
     Returns:
         None where it is not quantized.

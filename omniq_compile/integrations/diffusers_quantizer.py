@@ -198,7 +198,8 @@ class OmniqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             WeightError: a weight holds NaN or Inf; the message names its layer.
         """
         assert self._single is not None
-        # Not ``param_value``, which was cast as no parameter of the model may be.
+        # ``param_value`` was already cast to the dtype of the load, which may not be this
+        # parameter's.
         self._single.put(param_name, state_dict[param_name], target_device)
 
     @property

@@ -81,7 +81,8 @@ class OmniqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_attn_implementation(self, config: Any) -> Any:
         """Name omniq's own file, which transformers then reads instead of its own.
 
-        The first that is called with the model's configuration, it says nothing about attention.
+        This hook has nothing to do with attention; it is the first that transformers calls with
+        the model's configuration.
         """
         if self.pre_quantized:
             config.transformers_weights = WEIGHTS
