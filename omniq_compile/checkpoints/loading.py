@@ -98,7 +98,7 @@ def load_model(
 
 
 # What `load_model` takes beside the arguments of a download.
-_KEYWORDS = tuple(load_model.__kwdefaults__)
+_KEYWORDS = tuple(load_model.__kwdefaults__ or ())
 
 
 def fill(
