@@ -126,7 +126,7 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(
     Path("made", "photos").mkdir(parents=True)
     Path("made", "photos", "a").write_text("mine")
     assert quantize({"transformer": SMALL}, "--overwrite") == 2
-    assert "made holds no model, and would be deleted" in capsys.readouterr().err
+    assert "made holds no model, and all of it would be deleted" in capsys.readouterr().err
     assert Path("made", "photos", "a").read_text() == "mine"
     quantized = omniq.load_model("t2i", options=SMALL)
     with pytest.raises(omniq.CheckpointError, match="t2i holds a whole pipeline"):

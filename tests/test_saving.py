@@ -154,11 +154,11 @@ def test_a_link_stays_and_the_folder_that_it_names_is_made(there: bool, tmp_path
 @pytest.mark.parametrize(
     ("there", "kind", "words"),
     [
-        (["model_index.json", "vae/a"], MODEL, "holds a whole pipeline, and .* for one model"),
+        (["model_index.json", "vae/a"], MODEL, "holds a whole pipeline, and .* to write one model"),
         (["model_index.json", "config.json"], MODEL, "holds a whole pipeline"),
-        (["config.json"], PIPELINE, "holds one model, and .* for a whole pipeline"),
-        (["photos/a"], PIPELINE, "holds no model, and would be deleted"),
-        (["photos/a"], MODEL, "holds no model, and would be deleted"),
+        (["config.json"], PIPELINE, "holds one model, and .* to write a whole pipeline"),
+        (["photos/a"], PIPELINE, "holds no model, and all of it would be deleted"),
+        (["photos/a"], MODEL, "holds no model, and all of it would be deleted"),
     ],
 )
 def test_what_is_of_another_kind_is_never_replaced(

@@ -52,8 +52,8 @@ def check_place(folder: Path, kind: str, *, overwrite: bool = False) -> Path:
     if there != kind:
         words = {PIPELINE: "a whole pipeline", MODEL: "one model", None: "no model"}
         raise CheckpointError(
-            f"{folder} holds {words[there]}, and would be deleted for {words[kind]}. Choose "
-            "another folder, or remove this one yourself."
+            f"{folder} holds {words[there]}, and all of it would be deleted to write "
+            f"{words[kind]}. Choose another folder, or remove this one yourself."
         )
     return folder
 
