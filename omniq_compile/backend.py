@@ -15,7 +15,7 @@ from omniq_compile.compiling import inductor, weight_changes
 from omniq_compile.compiling.all_kept import layers_in, warn_all_kept
 from omniq_compile.compiling.denoise import current_step
 from omniq_compile.compiling.enclosing import refuse_full_names
-from omniq_compile.compiling.low_precision import has_low_precision, note_precision
+from omniq_compile.compiling.low_precision import SeenCasts
 from omniq_compile.compiling.traced_modules import model_around, traced_modules, weight_names
 from omniq_compile.compiling.unmatched import warn_unmatched
 from omniq_compile.compiling.weights import BoundWeights
@@ -33,6 +33,9 @@ from omniq_compile.reports.summary import summary_line
 # `torch_logs`.
 logger = logging.getLogger("omniq")
 logger.parent = logging.getLogger("omniq_compile")
+
+# By graphs that were compiled, of which a model may have several.
+_seen_casts = SeenCasts()
 
 Compiled = Callable[..., Any]
 Decided = Callable[[QuantConfig, Sequence[Site]], None]
@@ -119,6 +122,7 @@ def run_passes(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     config: QuantConfig,
+    seen_casts: SeenCasts,
     target: Target | None = None,
     *,
     with_stages: bool,
@@ -130,6 +134,7 @@ def run_passes(
         gm: the graph as Dynamo traced it, which is left as it is.
         example_inputs: those that it was traced with.
         config: the options.
+        seen_casts: by the graphs before it, and by this one then.
         target: to lower for; by default the graph's own, see `run_target`.
         with_stages: whether the context keeps a copy of the graph at the end of each stage.
         by_block: layers are named in the outermost module that is compiled, and not in that which
@@ -143,11 +148,11 @@ def run_passes(
         config,
         target or run_target(config, dynamo.devices(gm.graph)),
         weight_names(gm, example_inputs, modules[-1 if by_block else 0] if modules else None),
-        has_low_precision(model),
+        seen_casts.has_low_precision(model),
         stages={} if with_stages else None,
     )
     rewritten = pipeline.run(gm, pipeline.build(config), context)
-    note_precision(model, context.sites)
+    seen_casts.note(model, context.sites)
     return rewritten, context
 
 
@@ -161,7 +166,7 @@ def _compile_for_steps(
     start = time.perf_counter()
     traced = structured_trace.wanted()
     rewritten, context = run_passes(
-        gm, example_inputs, config, with_stages=traced, by_block=by_block
+        gm, example_inputs, config, _seen_casts, with_stages=traced, by_block=by_block
     )
     seconds = time.perf_counter() - start
     _refuse_inner_gradients(context.sites, example_inputs)

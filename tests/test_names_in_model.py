@@ -297,6 +297,51 @@ def test_a_part_outside_autocast_is_kept_behind_a_break() -> None:
     assert [(s.layer, s.decision.method) for s in sites] == [("body", "int8"), ("head.proj", None)]
 
 
+def test_only_a_cast_that_a_later_call_makes_too_keeps_what_is_in_float32() -> None:
+    def is_quantized(model: nn.Module, autocast: bool = False) -> bool:
+        x = torch.randn(4, WIDTH).to(next(model.parameters()).dtype)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="omniq", options=OPTIONS)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return not torch.equal(compiled(x), model(x))
+
+    stored = ready(nn.Linear(WIDTH, WIDTH))
+    assert is_quantized(stored)
+    assert is_quantized(stored.float())
+    called = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    assert is_quantized(called, autocast=True)
+    assert is_quantized(called)
+    explained = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        explain(explained, torch.randn(4, WIDTH), OPTIONS)
+    assert is_quantized(explained)
+
+
+@pytest.mark.parametrize("by", ["autocast", "hand"])
+def test_what_casts_itself_keeps_the_rest_in_float32_in_a_later_graph(by: str) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if by == "hand":
+                x = nn.functional.linear(x.bfloat16(), self.body.weight.bfloat16())
+            else:
+                with torch.autocast("cpu", torch.bfloat16):
+                    x = self.body(x)
+            torch._dynamo.graph_break()
+            return self.head(x.float())
+
+    model = Cast().requires_grad_(False)
+    heads = []
+    model.head.register_forward_hook(lambda module, args, result: heads.append((args[0], result)))
+    with torch.no_grad():
+        torch.compile(model, backend="omniq", options=OPTIONS)(torch.randn(4, WIDTH))
+        ((x, result),) = heads
+        assert torch.equal(result, nn.functional.linear(x, model.head.weight, model.head.bias))
+
+
 class Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()

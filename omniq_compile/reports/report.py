@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from omniq_compile.backend import run_passes
+from omniq_compile.compiling.low_precision import SeenCasts
 from omniq_compile.given_model import check_model
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
 from omniq_compile.lowering.target import Target
@@ -172,9 +173,10 @@ def trace(
     chosen = Target.parse(target) if target is not None else None
     contexts: list[Context] = []
     left = UntracedLinears(model)
+    seen_casts = SeenCasts()  # of its own: a report changes no later compile
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        _, context = run_passes(gm, example_inputs, config, chosen, with_stages=True)
+        _, context = run_passes(gm, example_inputs, config, seen_casts, chosen, with_stages=True)
         contexts.append(context)
         return left.watched(gm, context)
 
