@@ -278,11 +278,15 @@ def test_tensors_of_two_widths_are_all_compared(device: Device, pause: Any) -> N
     "shape",
     [(3072, 3072), (12288, 3072), (3072, 12288), (5120, 1536), (400, 96), (64, 3072), (1, 9)],
 )
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "with gaps"])
 def test_a_write_through_data_to_a_sixteenth_of_rows_or_columns_shows(
-    shape: tuple[int, ...], transpose: bool
+    shape: tuple[int, ...], layout: str
 ) -> None:
-    weight = torch.zeros(shape, dtype=torch.int8).mT if transpose else torch.zeros(shape).to(BF16)
+    weight = {
+        "plain": lambda: torch.zeros(shape).to(BF16),
+        "transposed": lambda: torch.zeros(shape, dtype=torch.int8).mT,
+        "with gaps": lambda: torch.zeros(shape[0], shape[1] + 64).to(BF16)[:, : shape[1]],
+    }[layout]()
     stamp = weight_changes.Stamp(weight)
     assert 100 < stamp.values.numel() < 600 or weight.numel() < 600
     for dim, size in enumerate(weight.shape):

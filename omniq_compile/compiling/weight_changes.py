@@ -40,6 +40,9 @@ import torch
 # Values of each parameter that are compared: on the CPU a read from memory each.
 SAMPLES = 256
 
+# Where the rows have gaps between them, these are of at most so many rows and columns.
+GRID = 16
+
 GOLDEN = (5**0.5 - 1) / 2
 
 # Longer than a scheduler's step on the host (1 to 3 ms), shorter than what fuses an adapter.
@@ -109,7 +112,8 @@ def _sample(parameter: torch.Tensor, whole: bool) -> torch.Tensor:
         K = dense.shape[-1] if order else 1
         sample = dense.view(-1)[:: _step(sample.numel() // max(1, K), K)]
     elif sample.dim() > 1:
-        sample = sample.diagonal(0, -2, -1)
+        rows, columns = (-(-size // GRID) for size in sample.shape[-2:])
+        sample = sample[..., :: max(1, rows), :: max(1, columns)]
     # Of one axis with gaps, such as a row that a weight is stacked of, all is compared.
     return sample.view(_BIT_PATTERNS[sample.element_size()])
 
