@@ -25,6 +25,7 @@ from omniq_compile.lowering.target import Target, detect
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
+from omniq_compile.passes.policy import main_device
 from omniq_compile.passes.sites import Site
 from omniq_compile.reports import structured_trace
 from omniq_compile.reports.summary import summary_line
@@ -277,10 +278,9 @@ def run_target(config: QuantConfig, devices: Iterable[torch.device]) -> Target:
 
     Args:
         config: the options.
-        devices: of the tensors in the graph, of which an accelerator goes before the CPU.
+        devices: of the tensors in the graph.
     """
-    accelerators = sorted(str(d) for d in devices if d.type not in ("cpu", "meta"))
-    here = detect(accelerators[0] if accelerators else "cpu")
+    here = detect(main_device(devices))
     if config.target is None or here.runs(config.target):
         return config.target or here
     raise OptionError(

@@ -19,7 +19,7 @@ from omniq_compile.passes.inline import inline
 from omniq_compile.passes.lower import lower
 from omniq_compile.passes.match import find_sites
 from omniq_compile.passes.names import name_as_in_model
-from omniq_compile.passes.policy import decide
+from omniq_compile.passes.policy import decide, main_device
 from omniq_compile.passes.real_rotary import real_rotary
 from omniq_compile.passes.rewrite import rewrite
 from omniq_compile.passes.shards import multiply_shards
@@ -56,7 +56,8 @@ def build(config: QuantConfig) -> list[Pass]:
         return gm
 
     def policy(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
-        decide(context.sites, config, context.target, context.low_precision)
+        device = main_device(dynamo.devices(gm.graph))
+        decide(context.sites, config, context.target, context.low_precision, device)
         return gm
 
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,20 @@ FLOAT32_REASON = "kept in float32 by the model, beside layers of lower precision
 _BY_MATMUL = " (option 'matmul': True quantizes both operands)"
 
 
+def main_device(devices: Iterable[torch.device]) -> str:
+    """Return the device that a graph is compiled for whose tensors are on these: an accelerator
+    goes before the CPU.
+    """
+    accelerators = sorted(str(d) for d in devices if d.type not in ("cpu", "meta"))
+    return accelerators[0] if accelerators else "cpu"
+
+
 def decide(
-    sites: list[Site], config: QuantConfig, target: Target, low_precision: bool = False
+    sites: list[Site],
+    config: QuantConfig,
+    target: Target,
+    low_precision: bool = False,
+    device: str | None = None,
 ) -> None:
     """Set the decision of every site.
 
@@ -36,6 +48,7 @@ def decide(
         config: the options.
         target: to choose kernels for.
         low_precision: the model has layers of lower precision than float32, as these may have too.
+        device: the graph's `main_device`; None where all products are on one.
 
     Raises:
         OptionError: the policy needs the order of the blocks, which this graph does not show.
@@ -46,10 +59,10 @@ def decide(
     leading = _in_leading_blocks(sites, config)
     graphs = {site.node.graph for site in sites}
     shared = {graph: writes.inputs_in_one_memory(graph) for graph in graphs}
-    mixed = len({_device(site) for site in sites} - {"meta"}) > 1
+    kind = None if device is None else torch.device(device).type
     for site in sites:
         reason = _keep(site, config, low_precision, leading)
-        if reason is None and mixed and _device(site) != target.torch_device:
+        if reason is None and kind is not None and _device(site) not in (kind, "meta"):
             reason = f"it is on {_device(site)!r}, and this graph is compiled for {str(target)!r}"
         if reason is None and site.kind is Kind.WEIGHT:
             reason = _changed(site, shared[site.node.graph])

@@ -36,6 +36,18 @@ class Both(nn.Module):
         return out
 
 
+class MovedResult(nn.Module):
+    """Its one product is on the CPU, and only what comes of it on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 96, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x).to("cuda")
+        return out
+
+
 class Moved(nn.Module):
     """All inputs of the graph are on the CPU, and its product is not."""
 
@@ -83,6 +95,14 @@ def test_a_layer_on_another_device_is_kept(decided: Callable[..., list[Site]]) -
     assert first.decision.reason == "it is on 'cpu', and this graph is compiled for 'cuda:sm_90'"
     assert second.decision.kernel is not None
     assert second.decision.kernel.device == "cuda"
+
+
+def test_a_layer_is_kept_where_no_product_is_on_the_device_of_the_graph(
+    decided: Callable[..., list[Site]],
+) -> None:
+    (site,) = decided(MovedResult)
+    assert site.decision.kernel is None
+    assert site.decision.reason == "it is on 'cpu', and this graph is compiled for 'cuda:sm_90'"
 
 
 def test_a_product_is_on_the_device_that_it_is_moved_to(
