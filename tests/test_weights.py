@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from format_oracle import same_bits
 from torch import nn
 
 from omniq_compile import WeightError
+from omniq_compile.compiling import weights
 from omniq_compile.compiling.weights import resident_bytes, statistics
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.rows import dequantize_rows, quantize_rows
@@ -240,6 +242,30 @@ def test_a_replaced_weight_frees_the_old_one() -> None:
         fast(x)
     gc.collect()
     assert resident_bytes() - start == one
+
+
+def test_a_replaced_weight_is_given_up_by_graphs_that_are_not_called_again() -> None:
+    gc.collect()
+    start = resident_bytes()
+    others = set(weights._shared.values())
+    block = Block()
+    inputs = [torch.randn(1, tokens, 96) for tokens in (3, 5)]
+    fast = torch.compile(block, backend="omniq", options=OPTIONS, dynamic=False)
+    for x in inputs:
+        fast(x)
+    one = resident_bytes() - start
+    made = set(weights._shared.values()) - others
+    old = [weakref.ref(part) for weight in made for part in weight.parts]
+    del made
+    block.up.weight.data.mul_(-2)
+    block.down.weight.data.mul_(-2)
+    fast(inputs[0])
+    assert [reference() for reference in old] == [None] * 4
+    assert resident_bytes() - start == one
+    quantized = statistics()["quantized"]
+    for x in inputs:
+        assert_near(residual(fast, x), residual(block, x))
+    assert statistics()["quantized"] == quantized
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

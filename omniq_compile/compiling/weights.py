@@ -2,7 +2,8 @@
 
 One compiled graph serves many blocks, so it gets its weights by the identity of the parameters it
 is called with. A quantized form lives as long as both the parameters and a compiled graph that
-uses it, and is made anew when a parameter has changed, as `weight_changes` notices it.
+uses it, and is made anew when a parameter has changed, as `weight_changes` notices it. The old one
+is given up then, also by graphs that are not called again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from omniq_compile.passes.context import Binding
 from omniq_compile.passes.expression import evaluate
 
 Parts = tuple[torch.Tensor, ...]
+# None stands for a part of the parameter itself, which is stored quantized.
+OwnParts = tuple[torch.Tensor | None, ...]
 
 _lock = threading.RLock()
 _shared: weakref.WeakValueDictionary[Any, QuantizedWeight] = weakref.WeakValueDictionary()
@@ -39,14 +42,14 @@ class QuantizedWeight:
     """The parts of one weight, and the stamps of the parameters they were made from.
 
     Of a weight that is stored quantized, the parts that were laid out anew: the others are its own,
-    and None here.
+    and None here. One that was replaced has no parts at all any more.
     """
 
     __slots__ = ("__weakref__", "parts", "stamps")
 
     def __init__(self, binding: Binding, parameters: Sequence[torch.Tensor]) -> None:
         self.stamps = [Stamp(s) for s in _sources(parameters)]
-        self.parts: tuple[torch.Tensor | None, ...]
+        self.parts: OwnParts | None
         if binding.stored:
             stored: Any = parameters[0]
             self.parts = _arrange_stored(binding, stored.parts)
@@ -63,7 +66,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts if part is not None)
+        return sum(part.nbytes for part in self.parts or () if part is not None)
 
 
 def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -140,43 +143,48 @@ class BoundWeights:
         start = time.perf_counter()
         quantizing = _statistics["quantize_seconds"]
         weight_changes.entered()
-        weights = iter(self._weights(arguments))
+        made = iter(self._made_parts(arguments))
         parts: list[Any] = []
         for row in self._rows:
             if row.own_parts:
                 parts += row.parameters(arguments)[0].parts
             elif row.stored:
                 own = row.parameters(arguments)[0].parts
-                laid_out = next(weights).parts
-                parts += [o if new is None else new for o, new in zip(own, laid_out, strict=True)]
+                parts += [o if new is None else new for o, new in zip(own, next(made), strict=True)]
             else:
-                parts += next(weights).parts
+                parts += next(made)
         _statistics["lookups"] += len(self._rows)
         spent = time.perf_counter() - start
         _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
         return parts
 
-    def _weights(self, arguments: Sequence[Any]) -> Sequence[QuantizedWeight]:
-        """Return a weight for each row that has more than its parameter's own parts."""
+    def _made_parts(self, arguments: Sequence[Any]) -> Sequence[OwnParts]:
+        """Return what each row has beside its parameter's own parts, if it has more than these."""
         parameters = [row.parameters(arguments) for row in self._followed]
         sources = [source for each in parameters for source in _sources(each)]
         numbers = tuple(map(id, sources))
         bound = self._bound.get(numbers)
         if bound is not None and bound.is_current(sources):
-            if sources and weight_changes.is_capturing(sources[0].device):
-                _keep_for_replays(bound.weights, sources)
-            return bound.weights
+            held = [weight.parts for weight in bound.weights]
+            current = [parts for parts in held if parts is not None]
+            # Another graph may have noticed first that one changed, also in another thread.
+            if len(current) == len(held):
+                if sources and weight_changes.is_capturing(sources[0].device):
+                    _keep_for_replays(current, sources)
+                return current
         # Of what changed, each weight is freed when the next is there, and not all at the end.
         old = deque(bound.weights if bound is not None else ())
         self._bound.pop(numbers, None)
         del bound
-        weights = []
+        weights, made = [], []
         for row, each in zip(self._followed, parameters, strict=True):
-            weights.append(_shared_weight(row, each))
+            weight, parts = _shared_weight(row, each)
+            weights.append(weight)
+            made.append(parts)
             if old:
                 old.popleft()
         self._bound[numbers] = _Bound(weights, sources, self._forget(numbers))
-        return weights
+        return made
 
     def _forget(self, numbers: tuple[int, ...]) -> Callable[[Any], None]:
         """Return what drops the weights of some sources when one dies: its id is free then."""
@@ -196,8 +204,8 @@ class BoundWeights:
         return sum(weight.nbytes for weight in held.values())
 
 
-def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight:
-    """Return the weight that any graph has made of some parameters, or make it."""
+def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> tuple[QuantizedWeight, OwnParts]:
+    """Return the weight that any graph has made of some parameters, or make it; and its parts."""
     sources = _sources(parameters)
     # Dynamo traces a parameter of another shape, dtype or order of axes anew: its memory may be the
     # same, as after ``parameter.data = parameter.data.T``, and its weight is another.
@@ -206,19 +214,24 @@ def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> QuantizedWeight
     with _lock:
         weight = _shared.get(identity)
         if weight is None or not weight.is_current(sources):
-            weight = QuantizedWeight(row.binding, parameters)
+            stale, weight = weight, QuantizedWeight(row.binding, parameters)
             _shared[identity] = weight
-        return weight
+            if stale is not None:
+                # Other graphs would hold its memory until they are called again, if ever. Calls
+                # that run now have the parts themselves.
+                stale.parts = None
+        assert weight.parts is not None
+        return weight, weight.parts
 
 
-# Parameters -> the weights that CUDA graphs read, which callers captured: a replay tells nobody.
+# Parameters -> the parts that CUDA graphs read, which callers captured: a replay tells nobody.
 _captured: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _keep_for_replays(weights: Sequence[QuantizedWeight], sources: Sequence[torch.Tensor]) -> None:
-    """Let weights live as long as each parameter, whatever becomes of it and of the program."""
+def _keep_for_replays(made: Sequence[OwnParts], sources: Sequence[torch.Tensor]) -> None:
+    """Let parts live as long as each parameter, whatever becomes of it and of the program."""
     for source in sources:
-        _captured.setdefault(source, set()).update(weights)
+        _captured.setdefault(source, {}).update((id(parts), parts) for parts in made)
 
 
 def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
@@ -238,7 +251,7 @@ def _quantize(binding: Binding, parameters: Sequence[torch.Tensor]) -> Parts:
     return parts
 
 
-def _arrange_stored(binding: Binding, parts: Parts) -> tuple[torch.Tensor | None, ...]:
+def _arrange_stored(binding: Binding, parts: Parts) -> OwnParts:
     """Lay parts out as the kernel reads them; None for one that stays as it is stored."""
     with torch.inference_mode(False), torch.no_grad():
         arranged = binding.arrange(parts)
