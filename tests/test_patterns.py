@@ -131,6 +131,26 @@ def test_a_full_name_keeps_no_layer_of_its_block_that_ends_like_it() -> None:
     assert first_match(kept, "attn.proj") is None
 
 
+@pytest.mark.parametrize(
+    ("patterns", "kept"),
+    [
+        (["attn"], [r"re:attn(\..*)?"]),
+        (["to_q", "re:.*proj"], [r"re:attn\.to_q(\..*)?", r"re:proj"]),
+        (["attn", "to_q", r"re:.*to_q\.weight"], [r"re:attn(\..*)?"]),
+        ([r"re:.*attn"], [r"re:attn"]),
+        (["blocks.2"], ["re:.*"]),
+        (["blocks.1"], []),
+    ],
+)
+def test_a_plain_name_means_what_is_below_it_when_that_comes_later(
+    patterns: list[str], kept: list[str]
+) -> None:
+    block = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(3, 3)})})
+    block["proj"] = nn.Linear(3, 3)
+    config = QuantConfig("int8", ignored_layers=tuple(patterns))
+    assert list(block_config(config, "blocks.2", block, 2).ignored_layers) == kept
+
+
 def test_a_product_without_a_weight_is_named_by_its_module_and_index() -> None:
     class Scores(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

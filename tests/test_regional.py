@@ -224,6 +224,34 @@ def compile_each(model: nn.Module, **options: Any) -> None:
         block.compile(backend="omniq", options=OPTIONS | options)
 
 
+class Adapted(nn.Module):
+    """A layer with an adapter, named as peft's is."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 4)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, layer.out_features)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base_layer(x)
+        return out + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@pytest.mark.parametrize("pattern", ["net", "net.0", "late.0"])
+def test_an_adapter_that_is_loaded_after_a_call_is_kept_with_its_layer(pattern: str) -> None:
+    model, x = tower(late=2, early=0), torch.randn(7, 38)
+    plain = copy.deepcopy(model)
+    omniq_compile.compile(model, OPTIONS | INT8 | {"ignored_layers": [pattern, "net.1", "late.1"]})
+    assert torch.equal(model(x), plain(x))
+    for each, late in ((model, model.late), (plain, plain.late)):
+        torch.manual_seed(0)
+        for block in late:
+            block.net[0] = Adapted(block.net[0])
+        each.requires_grad_(False)
+    assert torch.equal(model(x), plain(x))
+
+
 @pytest.mark.parametrize(
     ("method", "option", "pattern"),
     [

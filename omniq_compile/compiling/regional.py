@@ -244,6 +244,19 @@ def _call_with_hooks(
     return call(block, *args, **kwargs)
 
 
+def _pattern(name: str, below: bool) -> str:
+    """Word the pattern of what has a name in a block, and maybe of what is below it."""
+    if not name:
+        return "re:.*" if below else "re:"
+    return f"re:{re.escape(name)}" + (r"(\..*)?" if below else "")
+
+
+def _names_above(name: str) -> list[str]:
+    """Name what holds something in a block, the block among it, which is named ""."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))] if name else []
+
+
 def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -> QuantConfig:
     """Return the configuration of one block, with names as the block itself sees them.
 
@@ -256,7 +269,15 @@ def block_config(config: QuantConfig, name: str, block: nn.Module, place: int) -
     names = possible_names(block, name)
 
     def inside(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"re:{re.escape(own)}" for own, full in names if first_match(patterns, full))
+        # A name that is no regular expression means what is below it too, such as the layers of an
+        # adapter that is loaded after the first call.
+        plain = [pattern for pattern in patterns if not pattern.startswith("re:")]
+        whole = {own for own, full in names if first_match(plain, full)}
+        return tuple(
+            _pattern(own, own in whole)
+            for own, full in names
+            if first_match(patterns, full) and whole.isdisjoint(_names_above(own))
+        )
 
     return dataclasses.replace(
         config,
