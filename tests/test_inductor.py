@@ -8,10 +8,13 @@ import sys
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import fresh_cache
+from torch.utils._sympy.functions import FloorDiv
 
 from omniq_compile import OptionError
 from omniq_compile.compiling import inductor
@@ -126,3 +129,23 @@ def test_nan_is_not_looked_for_in_codes_of_8_bits(method: str, refused: bool) ->
         compiled(x)
     assert isinstance(raised.value.inner_exception, OptionError)
     assert "'nan_asserts' fails at codes in torch.float8_e4m3fn" in str(raised.value)
+
+
+def test_sizes_are_divided_where_the_result_is_whole() -> None:
+    inductor._divide_sums()
+    sizes = SizeVarAllocator()
+    s, t = sympy.symbols("s t", integer=True, positive=True)
+    many = sum(sympy.symbols("a:9", integer=True, positive=True))
+    choice = sympy.Piecewise((s, s > 3), (1, True))
+    for numerator, denominator, is_multiple in (
+        (960 * s + 6720, s + 7, True),
+        (6 * s * t + 42 * t, 2 * s + 14, True),
+        (FloorDiv(s, 2) * (s + 7), s + 7, True),
+        (6 * s + 6, 4 * s + 4, False),
+        (s * (s + 7) / 2, s + 7, False),  # 4 by 8 where s is 1
+        (choice, s + 7, False),
+        (s + 7, choice, False),
+        (sympy.expand(many * (s + 7)), s + 7, False),  # it may take long
+    ):
+        found = sizes.statically_known_multiple_of(numerator, denominator)
+        assert found is is_multiple, (numerator, denominator)

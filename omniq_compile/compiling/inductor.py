@@ -112,7 +112,7 @@ def _store_operands_once() -> None:
     known.add(triton_kernel_wrapper_mutation)  # type: ignore[arg-type]
 
 
-# Of more symbols sympy may take long to find a common divisor.
+# Of more symbols sympy may take long to divide.
 _FEW_SYMBOLS = 8
 
 
@@ -125,20 +125,34 @@ def _divide_sums() -> None:
     fails as it cannot divide them among the rows ("CantSplit", pytorch/pytorch#183696), which 2.11
     could. Private, checked on torch 2.11 to 2.13; other graphs of the process profit too.
     """
-    import sympy  # type: ignore[import-untyped]
     from torch._inductor.sizevars import SizeVarAllocator
 
     known = SizeVarAllocator.statically_known_multiple_of
 
     def is_multiple(sizes: Any, numerator: Any, denominator: Any) -> bool:
-        if known(sizes, numerator, denominator):
-            return True
-        symbols = getattr(denominator, "free_symbols", ())
-        few = 0 < len(symbols) <= _FEW_SYMBOLS
-        return few and bool(sympy.gcd(numerator, denominator) == denominator)
+        return known(sizes, numerator, denominator) or _divides(denominator, numerator)
 
     allocator: Any = SizeVarAllocator
     allocator.statically_known_multiple_of = is_multiple
+
+
+def _divides(denominator: Any, numerator: Any) -> bool:
+    """Say whether a size with symbols is a whole multiple of another, as polynomials over integers.
+
+    Over fractions ``s * (s + 7) / 2`` would be one of ``s + 7``, which for an odd ``s`` it is not.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from sympy.polys.polyerrors import BasePolynomialError  # type: ignore[import-untyped]
+
+    sizes = denominator, numerator
+    symbols: list[set[Any]] = [getattr(size, "free_symbols", set()) for size in sizes]
+    if not symbols[0] or len(set.union(*symbols)) > _FEW_SYMBOLS:
+        return False
+    try:
+        _, rest = sympy.div(numerator, denominator, domain="ZZ")
+    except BasePolynomialError:  # one has parts that are none, such as a choice between sizes
+        return False
+    return bool(rest == 0)
 
 
 # 512 threads hold 32 elements each of a row of this length, and what is computed from them.
