@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -82,7 +84,7 @@ def pause(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the next call find that the host was away for long."""
 
     def now() -> None:
-        monkeypatch.setattr(weight_changes, "_last_return", float("-inf"))
+        monkeypatch.setattr(weight_changes._calls, "last_return", float("-inf"))
         monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", 3600)
 
     return now
@@ -176,6 +178,24 @@ def test_after_a_pause_one_wait_serves_every_block(device: Device, pause: Any) -
         assert_near(residual(block, x), expected)
     assert device.waits - waits == 1
     assert statistics()["quantized"] - quantized == 3
+
+
+def test_calls_of_another_thread_hide_no_pause(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, other, x = Block(), Block(), torch.randn(3, 5, 96)
+    fast, busy = warm(block, x), warm(other, x)
+    monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 3600)
+    with ThreadPoolExecutor(1) as pool:
+        time.sleep(0.6)
+        pool.submit(torch.no_grad()(busy), x).result()
+        write_low_rank_through_data(block)
+        waits = device.waits
+        assert_near(residual(fast, x), residual(block, x))
+        assert device.waits - waits == 1
+        residual(fast, x)
+        assert device.waits - waits == 1
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ the device has run everything before it, in each call, and could not run ahead a
 `DeviceComparison` compares all weights of a call on the device, leaves the answer in pinned memory
 and lets the host go on. What holds for a write through ``.data`` to a parameter on an accelerator:
 
-- A call that begins more than `PAUSE_SECONDS` after the last compiled call returned waits once, for
-  the answers about all weights of the process, so that neither it nor any later call uses a weight
-  that changed before. Loading and fusing adapters, or encoding a prompt, takes the host longer than
-  that; a denoising loop takes less from call to call.
+- A call that begins more than `PAUSE_SECONDS` after the last compiled call of its thread returned,
+  or that is the first there, waits once, for the answers about all weights of the process, so that
+  neither it nor any later call uses a weight that changed before. Loading and fusing adapters, or
+  encoding a prompt, takes the host longer than that; a denoising loop takes less from call to call.
 - Any other call asks if the last question was `RECHECK_SECONDS` ago, reads the answer once the
   device has given it, and does not wait. A change made between two calls in quick succession is so
   noticed within that time where the device keeps up, and at the latest by the first call after a
@@ -55,8 +55,16 @@ _BIT_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _lock = threading.RLock()
 _comparisons: weakref.WeakSet[DeviceComparison] = weakref.WeakSet()
-_last_return = float("-inf")
 _pauses = 0
+
+
+class _Calls(threading.local):
+    """When the last compiled call of this thread returned, whatever others were doing."""
+
+    last_return = float("-inf")
+
+
+_calls = _Calls()
 
 
 class Stamp:
@@ -275,13 +283,13 @@ def comparisons_of(stamps: Sequence[Stamp]) -> list[HostComparison | DeviceCompa
 
 
 def entered() -> None:
-    """Note that a compiled call begins, and whether the host was away for long before it."""
+    """Note that a compiled call begins, and whether its thread was away for long before it."""
     global _pauses
-    if time.perf_counter() - _last_return > PAUSE_SECONDS:
-        _pauses += 1
+    if time.perf_counter() - _calls.last_return > PAUSE_SECONDS:
+        with _lock:
+            _pauses += 1
 
 
 def returned() -> None:
     """Note that a compiled call has returned to its caller."""
-    global _last_return
-    _last_return = time.perf_counter()
+    _calls.last_return = time.perf_counter()
