@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import omniq_compile
-from omniq_compile.compiling.weights import resident_bytes
+from omniq_compile.compiling.weights import BoundWeights, resident_bytes
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}
 
@@ -36,6 +36,11 @@ class Tower(nn.Module):
         return x
 
 
+def compiled_graphs() -> int:
+    gc.collect()
+    return sum(type(thing) is BoundWeights for thing in gc.get_objects())
+
+
 def test_compiling_anew_frees_the_weights_of_before() -> None:
     model, x = Tower(), torch.randn(7, 64)
     gc.collect()
@@ -46,6 +51,20 @@ def test_compiling_anew_frees_the_weights_of_before() -> None:
         gc.collect()
         held.append(resident_bytes() - before)
     assert held[0] == held[1] == held[2] > 0
+
+
+def test_what_was_compiled_for_a_hook_goes_with_it() -> None:
+    model, x = Tower(), torch.randn(7, 64)
+    omniq_compile.compile(model, OPTIONS | {"method": "int8"})
+    model(x)
+    before = compiled_graphs()
+    for _ in range(3):
+        hook = model.blocks[1].register_forward_hook(lambda block, args, out: out * 2)
+        model(x)
+        assert compiled_graphs() == before + 1
+        hook.remove()
+        model(x)
+        assert compiled_graphs() == before
 
 
 @pytest.mark.parametrize("ran", [False, True])

@@ -19,7 +19,8 @@ class BlockFunctions:
     as they are, without an error. So blocks share a function until one of them compiles anew though
     its inputs look like those of a block before, as where each reads its own number. From then on
     only those do whose own numbers and names are equal. Before that they are not told apart: most
-    blocks that have a number never read it. A block with hooks has a function of its own.
+    blocks that have a number never read it. A block with hooks has a function of its own, which is
+    not kept here: no later hook is the same, and what was compiled goes with what calls it.
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
@@ -31,11 +32,11 @@ class BlockFunctions:
 
     def of(self, block: nn.Module) -> FunctionType:
         """Return what calls a block, to be compiled; see the class for which blocks share it."""
-        hooks = hooks_of(block)
-        values = hooks, _own_values(block)
+        if hooks_of(block) != NO_HOOKS:
+            return self._new()
+        values = _own_values(block)
         if values not in self._by_values:
-            alone = self._apart or hooks != NO_HOOKS
-            self._by_values[values] = self._new() if alone else self._shared
+            self._by_values[values] = self._new() if self._apart else self._shared
         return self._by_values[values]
 
     def ran(self, arguments: Any, compiled: bool) -> None:
