@@ -69,16 +69,13 @@ def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
     low_precision = bool(dtypes & {torch.bfloat16, torch.float16})
     leading = _leading(model, config)
     shared = _shared_with_others(model)
-    names_of = defaultdict(list)  # a module may stand in several places
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of[module].append(name)
+    names_of = layer_names(model)
     reasons: dict[str, str | None] = {}
     by_weight: dict[int, list[str]] = {}
     for name, module in linears.items():
-        places = [layer_name([], place) for place in names_of[module]]
         reasons[name] = (
             shared.get(id(module.weight))
-            or next(filter(None, (ignored_reason(config, n) for n in places)), None)
+            or next(filter(None, (ignored_reason(config, n) for n in names_of[module])), None)
             or (leading_reason(config) if name.startswith(leading) else None)
             or _keep(module.weight, config, low_precision)
         )
@@ -89,6 +86,14 @@ def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
             if kept and not reasons[name]:
                 reasons[name] = f"it shares its weight with {kept!r}, which is kept"
     return [_row(name, linears[name].weight, reasons[name], config) for name in linears]
+
+
+def layer_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return the names that each module has as a layer: it may stand in several places."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for place, module in model.named_modules(remove_duplicate=False):
+        names[module].append(layer_name([], place))
+    return names
 
 
 def _leading(model: nn.Module, config: QuantConfig) -> tuple[str, ...]:

@@ -16,10 +16,17 @@ from omniq_compile.checkpoints.recorded_options import (
 )
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.given_model import check_model
-from omniq_compile.layer_plan import LayerPlan, describe, nothing_quantized, plan_layers
+from omniq_compile.layer_plan import (
+    LayerPlan,
+    describe,
+    layer_names,
+    nothing_quantized,
+    plan_layers,
+)
 from omniq_compile.lowering.errors import OptionError, WeightError, unknown
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.patterns import first_match
 
 logger = logging.getLogger("omniq")
@@ -85,7 +92,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         if row.method is not None:
             layer: Any = model.get_submodule(row.layer)
             layers.setdefault(id(layer.weight), []).append(layer)
-            names.setdefault(id(layer.weight), row.layer)
+            names.setdefault(id(layer.weight), layer_name([], row.layer))
     for key, sharing in layers.items():
         parameter = quantized_parameter(names[key], sharing[0].weight, config)
         for layer in sharing:
@@ -110,15 +117,17 @@ def _check_quantized_before(model: nn.Module, rows: list[LayerPlan], config: Qua
             f"this {type(model).__name__} is {differs}. Quantize the original model, or call "
             "its dequantize() first, which keeps the rounding of its weights."
         )
+    names_of = layer_names(model)
     for row in rows:
-        weight: Any = model.get_submodule(row.layer).weight
+        layer: Any = model.get_submodule(row.layer)
+        weight, names = layer.weight, names_of[layer]
         if not isinstance(weight, QuantizedTensor) or weight.format == config.scheme.weight:
             continue
-        if first_match(config.ignored_layers, row.layer) is None:
+        if not any(first_match(config.ignored_layers, name) for name in names):
             raise OptionError(
-                f"the weight of {row.layer!r} is quantized already, as {weight.format}, and "
+                f"the weight of {names[0]!r} is quantized already, as {weight.format}, and "
                 f"these options ask for {config.scheme.weight}. Quantize the original model, "
-                f"or keep the layer with 'ignored_layers': [{row.layer!r}]."
+                f"or keep the layer with 'ignored_layers': [{names[0]!r}]."
             )
 
 

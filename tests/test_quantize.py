@@ -164,6 +164,25 @@ def test_twice_is_once() -> None:
     assert not any(row.method for row in rows)
 
 
+def test_a_layer_that_an_adapter_wraps_keeps_its_name() -> None:
+    model, _ = make()
+    omniq.quantize_(model, options("int8"))
+    model.up = nn.ModuleDict({"base_layer": model.out})  # as peft does, and in a second place
+    with pytest.raises(omniq.OptionError, match=r"weight of 'blocks\.0\.up' is quantized already"):
+        omniq.quantize_(model, options("fp8", ignored_layers=["re:up"]))
+    del model.blocks
+    for pattern in ("out", "re:up"):
+        (row,) = omniq.quantize_(model, options("fp8", ignored_layers=[pattern]))
+        assert row.reason == f"ignored by {pattern!r}"
+    model.out = None
+    with pytest.raises(omniq.OptionError, match=r"the weight of 'up' .*'ignored_layers': \['up'\]"):
+        omniq.quantize_(model, options("fp8"))
+    model.up["base_layer"] = nn.Linear(64, 64)
+    model.up["base_layer"].weight.data[3, 4] = float("nan")
+    with pytest.raises(WeightError, match=r"layer 'up': .*'ignored_layers': \['up'\]"):
+        omniq.quantize_(model, options("fp8"))
+
+
 def test_a_weight_with_nan_names_its_layer() -> None:
     model, _ = make()
     model.blocks[1].down.weight[3, 4] = float("nan")
