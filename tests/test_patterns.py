@@ -9,7 +9,7 @@ import torch
 from conftest import OPTIONS, compiled
 from torch import nn
 
-from omniq_compile import QuantConfig, denoise_step, explain
+from omniq_compile import QuantConfig, denoise_step, explain, quantize_
 from omniq_compile.compiling.regional import block_config
 from omniq_compile.passes.patterns import first_match, matches, unmatched
 
@@ -200,6 +200,22 @@ def test_matched_patterns_are_not_logged(caplog: pytest.LogCaptureFixture) -> No
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "omniq"]
+
+
+def test_a_regular_expression_that_ends_above_layers_is_told_of_but_at_a_wrapped_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(Model())
+    for block in model[0].blocks:
+        adapter = nn.ModuleDict({"default": nn.Linear(38, 4)})
+        block["img_mod"] = nn.ModuleDict({"base_layer": block["img_mod"], "lora_A": adapter})
+    quantize_(model, OPTIONS | {"ignored_layers": [r"re:.*\.img_mod", r"re:.*blocks\.1"]})
+    (text,) = warnings(caplog)
+    assert text == (
+        r"ignored_layers pattern 're:.*blocks\\.1' names 0.blocks.1, and none of the layers in it; "
+        r"'re:(.*blocks\\.1)(\\..*)?' names them too"
+    )
+    assert type(model[0].blocks[0]["img_mod"]["base_layer"].weight) is nn.Parameter
 
 
 def test_every_option_that_names_layers_is_reported_and_logged_once(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.layer_names import possible_names
+from omniq_compile.passes.layer_names import layer_name, possible_names
 from omniq_compile.passes.patterns import matches, unmatched
 
 logger = logging.getLogger("omniq")
@@ -44,11 +44,14 @@ def warn_unmatched_in(model: nn.Module, config: QuantConfig) -> None:
     warn_unmatched(config, names, "no layer of the model")
     if config.matmul:
         return
+    # A layer that an adapter wraps has the name of what wraps it.
+    parameters = model.named_parameters(remove_duplicate=False)
+    layers = {layer_name([name], "") for name, _ in parameters}
     outer = {
-        name
+        layer_name([], name)
         for name, module in model.named_modules()
-        if next(module.children(), None) is not None and "weight" not in module._parameters
-    }
+        if next(module.children(), None) is not None
+    } - layers
     for option, patterns in config.layer_patterns.items():
         for pattern in patterns:
             named = [name for name in names if matches(pattern, name)]
