@@ -203,7 +203,8 @@ def _drop_unused_weights(gm: fx.GraphModule) -> None:
     Only these: any other unused node may have an effect, and is not ours to judge.
     """
     for node in reversed(list(gm.graph.nodes)):
-        unused = not node.users and node.op != "output"
+        if node.users or node.op == "output":
+            continue
         constant = is_of_parameters(node) or is_number_of_numpy(node)
-        if unused and constant and not is_in_place(node):
+        if constant and not is_in_place(node):
             gm.graph.erase_node(node)
