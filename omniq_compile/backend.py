@@ -152,7 +152,7 @@ def run_passes(
         seen_casts.has_low_precision(model),
         stages={} if with_stages else None,
     )
-    rewritten = pipeline.run(gm, pipeline.build(config), context)
+    rewritten = pipeline.run(gm, context)
     seen_casts.note(model, context.sites)
     return rewritten, context
 

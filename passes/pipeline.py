@@ -12,7 +12,6 @@ from torch import fx
 
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes import dynamo, legal
-from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context, PassRecord
 from omniq_compile.passes.inference_mode import gradients_off
 from omniq_compile.passes.inline import inline
@@ -48,40 +47,46 @@ class Pass:
     optional: bool = False
 
 
-def build(config: QuantConfig) -> list[Pass]:
-    """Return the passes in order; options are bound here."""
+def _match(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    context.sites = find_sites(gm)
+    return gm
 
-    def match(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
-        context.sites = find_sites(gm)
-        return gm
 
-    def policy(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
-        device = main_device(dynamo.devices(gm.graph))
-        decide(context.sites, config, context.target, context.low_precision, device)
-        return gm
+def _decide(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    device = main_device(dynamo.devices(gm.graph))
+    decide(context.sites, context.config, context.target, context.low_precision, device)
+    return gm
 
-    return [
-        Pass("inline", lambda gm, context: inline(gm)),
-        Pass("names", lambda gm, context: name_as_in_model(gm, context.weight_names)),
-        Pass("inference_mode", lambda gm, context: gradients_off(gm)),
-        Pass("shards", lambda gm, context: multiply_shards(gm)),
-        Pass("match", match),
-        Pass("policy", policy, ends="traced"),
-        Pass("written_weights", written_weights),
-        Pass("rewrite", rewrite),
-        Pass("share", share, ends="quantized", optional=True),
-        Pass("real_rotary", real_rotary, optional=True),
-        Pass("sigmoid_gelu", sigmoid_gelu, optional=True),
-        Pass("lower", lower, ends="lowered"),
-    ]
+
+PASSES = (
+    Pass("inline", lambda gm, context: inline(gm)),
+    Pass("names", lambda gm, context: name_as_in_model(gm, context.weight_names)),
+    Pass("inference_mode", lambda gm, context: gradients_off(gm)),
+    Pass("shards", lambda gm, context: multiply_shards(gm)),
+    Pass("match", _match),
+    Pass("policy", _decide, ends="traced"),
+    Pass("written_weights", written_weights),
+    Pass("rewrite", rewrite),
+    Pass("share", share, ends="quantized", optional=True),
+    Pass("real_rotary", real_rotary, optional=True),
+    Pass("sigmoid_gelu", sigmoid_gelu, optional=True),
+    Pass("lower", lower, ends="lowered"),
+)
 
 
 def run(
-    gm: fx.GraphModule, passes: Sequence[Pass], context: Context, skip: Sequence[str] = ()
+    gm: fx.GraphModule,
+    context: Context,
+    *,
+    passes: Sequence[Pass] = PASSES,
+    skip: Sequence[str] = (),
 ) -> fx.GraphModule:
     """Run the passes on a copy of the graph; the original is left as it was.
 
     Args:
+        gm: the graph as Dynamo traced it.
+        context: what to do, and what is found.
+        passes: in order.
         skip: names of optional passes to leave out.
 
     Raises:

@@ -103,7 +103,7 @@ def run(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[passe
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         context = Context(config, detect("cpu"))
-        pipeline.run(gm, pipeline.build(config), context)
+        pipeline.run(gm, context)
         found.extend(context.sites)
         return omniq(gm, example_inputs, options=config)
 

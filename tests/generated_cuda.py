@@ -150,7 +150,7 @@ def generate(graph: fx.GraphModule, values: list[Any], variant: str, target: str
     config = QuantConfig.from_options({"min_features": 1} | VARIANTS[variant])
     context = Context(config, Target.parse(target), stages={})
     assert absent_gpu.why_not(context.target) is None
-    lowered = pipeline.run(graph, pipeline.build(config), context)
+    lowered = pipeline.run(graph, context)
     program = generated.program(lowered, settings_of(config), context.target)
     assert context.stages is not None
     quantized = context.stages["quantized"]

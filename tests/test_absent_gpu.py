@@ -288,7 +288,7 @@ def test_symbolic_columns_leave_the_launch_to_the_call() -> None:
     ((graph, _),) = traced(lambda a, b: a @ b.t(), a, b)
     config = QuantConfig.from_options({"method": "int8", "min_features": 1, "matmul": True})
     context = Context(config, Target.parse("cuda:sm_90"), stages={})
-    lowered = pipeline.run(graph, pipeline.build(config), context)
+    lowered = pipeline.run(graph, context)
     assert absent_gpu.why_not(context.target) is None
     program = generated.program(lowered, {}, context.target)
     assert launches(program)[1] == {"torch.ops.omniq.triton_row_scaled_gemm.default": 1}

@@ -51,7 +51,7 @@ def test_fp8_compiles_for_sm_80(
     config = QuantConfig.from_options({"method": "fp8", "min_features": 1} | more)
     context = Context(config, Target.parse("cuda:sm_80"), stages={})
     assert absent_gpu.why_not(context.target) is None
-    lowered = pipeline.run(graph, pipeline.build(config), context)
+    lowered = pipeline.run(graph, context)
     (site,) = context.sites
     assert site.decision.kernel is not None
     assert site.decision.kernel.name == kernel

@@ -96,7 +96,7 @@ def quantized(model: Holder, *inputs: torch.Tensor) -> tuple[Any, fx.GraphModule
     context = Context(QuantConfig.from_options(OPTIONS), detect("cpu"), stages={})
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        pipeline.run(gm, pipeline.build(context.config), context)
+        pipeline.run(gm, context)
         return omniq(gm, example_inputs, options=OPTIONS)
 
     result = torch.compile(model, backend=backend)(*inputs)

@@ -58,7 +58,7 @@ def stages_of(model: nn.Module, **options: Any) -> tuple[fx.GraphModule, list[An
     ((gm, inputs),) = traced(model, torch.randn(2, 7, 38), torch.randn(26))
     config = QuantConfig.from_options(OPTIONS | options)
     context = Context(config, Target("cpu", "generic"), stages={})
-    pipeline.run(gm, pipeline.build(config), context)
+    pipeline.run(gm, context)
     return gm, inputs, context
 
 

@@ -74,7 +74,7 @@ def test_a_lowered_graph_does_what_the_quantized_one_says(
     if config.method == "mxfp4" and place.device == "rocm":
         recorders.append(fake_gemms.install_aiter(monkeypatch, tmp_path, place.arch))
     context = Context(config, place, stages={})
-    lowered = pipeline.run(graph, pipeline.build(config), context)
+    lowered = pipeline.run(graph, context)
     # AITER has to be found to be chosen; the others are there when the graph runs.
     if place.device == "npu":
         module, recorder = fake_torch_npu.install(place.arch)
@@ -130,7 +130,7 @@ def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
     for device, architectures in ARCHITECTURES.items():
         for architecture in architectures:
             context = Context(config, Target(device, architecture))
-            pipeline.run(graphs[0], pipeline.build(config), context)
+            pipeline.run(graphs[0], context)
             (site,) = context.sites
             assert not isinstance(site.problem.M, int)
             assert site.decision.kernel is not None

@@ -75,7 +75,7 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Site]]:
 
         def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             context = Context(config, run_target(config, dynamo.devices(gm.graph)), stages={})
-            pipeline.run(gm, pipeline.build(config), context)
+            pipeline.run(gm, context)
             contexts.append(context)
             return gm.forward
 

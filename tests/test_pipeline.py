@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def new_context() -> Context:
 
 def run(gm: fx.GraphModule, **options: Any) -> tuple[fx.GraphModule, Context]:
     context = new_context()
-    return pipeline.run(gm, pipeline.build(context.config), context, **options), context
+    return pipeline.run(gm, context, **options), context
 
 
 def stage(name: str) -> tuple[fx.GraphModule, Context]:
@@ -53,7 +54,7 @@ def stage(name: str) -> tuple[fx.GraphModule, Context]:
     _, gm, _ = trace()
     context = new_context()
     graph = dynamo.copy_graph(gm)
-    for step in pipeline.build(context.config):
+    for step in pipeline.PASSES:
         graph = step.run(graph, context)
         if step.ends == name:
             break
@@ -184,9 +185,9 @@ def test_the_runner_checks_each_stage() -> None:
         return graph
 
     context = new_context()
-    *passes, last = pipeline.build(context.config)
+    *passes, last = pipeline.PASSES
     with pytest.raises(OmniqError, match="after stage 'lowered'"):
-        pipeline.run(gm, [*passes, pipeline.Pass(last.name, spoil, ends="lowered")], context)
+        pipeline.run(gm, context, passes=[*passes, replace(last, run=spoil)])
 
 
 def test_each_stage_is_a_copy_that_later_passes_do_not_change() -> None:
@@ -205,7 +206,7 @@ def test_each_stage_is_a_copy_that_later_passes_do_not_change() -> None:
 def test_a_graph_without_sites_passes_through() -> None:
     ((gm, inputs),) = traced(Holder(lambda x: x * 2), torch.randn(7, 38))
     context = new_context()
-    result = pipeline.run(gm, pipeline.build(context.config), context)
+    result = pipeline.run(gm, context)
     assert (context.sites, context.bindings) == ([], [])
     assert [r.delta for r in context.records] == [{}] * 12
     assert torch.equal(result(*inputs)[0], inputs[0] * 2)

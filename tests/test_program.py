@@ -74,7 +74,7 @@ class Model(nn.Module):
 def stages(gm: fx.GraphModule, **options: Any) -> tuple[dict[str, fx.GraphModule], Context]:
     config = QuantConfig.from_options(OPTIONS | {"min_features": 4} | options)
     context = Context(config, Target("cpu", "generic"), stages={})
-    pipeline.run(gm, pipeline.build(config), context)
+    pipeline.run(gm, context)
     assert context.stages is not None
     return context.stages, context
 

@@ -133,7 +133,7 @@ def test_layers_with_one_input_quantize_it_once(mesh: Any) -> None:
     config = QuantConfig.from_options(OPTIONS)
     context = Context(config, detect("cpu"), stages={})
     ((gm, _),) = traced(sharded_mlp(mesh), torch.randn(M, K))
-    pipeline.run(gm, pipeline.build(config), context)
+    pipeline.run(gm, context)
     assert count(context.stages["quantized"], QUANTIZE) == 2
     assert count(context.stages["quantized"], GEMM) == 3
 

@@ -43,7 +43,7 @@ def run(model: nn.Module, *inputs: torch.Tensor) -> Run:
     context = Context(QuantConfig.from_options(OPTIONS), detect("cpu"), stages={})
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        pipeline.run(gm, pipeline.build(context.config), context)
+        pipeline.run(gm, context)
         return omniq(gm, example_inputs, options=OPTIONS)
 
     result = torch.compile(model, backend=backend)(*inputs)

@@ -22,7 +22,7 @@ GELUS = (functional.gelu, torch.ops.aten.gelu.default)
 
 def lowered(gm: fx.GraphModule, target: Target, skip: tuple[str, ...] = ()) -> fx.GraphModule:
     config = QuantConfig.from_options({"method": "int8", "min_features": 1})
-    return pipeline.run(gm, pipeline.build(config), Context(config, target), skip=skip)
+    return pipeline.run(gm, Context(config, target), skip=skip)
 
 
 def counts(model: Any, *args: Any, target: Target = GPU, skip: Any = ()) -> tuple[int, int]:

@@ -73,10 +73,10 @@ def sites(name: str) -> list[Site]:
 
 
 def stage(gm: fx.GraphModule, config: QuantConfig, target: Target, name: str) -> str:
-    context, passes = Context(config, target, stages={}), pipeline.build(config)
+    context = Context(config, target, stages={})
     # What comes after the stage takes longest.
-    last = [step.ends for step in passes].index(name)
-    pipeline.run(gm, passes[: last + 1], context)
+    last = [step.ends for step in pipeline.PASSES].index(name)
+    pipeline.run(gm, context, passes=pipeline.PASSES[: last + 1])
     assert context.stages is not None
     return program(context.stages[name])
 

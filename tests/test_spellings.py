@@ -27,7 +27,7 @@ def quantized(model: nn.Module, x: torch.Tensor, **options: Any) -> fx.GraphModu
     config = QuantConfig.from_options(OPTIONS | options)
     context = Context(config, config.target, stages={})
     ((gm, _),) = traced(model, x)
-    pipeline.run(gm, pipeline.build(config), context)
+    pipeline.run(gm, context)
     assert context.stages is not None
     return context.stages["quantized"]
 

@@ -24,7 +24,7 @@ def compile_and_see(function: Any, method: str, **arguments: Any) -> tuple[Any, 
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         context = Context(config, detect("cpu"))
-        result = pipeline.run(gm, pipeline.build(config), context)
+        result = pipeline.run(gm, context)
         found.extend(context.sites)
         return result
 

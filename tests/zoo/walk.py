@@ -110,7 +110,7 @@ class Backend:
             {"method": method, "min_features": 1, "compiler": self.compiler}
         )
         context = Context(config, detect("cpu"))
-        rewritten = pipeline.run(gm, pipeline.build(config), context)
+        rewritten = pipeline.run(gm, context)
         self.sites[method] += context.sites
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         leaves = [leaf for binding in context.bindings for leaf in binding.leaves]
