@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import omniq_compile
@@ -46,6 +47,37 @@ def test_policies_do_not_use_up_one_anothers_recompilations() -> None:
             x = torch.randn(shape)
             assert not torch.equal(model(x), exact(x)), f"nothing is quantized for {shape}"
     assert graphs() == 12
+
+
+class Broken(Block):
+    """A block whose method Dynamo compiles on its own, for all blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.net[0](x)
+        torch._dynamo.graph_break()
+        return x + self.net[1](F.gelu(out))
+
+
+@pytest.mark.parametrize("kind", [Block, Broken])
+def test_only_beside_a_graph_break_the_number_of_policies_is_limited(kind: type[Block]) -> None:
+    model = nn.Sequential(nn.Sequential(kind(), kind(), kind())).requires_grad_(False)
+    exact, x = copy.deepcopy(model[0]), torch.randn(7, 64)
+    options = OPTIONS | {"ignored_layers": ["0.0.net.0", "0.1.net.1"]}
+
+    def call() -> None:
+        for block, slow in zip(model[0], exact, strict=True):
+            assert not torch.equal(block(x), slow(x))
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        omniq_compile.compile(model, options)
+        if kind is Broken:
+            with pytest.raises(BackendCompilerFailed, match="3 different policies to blocks of Br"):
+                call()
+            torch._dynamo.config.recompile_limit = 3
+        call()
+        before = graphs()
+        call()
+        assert graphs() == before
 
 
 def test_sizes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:

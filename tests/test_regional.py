@@ -157,15 +157,6 @@ def test_a_mode_that_does_nothing_is_an_error(mode: str, words: str) -> None:
         omniq_compile.compile(tower(), OPTIONS | {"method": "int8"}, mode=mode)
 
 
-def test_too_many_policies_are_an_error() -> None:
-    ignored = [f"late.{i}.net.{i % 2}" for i in range(2)]
-    with (
-        torch._dynamo.config.patch(recompile_limit=2),
-        pytest.raises(omniq_compile.OptionError, match="3 different policies to blocks of Block"),
-    ):
-        omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ignored})
-
-
 def test_a_pattern_that_matches_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "omniq"):
         omniq_compile.compile(tower(), {"method": "int8", "ignored_layers": ["erly.0"]})

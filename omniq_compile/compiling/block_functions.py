@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -65,6 +65,14 @@ NO_HOOKS: Hooks = (), ()
 def hooks_of(block: nn.Module) -> Hooks:
     """Identify the forward hooks of a block itself, by their numbers: no two hooks share one."""
     return tuple(block._forward_pre_hooks), tuple(block._forward_hooks)
+
+
+def is_whole_block(arguments: Mapping[str, Any]) -> bool:
+    """Say whether a function with such arguments is that of a block, and no other that Dynamo
+    compiles on its own, as it does beside a graph break.
+    """
+    code = _run_block.__code__
+    return set(arguments) == set(code.co_varnames[: code.co_argcount + 2])
 
 
 def _run_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,17 @@
-"""Refuses layer patterns that name a module by its place in a model it is compiled apart from."""
+"""Refuses layer patterns that a block compiled on its own, or a part of one, cannot obey."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
+from torch import nn
+
+from omniq_compile.compiling.block_functions import is_whole_block
 from omniq_compile.compiling.compiled_modules import original
 from omniq_compile.compiling.traced_modules import modules_being_called, traced_modules
 from omniq_compile.lowering.errors import OptionError
+from omniq_compile.passes import dynamo
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
 from omniq_compile.passes.sites import Site
@@ -86,3 +91,30 @@ def refuse_unequal(config: QuantConfig, sites: Sequence[Site]) -> None:
                     "compiled once, for both. Use patterns that name the same layer of each, or "
                     "take the break out (TORCH_LOGS='graph_breaks' shows it)."
                 )
+
+
+def refuse_many(policies: Mapping[type[nn.Module], int]) -> None:
+    """Check that a graph break leaves no more policies to one function than PyTorch compiles.
+
+    Blocks of each policy have a function of their own, but beside a graph break Dynamo compiles
+    their methods, which they share. Beyond its limit it runs blocks as they are.
+
+    Args:
+        policies: how many there are for blocks of each class.
+
+    Raises:
+        OptionError: the graph is of such a method, and there are more.
+    """
+    if is_whole_block(dynamo.traced_locals()):
+        return
+    limit = torch._dynamo.config.recompile_limit
+    kind = next(map(type, traced_modules()[-1:]), nn.Module)  # the block's
+    count = policies.get(kind, 0)
+    if count > limit:
+        raise OptionError(
+            f"the options give {count} different policies to blocks of {kind.__name__}, and a "
+            f"graph break has PyTorch compile one method for all of them, at most {limit} times "
+            "(torch._dynamo.config.recompile_limit). Use patterns that name the same layers in "
+            "every block, take the break out (TORCH_LOGS='graph_breaks' shows it), or raise the "
+            "limit."
+        )

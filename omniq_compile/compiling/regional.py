@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from omniq_compile.compiling.all_kept import KeptLayers
 from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
 from omniq_compile.compiling.block_parts import compiled_parts, holds_wide_linear
 from omniq_compile.compiling.compiled_modules import call_instead
-from omniq_compile.compiling.enclosing import refuse_unequal
+from omniq_compile.compiling.enclosing import refuse_many, refuse_unequal
 from omniq_compile.compiling.silent_blocks import (
     after_first_call,
     warn_not_called,
@@ -66,8 +67,7 @@ def compile(
 
     Raises:
         OptionError: no module, unknown options, arguments or mode, a mode that the compiler does
-            not read, a model without repeated blocks or one that is compiled as a whole, or more
-            different policies for a class of blocks than PyTorch compiles of one function.
+            not read, a model without repeated blocks or one that is compiled as a whole.
     """
     check_model(model, "compile")
     _check_arguments(compile_arguments)
@@ -155,7 +155,7 @@ class _Regions:
         self._order: dict[str, int] = {}
         self._backends: dict[Any, Any] = {}
         self._functions: dict[Any, BlockFunctions] = {}
-        self._check_count(blocks)
+        self._policies = _count_policies(config, blocks)
         for name, part in (item for parts in blocks.values() for item in parts.items()):
             call_instead(part, OwnMethod(partial(self._first_call, name), part))
 
@@ -178,7 +178,7 @@ class _Regions:
         if config not in self._backends:
             # The patterns are names of this block's modules now, which no user has to hear of.
             # Dynamo keeps the backend, and by it would keep all functions if it referred to this.
-            decided = partial(_check, self._kept)
+            decided = partial(_check, self._kept, self._policies)
             self._backends[config] = own_backend(
                 partial(compile_graph, config=config, decided=decided, by_block=True)
             )
@@ -207,25 +207,26 @@ class _Regions:
             self._functions[key] = BlockFunctions(kind)
         return self._functions[key]
 
-    def _check_count(self, blocks: dict[str, dict[str, nn.Module]]) -> None:
-        policies = {
-            (type(part), block_config(self._config, name, part, place))
-            for place, parts in enumerate(blocks.values())
-            for name, part in parts.items()
-        }
-        limit = torch._dynamo.config.recompile_limit
-        for kind in {kind for kind, _ in policies}:
-            count = sum(k is kind for k, _ in policies)
-            if count > limit:
-                raise OptionError(
-                    f"the options give {count} different policies to blocks of {kind.__name__}, "
-                    f"each compiled on its own, and omniq_compile.compile takes at most {limit} "
-                    "(torch._dynamo.config.recompile_limit). Use patterns that name the same "
-                    "layers in every block, compile the model whole, or raise the limit."
-                )
+
+def _count_policies(
+    config: QuantConfig, blocks: dict[str, dict[str, nn.Module]]
+) -> Counter[type[nn.Module]]:
+    """Return how many different policies a model's configuration gives to blocks of each class."""
+    policies = {
+        (type(part), block_config(config, name, part, place))
+        for place, parts in enumerate(blocks.values())
+        for name, part in parts.items()
+    }
+    return Counter(kind for kind, _ in policies)
 
 
-def _check(kept: KeptLayers, config: QuantConfig, sites: Sequence[Site]) -> None:
+def _check(
+    kept: KeptLayers,
+    policies: Mapping[type[nn.Module], int],
+    config: QuantConfig,
+    sites: Sequence[Site],
+) -> None:
+    refuse_many(policies)
     refuse_unequal(config, sites)
     kept.add(config, sites)
 

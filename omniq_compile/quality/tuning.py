@@ -167,7 +167,7 @@ class _Search:
             return values[0]
 
         errors = layer_errors(subject.layers, measure, most_measurements)
-        # `omniq_compile.compile` refuses more.
+        # Of blocks with a graph break `omniq_compile.compile` refuses more, and each is a compile.
         most_policies = torch._dynamo.config.recompile_limit
         path = path_of_keeping(subject.layers, errors, most_policies)
         return cls(subject, state, on_work, errors, path, most_policies)
