@@ -69,8 +69,9 @@ def gemm(
     """
     weight = decode_weight(b, scheme.weight)[0] if problem.b_is_weight else b[0]
     if problem.b_rank == 2:
-        rounded = None if bias is None else bias.to(torch.bfloat16)
-        return torch.nn.functional.linear(a[0], weight, rounded)
+        if bias is not None and bias.dtype != torch.bfloat16:
+            bias = bias.to(torch.bfloat16)
+        return torch.nn.functional.linear(a[0], weight, bias)
     out = torch.matmul(a[0], weight.transpose(-1, -2))
     return out if bias is None else (out.to(torch.float32) + bias).to(torch.bfloat16)
 

@@ -168,7 +168,8 @@ def _choices() -> Any:
     from torch._inductor.runtime.hints import ReductionHint
 
     class Choices(InductorChoices):
-        def should_use_persistent_reduction(
+        # Both are static before torch 2.14.
+        def should_use_persistent_reduction(  # type: ignore[override]
             self, features: Any, cooperative_reduction: bool
         ) -> bool:
             """Hold contiguous rows of up to `_LONGEST_ROW`, where Inductor stops at 1024.
@@ -188,7 +189,7 @@ def _choices() -> Any:
                 and int(row) <= _LONGEST_ROW
             )
 
-        def reduction_split_factor(
+        def reduction_split_factor(  # type: ignore[override]
             self,
             device: torch.device,
             reduction_numel_hint: int,
