@@ -59,6 +59,10 @@ def test_gradients_that_the_model_turns_on_are_refused() -> None:
     model, x = Guidance(), torch.randn(3, 64)
     options = {"method": "int8", "min_features": 1, "compiler": "eager"}
     with torch.no_grad():
+        if torch.__version__ >= "2.15":  # whose Dynamo leaves the whole call to Python
+            fast = torch.compile(model, backend="omniq", options=options)
+            assert torch.equal(fast(x), model(x))
+            return
         with pytest.raises(BackendCompilerFailed) as caught:
             torch.compile(model, backend="omniq", options=options)(x)
         assert isinstance(caught.value.inner_exception, GradientError)

@@ -1,7 +1,7 @@
 """Inductor's ``freezing`` changes neither the GEMM nor the numbers.
 
-With it on, Inductor rewrites ``_int_mm`` by a constant weight to oneDNN's s8 qlinear, which is a
-thousand times slower (``_register_smooth_quant_int_mm_pattern``, checked on torch 2.13). Here the
+With it on, Inductor before torch 2.14 rewrites ``_int_mm`` by a constant weight to oneDNN's s8
+qlinear, which is a thousand times slower (``_register_smooth_quant_int_mm_pattern``). Here the
 product is an operator of omniq's own, which that pattern does not know.
 """
 
@@ -93,6 +93,7 @@ def test_stored_codes_do_not_become_constants_either() -> None:
     assert torch.equal(result, plain)
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="Inductor has the pattern no more")
 def test_the_same_arithmetic_by_a_constant_would_become_qlinear() -> None:
     """The near miss: the plain integer GEMM, with its codes as a buffer of the model."""
     problem = Problem(M, K, N, a_rank=2, b_rank=2, dtype=torch.bfloat16)
