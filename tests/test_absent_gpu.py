@@ -94,8 +94,10 @@ def test_inductor_launches_each_gemm_and_quantizes_once(variant: str, arch: str)
     generated_count, multiplied = launches(program)
     expected_count, expected = PROGRAMS[variant, arch]
     assert multiplied == expected
-    # Inductor of torch 2.11 and 2.12 fuses loops of other shapes less.
-    if torch.__version__ >= "2.13":
+    # Inductor of torch 2.11 and 2.12 fuses loops of other shapes less, that of 2.15 one more.
+    if torch.__version__ >= "2.15":
+        assert expected_count - 1 <= generated_count <= expected_count
+    elif torch.__version__ >= "2.13":
         assert generated_count == expected_count
     # q, k and v read one activation's codes, which Inductor would store for each of them.
     read = re.findall(r"^ +(?:row|block)_scaled_gemm_\d+\.run\((\w+),", program, re.M)
