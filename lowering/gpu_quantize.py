@@ -29,7 +29,7 @@ def stored(x: torch.Tensor) -> torch.Tensor:
     """Return x, which Inductor then stores: it computes a value again wherever it reads it.
 
     Inductor cannot look through `torch.as_strided`, whose operand has to be in memory. Checked on
-    torch 2.11 to 2.13.
+    torch 2.11 to 2.15.
     """
     strides = [1]
     for size in reversed(x.shape[1:]):

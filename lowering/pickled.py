@@ -24,7 +24,7 @@ def allow_loading() -> None:
 def as_pickled(state: dict[str, Any]) -> dict[str, Any]:
     """Return a weight's attributes as they are pickled: those of a float8 dtype as bytes.
 
-    What ``pickle`` itself writes of such a tensor PyTorch cannot read (2.11 to 2.13).
+    What ``pickle`` itself writes of such a tensor PyTorch cannot read (2.11 to 2.15).
     """
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Private, checked on torch 2.11 to 2.13.
+# Private, checked on torch 2.11 to 2.15.
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
@@ -52,7 +52,7 @@ class QuantizedTensor(TensorOfParts):
     method: str
     format: str
     # Operations reach __torch_dispatch__ alone, so that Dynamo traces them as on any tensor. This
-    # and what ``__new__`` calls is private, and checked on torch 2.11 to 2.13.
+    # and what ``__new__`` calls is private, and checked on torch 2.11 to 2.15.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod

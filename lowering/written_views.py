@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Private, checked on torch 2.11 to 2.13.
+# Private, checked on torch 2.11 to 2.15.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary

@@ -225,7 +225,7 @@ def bind(
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> Compiled:
     if config.compiler == "inductor":
         return inductor.compile(gm, inputs, inductor.settings_of(config))
-    # `torch.compiler` lists backends and looks none up. Private, checked on torch 2.11 to 2.13.
+    # `torch.compiler` lists backends and looks none up. Private, checked on torch 2.11 to 2.15.
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]

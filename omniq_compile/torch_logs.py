@@ -16,7 +16,7 @@ def register() -> None:
     What fails here would fail ``import torch``, for programs without omniq too: it is logged.
     """
     try:
-        # Private, checked on torch 2.11 to 2.13.
+        # Private, checked on torch 2.11 to 2.15.
         from torch._logging._internal import register_log
 
         from omniq_compile.lowering.pickled import allow_loading

@@ -1,6 +1,6 @@
 """What Dynamo says of the nodes of a graph: their names, places, devices and values.
 
-Checked on torch 2.11 to 2.13: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
+Checked on torch 2.11 to 2.15: ``example_value``, ``nn_module_stack``, ``tensor_dict`` and
 ``grapharg`` in ``node.meta``, ``node._dynamo_source`` on placeholders, ``dynamo_compile_id`` in
 ``gm.meta``, ``gm._param_name_to_source``, autocast as ``torch.amp._enter_autocast`` with the
 arguments of ``torch.autocast`` and ``torch.amp._exit_autocast`` of its node, and values under
@@ -266,7 +266,7 @@ def traced_locals() -> Mapping[str, Any]:
 def _traced_frame() -> Any:
     """Return what Dynamo knows of the function that it is tracing; None outside a compile.
 
-    Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 to 2.13: outside a compile
+    Reads ``InstructionTranslator.current_tx``, checked on torch 2.11 to 2.15: outside a compile
     there is no frame, which 2.12 says with None.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator

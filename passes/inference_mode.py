@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-# As Dynamo writes the mode into a graph. Private, checked on torch 2.11 to 2.13.
+# As Dynamo writes the mode into a graph. Private, checked on torch 2.11 to 2.15.
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 
 _SET_GRADIENTS = torch._C._set_grad_enabled

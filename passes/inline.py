@@ -16,7 +16,7 @@ from torch import fx
 
 from omniq_compile.passes import dynamo, writes
 
-# Where the operands of the called graph begin. Private, checked on torch 2.11 to 2.13.
+# Where the operands of the called graph begin. Private, checked on torch 2.11 to 2.15.
 _FIRST_OPERAND: dict[Any, int] = {
     torch.ops.higher_order.invoke_subgraph: 2,  # after the graph and its name
     torch.ops.higher_order.tag_activation_checkpoint: 1,

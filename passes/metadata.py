@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Private, checked on torch 2.11 to 2.13.
+# Private, checked on torch 2.11 to 2.15.
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass

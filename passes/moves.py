@@ -55,7 +55,7 @@ _NAMES = (
     "vsplit", "vstack",
 )  # fmt: skip
 
-# What Dynamo makes of ``tensor.data``. Private, checked on torch 2.11 to 2.13.
+# What Dynamo makes of ``tensor.data``. Private, checked on torch 2.11 to 2.15.
 _DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 
 # Cheap to repeat, and without effect on anything else, but where `writes.is_in_place` finds an

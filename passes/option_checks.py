@@ -118,7 +118,7 @@ def _inductor(value: Any) -> Mapping[str, Any]:
                 f"option 'inductor' has {name!r}, which is no setting of Inductor."
                 f"{hint(name, known)} torch._inductor.list_options() lists them."
             )
-        # As torch.compile checks its own options, private, on torch 2.11 to 2.13.
+        # As torch.compile checks its own options, private, on torch 2.11 to 2.15.
         kind = torch._inductor.config.get_type(name)  # type: ignore[attr-defined]
         if typing.get_origin(kind) is None and not isinstance(setting, kind):
             raise OptionError(

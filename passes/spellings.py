@@ -183,7 +183,7 @@ _ROWS: tuple[tuple[str, tuple[Any, ...], Reader], ...] = (
         _cell,
     ),
     ("attention", (torch.nn.functional.multi_head_attention_forward,), _attention),
-    # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.13.
+    # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.15.
     ("encoder layer", (torch._transformer_encoder_layer_fwd,), _encoder_layer),
 )
 

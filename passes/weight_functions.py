@@ -38,7 +38,7 @@ def _of_torch() -> Iterable[Any]:
     functional = torch.nn.functional
     yield from (getattr(torch, name) for name in _NAMES if hasattr(torch, name))
     yield from (getattr(functional, n) for n in ("normalize", "relu", "sigmoid", "softmax", "tanh"))
-    # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.13.
+    # Private, and what Dynamo puts into graphs: checked on torch 2.11 to 2.15.
     yield from (functional.softplus, torch._C._nn.softplus, torch._weight_norm)
     yield from (torch.functional.einsum, torch.functional.norm)
     for name in ("norm", "vector_norm", "matrix_norm"):
@@ -59,7 +59,7 @@ WEIGHT_FUNCTIONS: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 # What Dynamo makes of NumPy's functions of numbers, and of operators on their results. Private,
-# checked on torch 2.11 to 2.13.
+# checked on torch 2.11 to 2.15.
 _OF_NUMPY = {
     f"wrapped_{name}"
     for name in (

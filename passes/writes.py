@@ -155,7 +155,7 @@ _STANDS_FOR = "omniq_memory"
 def _memory(node: fx.Node) -> list[int]:
     """Identify the memory of a node's tensors: Dynamo's fake views share that of their base.
 
-    ``_cdata`` is private, checked on torch 2.11 to 2.13: fake memory has no address.
+    ``_cdata`` is private, checked on torch 2.11 to 2.15: fake memory has no address.
     """
     values = map(dynamo.unwrapped, torch.utils._pytree.tree_leaves(dynamo.value(node)))
     strided = (v for v in values if isinstance(v, torch.Tensor) and v.layout is torch.strided)

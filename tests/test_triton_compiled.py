@@ -53,7 +53,7 @@ SHARED = {
     "gfx1201": 64 * KIB,
 }
 
-# Bytes a thread. Triton 3.8 puts up to 112 on the stack for MX on sm_100, and 3.9 up to 24 on sm_90.
+# Bytes a thread. Triton 3.8 has up to 112 on the stack for MX on sm_100, 3.9 up to 24 on sm_90.
 SPILLED = 0 if metadata.version("triton") < "3.8" else 112
 
 # The one matrix instruction that makes a product native: another beside it would be a fallback.

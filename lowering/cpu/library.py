@@ -71,7 +71,7 @@ def build(source: str) -> ctypes.CDLL:
 
 def _begin(source: str, submit: Callable[..., Any] | None = None) -> Callable[[], Any]:
     """Return what waits for the build of C++ and loads it; ``submit`` runs the compiler."""
-    # Private, checked on torch 2.11 to 2.13: it knows the flags, the headers and the cache folder.
+    # Private, checked on torch 2.11 to 2.15: it knows the flags, the headers and the cache folder.
     from torch._inductor.codecache import CppCodeCache
 
     loading: Callable[[], Any] = CppCodeCache.load_async(source, submit_fn=submit)

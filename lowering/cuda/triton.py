@@ -5,7 +5,7 @@ kernel reads: 8 bytes an element of the result, which at 2 K operations an eleme
 ``4 * peak / (K * bandwidth)`` times as long as the product does. For K = 3072 that is 0.5 on an
 H200, 0.4 on an A100 and more on smaller GPUs, so the Triton kernel, which stores no such matrix,
 goes first wherever it has the fast instruction. On an H200 4096 x 12288 x 3072 takes it 262 us, and
-`torch._int_mm` alone 535. On sm_100 Triton 3.6 and 3.7 have only the ``mma`` of the architectures
+`torch._int_mm` alone 535. On sm_100 Triton before 3.8 has only the ``mma`` of the architectures
 before, and cuBLASLt goes first. Other architectures were not timed.
 
 fp8 goes to cuBLASLt where it can, but for results so small that they are one wave of small tiles:
@@ -20,7 +20,7 @@ INT8 = (
     rows.int8("cuda", ("sm_90",), "s8 wgmma"),
     rows.int8("cuda", ("sm_120", "sm_89", "sm_80"), "s8 mma"),
 )
-INT8_LEGACY = rows.int8("cuda", ("sm_100",), "s8 mma, not tcgen05")
+INT8_LEGACY = rows.int8("cuda", ("sm_100",), "s8 mma, tcgen05 from Triton 3.8 on")
 
 _FP8 = (
     (("sm_100",), "tcgen05.mma f8f6f4"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Private: what AOTAutograd traces. Checked on torch 2.11 to 2.13.
+# Private: what AOTAutograd traces. Checked on torch 2.11 to 2.15.
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from omniq_compile.lowering.errors import OmniqError

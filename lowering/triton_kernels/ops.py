@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Private; `torch.library.triton_op` traces launches by it in the same way. Checked on torch 2.11
-# to 2.13.
+# to 2.15.
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._pytree import tree_leaves
 

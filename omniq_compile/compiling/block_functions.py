@@ -85,7 +85,7 @@ def _forget_compiled(code: CodeType) -> None:
 
     It keeps them also when nothing can call them any more, as after another `compile` of a model.
     """
-    from torch._dynamo.eval_frame import remove_from_cache  # private, of torch 2.11 to 2.13
+    from torch._dynamo.eval_frame import remove_from_cache  # private, of torch 2.11 to 2.15
 
     remove_from_cache(code)
 

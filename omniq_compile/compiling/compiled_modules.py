@@ -1,6 +1,6 @@
 """What PyTorch makes of a module that is compiled: a wrapper around it, or a call in its place.
 
-Private, checked on torch 2.11 to 2.13: ``_orig_mod`` is the module in the wrapper that
+Private, checked on torch 2.11 to 2.15: ``_orig_mod`` is the module in the wrapper that
 ``torch.compile`` returns, and ``_compiled_call_impl`` what ``nn.Module.compile`` sets, and what
 ``nn.Module.__call__`` runs in place of the module's own call. Copies of a module leave it behind.
 """

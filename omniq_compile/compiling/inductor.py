@@ -96,7 +96,7 @@ def _store_operands_once() -> None:
 
     Where one activation feeds three GEMMs, it would otherwise compute and store it three times on
     a GPU. `torch._int_mm` reads rows too: what is computed from columns Inductor would store as
-    columns, which cuBLASLt refuses. Private, checked on torch 2.11 to 2.13, whose function for the
+    columns, which cuBLASLt refuses. Private, checked on torch 2.11 to 2.15, whose function for the
     first takes no Triton launches before 2.13; other graphs of the process may profit too.
     """
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
@@ -121,9 +121,9 @@ def _divide_sums() -> None:
     """Let Inductor see that ``960 * s + 6720`` is a multiple of ``s + 7``.
 
     So many elements have rows of text and image tokens, of which one number is symbolic. Inductor
-    of torch 2.12 and 2.13 fuses what computes them with the amax of their rows on a GPU, and then
+    of torch 2.12 and later fuses what computes them with the amax of their rows on a GPU, and then
     fails as it cannot divide them among the rows ("CantSplit", pytorch/pytorch#183696), which 2.11
-    could. Private, checked on torch 2.11 to 2.13; other graphs of the process profit too.
+    could. Private, checked on torch 2.11 to 2.15; other graphs of the process profit too.
     """
     from torch._inductor.sizevars import SizeVarAllocator
 
@@ -162,7 +162,7 @@ _LONGEST_ROW = 16384
 @cache
 def _choices() -> Any:
     """Return Inductor's choices, but for rows that a program holds: private, as are the two below,
-    and checked on torch 2.11 to 2.13.
+    and checked on torch 2.11 to 2.15.
     """
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omniq_compile.lowering import triton_kernels
 
-# Private to PyTorch: the first is asked in 2.11 and 2.12, the second in 2.13.
+# Private to PyTorch: the first is asked in 2.11 and 2.12, the second in 2.13 to 2.15.
 _QUESTIONS = ("identify_mutated_tensors", "identify_accessed_tensors")
 
 

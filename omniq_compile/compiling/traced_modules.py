@@ -91,7 +91,7 @@ def weight_names(
 def _waiting(frame: FrameType | None) -> Iterator[nn.Module]:
     """Yield the modules on the stack between Dynamo and the call of what ``torch.compile`` made.
 
-    Dynamo's own frames come first; private, checked on torch 2.11 to 2.13: `convert_frame` is among
+    Dynamo's own frames come first; private, checked on torch 2.11 to 2.15: `convert_frame` is among
     them, and what is compiled is called by `eval_frame`.
     """
     in_dynamo = True

@@ -2,7 +2,7 @@
 
 Inductor traces, fuses and prints with fake tensors. What it asks the device for on the way, which
 is mostly what kind of GPU it is, is answered here. Everything replaced is private to PyTorch and
-Triton, checked on torch 2.11 to 2.13, and put back at the end.
+Triton, checked on torch 2.11 to 2.15, and put back at the end.
 """
 
 from __future__ import annotations

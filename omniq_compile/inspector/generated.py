@@ -82,8 +82,8 @@ def program(gm: fx.GraphModule, settings: Mapping[str, Any], target: Target) -> 
 
 
 def _program(gm: fx.GraphModule, inputs: list[Any], settings: Mapping[str, Any]) -> str:
-    # Private to PyTorch; checked on torch 2.13, where it replaces the step that hands the code to
-    # the C++ compiler. What comes of that is no compiled graph: it must not stay in a cache, and
+    # Private to PyTorch, checked on torch 2.11 to 2.15: it replaces the step that hands the code
+    # to the C++ compiler. What comes of that is no compiled graph: it must not stay in a cache, and
     # launches of it cannot be captured.
     from torch._inductor.utils import get_code
 
@@ -105,7 +105,7 @@ def failure(error: Exception) -> str:
     """Word what Inductor raised in place of code, without PyTorch's advice to its developers."""
     advice = ("Set TORCHDYNAMO_VERBOSE", "Use tlparse")
     said = [part for part in str(error).split("\n\n") if not part.startswith(advice)]
-    # PyTorch 2.13's words, and those of before.
+    # PyTorch's words from 2.13 on, and those of before.
     if any(words in str(error) for words in ("on the same device", "two different devices")):
         said.append("A tensor that the model makes on no device of its inputs is on the CPU: give "
                     "it their device, as in torch.zeros(3, device=x.device).")  # fmt: skip

@@ -1,8 +1,8 @@
 """Puts the graphs of a compile into PyTorch's structured trace, where ``tlparse`` shows them.
 
 The one place that uses `torch._logging._internal.trace_structured`, which is private. Checked on
-torch 2.13: its "artifact" events with a name and the encoding "string", and the handlers of the
-logger `torch.__trace`.
+torch 2.11 to 2.15: its "artifact" events with a name and the encoding "string", and the handlers
+of the logger `torch.__trace`.
 """
 
 from __future__ import annotations
