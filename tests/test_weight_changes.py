@@ -234,8 +234,9 @@ def test_nothing_is_asked_while_a_graph_is_captured(
     assert (device.waits, device.last) == (waits, asked)
 
 
+@pytest.mark.parametrize("rows", [5, 7], ids=["a later call", "the first call of a graph"])
 def test_what_a_captured_graph_reads_lives_as_long_as_the_parameters(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    rows: int, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay reads the memory that was captured, whatever the host has done since."""
     others = set(weights._shared.values())
@@ -243,7 +244,7 @@ def test_what_a_captured_graph_reads_lives_as_long_as_the_parameters(
     fast = warm(block, x)
     with monkeypatch.context() as captures:
         captures.setattr(weight_changes, "is_capturing", lambda device: True)
-        fast(x)
+        fast(torch.randn(3, rows, 96))
         made = set(weights._shared.values()) - others
         read = [weakref.ref(part) for weight in made for part in weight.parts]
         del made

@@ -162,19 +162,31 @@ class BoundWeights:
         """Return what each row has beside its parameter's own parts, if it has more than these."""
         parameters = [row.parameters(arguments) for row in self._followed]
         sources = [source for each in parameters for source in _sources(each)]
+        made = self._bound_parts(sources)
+        if made is None:
+            made = self._bind(parameters, sources)
+        if sources and weight_changes.is_capturing(sources[0].device):
+            _keep_for_replays(made, sources)
+        return made
+
+    def _bound_parts(self, sources: Sequence[torch.Tensor]) -> Sequence[OwnParts] | None:
+        """Return what was made of these sources before, or None where some of them changed."""
+        bound = self._bound.get(tuple(map(id, sources)))
+        if bound is None or not bound.is_current(sources):
+            return None
+        held = [weight.parts for weight in bound.weights]
+        current = [parts for parts in held if parts is not None]
+        # Another graph may have noticed first that one changed, also in another thread.
+        return current if len(current) == len(held) else None
+
+    def _bind(
+        self, parameters: Sequence[list[torch.Tensor]], sources: Sequence[torch.Tensor]
+    ) -> Sequence[OwnParts]:
         numbers = tuple(map(id, sources))
-        bound = self._bound.get(numbers)
-        if bound is not None and bound.is_current(sources):
-            held = [weight.parts for weight in bound.weights]
-            current = [parts for parts in held if parts is not None]
-            # Another graph may have noticed first that one changed, also in another thread.
-            if len(current) == len(held):
-                if sources and weight_changes.is_capturing(sources[0].device):
-                    _keep_for_replays(current, sources)
-                return current
-        # Of what changed, each weight is freed when the next is there, and not all at the end.
+        bound = self._bound.pop(numbers, None)
+        # After a change each old weight is freed when its successor is there, and not all at the
+        # end.
         old = deque(bound.weights if bound is not None else ())
-        self._bound.pop(numbers, None)
         del bound
         weights, made = [], []
         for row, each in zip(self._followed, parameters, strict=True):
