@@ -110,7 +110,7 @@ def _decoder(name: str) -> Decoder:
     )
 
 
-def quantize(x: torch.Tensor, format: str) -> Values:
+def fake_quantize(x: torch.Tensor, format: str) -> Values:
     """Return the values ``[..., K]`` that an activation's codes stand for, in float32.
 
     A format with a scale per row returns its codes' values, and the scale ``[...]`` beside them.

@@ -5,7 +5,7 @@ of two is exact in the float32 it is summed in, and a linear's bias is added bef
 rounding. So the numbers are those of `decoded`, up to the order of accumulation, and to a float32
 bias, which is rounded first; at about twice the speed of a float32 GEMM, and on GPUs far more. The
 other formats have float32 scales to apply before that rounding: a GEMM of omniq's own takes what
-`quantize_scaled` makes.
+`fake_quantize_scaled` makes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
 }
 
 
-def quantize(x: torch.Tensor, format: str) -> Parts:
+def fake_quantize(x: torch.Tensor, format: str) -> Parts:
     """Return the values ``[..., K]`` that an activation's codes stand for, in BF16."""
-    return (decoded.quantize(x, format)[0].to(torch.bfloat16),)
+    return (decoded.fake_quantize(x, format)[0].to(torch.bfloat16),)
 
 
-def quantize_scaled(x: torch.Tensor, format: str) -> Parts:
+def fake_quantize_scaled(x: torch.Tensor, format: str) -> Parts:
     """Return an activation's values in BF16, exactly, and its float32 scales where it has any.
 
     Args:
@@ -51,7 +51,7 @@ def quantize_scaled(x: torch.Tensor, format: str) -> Parts:
     elif group := block_size(format):
         values, scale = fp8.fake_quantize_group(x, group[1])
     else:
-        return quantize(x, format)
+        return fake_quantize(x, format)
     return values.to(torch.bfloat16), scale
 
 

@@ -26,7 +26,7 @@ _ROUNDING = 1.5 * 2.0**23
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:
-    """Return x, which Inductor then stores: it computes a value again wherever it reads it.
+    """Return x, materialized: Inductor would compute it again for every reader.
 
     Inductor cannot look through `torch.as_strided`, whose operand has to be in memory. Checked on
     torch 2.11 to 2.15.
@@ -108,13 +108,13 @@ _MX = {
 
 
 def quantize_bfloat16(x: torch.Tensor, format: str) -> Parts:
-    """Return what `decoded_bfloat16.quantize` does, bit for bit.
+    """Return what `decoded_bfloat16.fake_quantize` does, bit for bit.
 
     Stored in the shape of blocks, as `quantize` does: between two loops Inductor of torch 2.11 and
     2.12 stores the activation in float32.
     """
     if format not in _MX:
-        return decoded_bfloat16.quantize(x, format)
+        return decoded_bfloat16.fake_quantize(x, format)
     values = _fake_quantize_blocks(mx.blocks(x), x.dtype, _MX[format])
     return (stored(values.to(torch.bfloat16)).flatten(-2),)
 

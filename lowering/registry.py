@@ -21,7 +21,7 @@ class Problem:
 
     ``a_rank`` and ``b_rank`` count dimensions. b of rank 2 is one matrix for every row of a, and M
     counts them all; a higher rank is a batch of matrices, and M is of one. M may be symbolic, and
-    between two activations K and N too: a plain comparison ties the compiled graph to its answer.
+    between two activations K and N too: a plain comparison of one adds a guard to the graph.
     ``dtype`` is that of the GEMM's result.
     ``b_is_weight`` says that b comes as its format stores it, and not from the kernel's own
     ``quantize``.

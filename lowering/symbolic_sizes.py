@@ -6,8 +6,8 @@ from typing import Any
 
 
 def traced_size(size: Any) -> int | None:
-    """Return what a size was in the call that was traced, which ties nothing to it; None where
-    that call's values decide.
+    """Return a size's hint, what it was in the call that was traced, without adding a guard; None
+    for an unbacked symbol.
 
     Private, checked on torch 2.11 to 2.15.
     """

@@ -38,8 +38,8 @@ ALIKE = {
     },
 }  # fmt: skip
 
-# What a machine of an architecture can also run. CUDA's later ones have the instructions of these
-# two; sm_90 and sm_100 have some that no other one has.
+# What a machine of an architecture can also run. Later NVIDIA GPUs run what was lowered for sm_89
+# and sm_80. Instructions of sm_90's and sm_100's own run nowhere else.
 RUNS = {
     "cpu:avx512_bf16": ("avx512_vnni", "generic"),
     "cpu:avx512_vnni": ("avx512_bf16", "generic"),

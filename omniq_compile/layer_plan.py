@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from omniq_compile.compiling.all_kept import commonest, what_to_change
-from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.target import Target, detect, detectable
 from omniq_compile.lowering.tensor_of_parts import foreign_kind
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.policy import (
@@ -138,7 +138,7 @@ def _no_kernel(weight: torch.Tensor, config: QuantConfig) -> str | None:
     if target is None:
         return None
     N, K = weight.shape
-    # Of M nothing is known but that a transformer has many tokens.
+    # M is not known; a transformer has many tokens.
     problem = registry.Problem(1 << 10, K, N, 2, 2, weight.dtype)
     kernel, refusals = registry.choose(config.scheme, target, problem)
     return None if kernel else refusals

@@ -204,7 +204,7 @@ def names_in(name: str) -> Path:
     return tuple(part for part in name.split(".") if part not in _NOT_LAYERS)
 
 
-def layer_name(node: fx.Node) -> str:
+def module_name(node: fx.Node) -> str:
     """Return the dotted name of the innermost module that made the node; "" for the root."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""

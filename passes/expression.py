@@ -44,8 +44,11 @@ class WeightExpression:
         return self.module is _of_one_leaf(())
 
 
-def is_expression(node: Any) -> bool:
-    """Say whether the node is computed from parameters by moves alone."""
+def is_moved_weight(node: Any) -> bool:
+    """Say whether the node is made of parameters by moves alone, without arithmetic.
+
+    `is_of_parameters` says so of all that has a `WeightExpression`, arithmetic included.
+    """
     if not isinstance(node, fx.Node):
         return False
     # No recursion: a chain of moves may be longer than Python's stack.
@@ -92,7 +95,7 @@ def _is_function(node: fx.Node) -> bool:
 def is_of_parameters(node: Any) -> bool:
     """Say whether the node is computed from parameters alone: by moves, or as was noted of it."""
     return isinstance(node, fx.Node) and (
-        dynamo.is_weight(node) or _COMPUTED in node.meta or is_expression(node)
+        dynamo.is_weight(node) or _COMPUTED in node.meta or is_moved_weight(node)
     )
 
 
@@ -102,8 +105,8 @@ def is_the_weight(one: fx.Node, other: fx.Node) -> bool:
     A parameter as it stands, or moved, comes before one that is computed from some: that may be
     what the model multiplies by its weights, such as learned tokens.
     """
-    if is_expression(one) != is_expression(other):
-        return is_expression(one)
+    if is_moved_weight(one) != is_moved_weight(other):
+        return is_moved_weight(one)
     return is_of_parameters(one) and not is_of_parameters(other)
 
 

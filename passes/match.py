@@ -97,9 +97,9 @@ def _sites_inside(
 def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
     a, b = product.a.node, product.b.node
     kind = Kind.ACTIVATION
-    if expression.is_expression(b):
+    if expression.is_moved_weight(b):
         # What is computed from parameters, such as learned tokens, is multiplied as any input.
-        kind = Kind.CONSTANT if expression.is_expression(a) else Kind.WEIGHT
+        kind = Kind.CONSTANT if expression.is_moved_weight(a) else Kind.WEIGHT
     elif expression.is_of_parameters(b) and not expression.is_of_parameters(a):
         kind = Kind.WEIGHT
     weight = None
@@ -123,7 +123,7 @@ def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
 
 
 def _layer(node: fx.Node, weights: Sequence[str]) -> str:
-    module = dynamo.layer_name(node)
+    module = dynamo.module_name(node)
     if module and dynamo.is_in_linear(node):
         # Of a weight that several layers hold, Dynamo knows one name, the first layer's.
         return layer_name([], module)

@@ -241,8 +241,8 @@ def too_small(K: Any, N: Any, min_features: int) -> str | None:
         # Fourier features of a timestep are such a product: angles of many turns, which have to
         # be exact, and there is no arithmetic to save.
         return "K = 1: an outer product, which sums nothing"
-    # A symbolic size occurs only between activations; it is not compared, because that would tie
-    # the compiled graph to the answer. An amax of nothing cannot even be traced.
+    # A symbolic size occurs only between activations; it is not compared, because that would add a
+    # guard. An amax of nothing cannot even be traced.
     for name, size in (("K", K), ("N", N)):
         if traced_size(size) == 0:
             return f"{name} = {size}: empty" + ("" if isinstance(size, int) else " when traced")

@@ -108,8 +108,8 @@ def function(
         written = made_in[line.partition(" = ")[0].strip()]
         if written == []:
             continue
-        if not written and dynamo.layer_name(made) != layer:
-            layer = dynamo.layer_name(made)
+        if not written and dynamo.module_name(made) != layer:
+            layer = dynamo.module_name(made)
             text.append(f"  {_comment(relative(layer, inside) or _owner(inside))}")
         elif written:
             layer = None

@@ -84,7 +84,7 @@ def with_containers(chain: Chain) -> Chain:
     """Return a chain with the numbered modules that its names show and that were not called.
 
     A trace leaves them out, as the lists of attention and feed-forward that some models are made
-    of. Of their class it says nothing: those of one container count as one.
+    of. It does not show their class: those of one container count as one.
     """
     found: list[Link] = []
     for link in chain:

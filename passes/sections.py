@@ -61,7 +61,7 @@ class Section:
             key.append((relative(str(weight_of(node)), self.block), about(node)))
         for node in self.nodes:
             read = tuple(place[n] for n in node.all_input_nodes)
-            layer = relative(dynamo.layer_name(node), self.block)
+            layer = relative(dynamo.module_name(node), self.block)
             key.append((node.op, node.target, _constants(node), read, layer, about(node)))
             place[node] = len(place)
         return (self.kind, *key)
@@ -143,7 +143,7 @@ def restrict(gm: fx.GraphModule, pattern: str) -> fx.GraphModule:
     wanted: list[fx.Node] = []
     for section in split(gm):
         inside = set(section.nodes)
-        named = [n for n in section.nodes if matches(pattern, dynamo.layer_name(n))]
+        named = [n for n in section.nodes if matches(pattern, dynamo.module_name(n))]
         wanted += named
         pending = list(named)
         while pending:
@@ -158,10 +158,10 @@ def restrict(gm: fx.GraphModule, pattern: str) -> fx.GraphModule:
     return section.graph(ends)[0]
 
 
-def layer_names(graphs: Iterable[fx.GraphModule]) -> list[str]:
-    """Return the names of all layers that graphs have operations of, in order."""
-    names = (dynamo.layer_name(n) for gm in graphs for n in gm.graph.nodes if n.op != "placeholder")
-    return [name for name in dict.fromkeys(names) if name]
+def module_names(graphs: Iterable[fx.GraphModule]) -> list[str]:
+    """Return the names of the modules that graphs have operations of, in order."""
+    nodes = (n for gm in graphs for n in gm.graph.nodes if n.op != "placeholder")
+    return [name for name in dict.fromkeys(map(dynamo.module_name, nodes)) if name]
 
 
 def added_for(result: fx.Node) -> list[fx.Node]:

@@ -15,7 +15,7 @@ from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import Step, WeightExpression, is_expression
+from omniq_compile.passes.expression import Step, WeightExpression, is_moved_weight
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.regions import Link
 
@@ -49,7 +49,7 @@ class Product:
 
 def product_of_several(operands: Sequence[fx.Node], reason: str) -> Product:
     """Name a product of several tensors in one call by two of them, a weight if there is one."""
-    weights = [n for n in operands if is_expression(n)]
+    weights = [n for n in operands if is_moved_weight(n)]
     b = max(weights, key=lambda n: int(dynamo.value(n).dim()), default=operands[-1])
     a = next((n for n in operands if n not in weights), operands[0])
     return Product(Operand(a), Operand(b), unsupported=reason)
@@ -67,7 +67,7 @@ def bias_in_epilogue(product: Product, N: Any) -> bool:
     bias = dynamo.value(product.bias)
     # PyTorch broadcasts a bias of one element, and takes one of any stride; kernels read N beside
     # each other, `torch._scaled_mm` whatever the stride is. Where sizes are symbolic, a plain
-    # comparison would tie the compiled graph to its answer.
+    # comparison would add a guard.
     return (
         bias.dim() == 1
         and statically_known_true(bias.shape[0] == N)

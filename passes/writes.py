@@ -86,7 +86,7 @@ def changed_in_graph(node: fx.Node, shared: Mapping[fx.Node, list[fx.Node]]) -> 
     """Say whether the graph writes to memory that the expression reads.
 
     Args:
-        node: one for which `is_expression` holds.
+        node: one for which `is_of_parameters` holds.
         shared: what `inputs_in_one_memory` returns for its graph.
     """
     order = topological(node)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import omniq_compile as omniq
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.expression import is_moved_weight
 from omniq_compile.passes.sites import Kind
 
 Cast = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,7 +88,7 @@ def test_a_cast_to_another_device_reads_the_other_tensor(
     dynamo.set_value(x, torch.randn(7, 38, device=device))
     cast = graph.call_method(target, (w, x))
     dynamo.set_value(cast, dynamo.value(w).to(dynamo.value(x)))
-    assert is_expression(cast) is expected
+    assert is_moved_weight(cast) is expected
 
 
 def test_a_type_of_another_device_is_not_a_cast_alone() -> None:
@@ -97,7 +97,7 @@ def test_a_type_of_another_device_is_not_a_cast_alone() -> None:
     dynamo.set_value(w, nn.Parameter(torch.randn(19, 38)))
     cast = graph.call_method("type", (w, "torch.cuda.FloatTensor"))
     dynamo.set_value(cast, torch.empty(19, 38, device="meta"))
-    assert not is_expression(cast)
+    assert not is_moved_weight(cast)
 
 
 # name: near misses, of which the weight depends on more than parameters and constants

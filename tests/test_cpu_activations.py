@@ -13,7 +13,7 @@ from torch import Tensor
 from omniq_compile.lowering.cpu import quantize as on_cpu
 from omniq_compile.lowering.cpu.quantize_activation import has_scales
 from omniq_compile.lowering.cpu.quantize_activation import lower as quantize
-from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
+from omniq_compile.lowering.decoded_bfloat16 import fake_quantize_scaled
 from omniq_compile.lowering.formats.float_codes import E4M3_MAX
 
 FORMATS = ("fp8_group_128", "fp8_group_96", *(f for f in on_cpu.METHODS if f != "int8"))
@@ -29,7 +29,7 @@ def without_denormals(values: Tensor) -> Tensor:
 
 
 def same(x: Tensor, format: str) -> bool:
-    outputs, exact = quantize(x, format), quantize_scaled(x, format)
+    outputs, exact = quantize(x, format), fake_quantize_scaled(x, format)
     assert [part.dtype for part in outputs] == [part.dtype for part in exact]
     return all(
         oracle.same_bits(without_denormals(a), without_denormals(b))
@@ -57,7 +57,7 @@ def test_float16_strides_and_many_rows(format: str) -> None:
 def test_no_rows(format: str, shape: tuple[int, ...]) -> None:
     outputs, exact = (
         quantize(torch.randn(shape), format),
-        quantize_scaled(torch.randn(shape), format),
+        fake_quantize_scaled(torch.randn(shape), format),
     )
     assert [part.shape for part in outputs] == [part.shape for part in exact]
 
@@ -69,7 +69,10 @@ def test_what_is_not_finite_spoils_what_shares_its_scale(format: str, bad: float
     x[3, 600] = bad
     spoilt = [
         values.float() if scale is None else values.float() * scale
-        for values, scale in (_spread(quantize(x, format)), _spread(quantize_scaled(x, format)))
+        for values, scale in (
+            _spread(quantize(x, format)),
+            _spread(fake_quantize_scaled(x, format)),
+        )
     ]
     assert torch.equal(spoilt[0].isfinite(), spoilt[1].isfinite())
     assert not spoilt[0][3, 600].isfinite()

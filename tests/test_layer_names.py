@@ -13,7 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import omniq_compile
 from omniq_compile import explain
-from omniq_compile.compiling.regional import block_config, module_blocks
+from omniq_compile.compiling.regional import block_config
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.layer_names import possible_names
 from omniq_compile.planning.folded_trace import folded_sites

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import omniq_compile
 from omniq_compile import explain, quantize_
-from omniq_compile.compiling.regional import module_blocks
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.regions import Link, find_blocks
 from omniq_compile.passes.sections import split
 

@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import omniq_compile
-from omniq_compile.compiling.regional import module_blocks
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.models.random_models import make_inputs, random_model
 
 OPTIONS = {"min_features": 1, "compiler": "eager"}

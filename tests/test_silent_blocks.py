@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 import omniq_compile
 from omniq_compile import QuantConfig, explain, quantize_
 from omniq_compile.compiling.block_parts import compiled_parts
-from omniq_compile.compiling.regional import module_blocks
+from omniq_compile.model_blocks import module_blocks
 
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 X = torch.randn(5, 64)

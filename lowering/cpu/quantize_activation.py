@@ -13,12 +13,12 @@ from torch import Tensor
 
 from omniq_compile.lowering import recycled
 from omniq_compile.lowering.cpu import quantize
-from omniq_compile.lowering.decoded_bfloat16 import quantize_scaled
+from omniq_compile.lowering.decoded_bfloat16 import fake_quantize_scaled
 from omniq_compile.lowering.formats import block_size, get_format, mx
 
 
 def quantize_activation(x: Tensor, format: str) -> tuple[Tensor, ...]:
-    """Return what `decoded_bfloat16.quantize_scaled` does, bit for bit but for float32 denormals.
+    """Return what `decoded_bfloat16.fake_quantize_scaled` does, to the bit but for denormals.
 
     Whatever shares a scale with a NaN or Inf is not finite once the scale is applied: which of the
     two says so may differ.
@@ -35,7 +35,7 @@ def quantize_activation(x: Tensor, format: str) -> tuple[Tensor, ...]:
         RuntimeError: the C++ reports an error, with its message.
     """
     if quantize.load() is None:
-        return tuple(part.contiguous() for part in quantize_scaled(x, format))
+        return tuple(part.contiguous() for part in fake_quantize_scaled(x, format))
     values = recycled.empty(_shape(x, format), torch.bfloat16)
     scales = _scales(x, format)
     if x.dtype not in (torch.float32, torch.bfloat16):

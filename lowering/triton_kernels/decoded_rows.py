@@ -58,6 +58,9 @@ def mx_row(
 ) -> Kernel:
     """Make the row of ``mxfp8`` or ``mxfp4``, before that of torch's BF16 GEMM.
 
+    It takes few rows, and of results that torch's does not take (float16, float32) any number: the
+    graph decodes the weight then.
+
     Args:
         device, archs: where it is offered.
         method: of the two.
@@ -120,7 +123,7 @@ def dualscale_row(
         native=False,
         about=f"{why}: decoded exactly to BF16, a Triton GEMM applies coarse scales to float32 "
         "sums of 512",
-        quantize=decoded_bfloat16.quantize_scaled,
+        quantize=decoded_bfloat16.fake_quantize_scaled,
         gemm=gemm,
         refuse=_refuse,
         decodes_whole=True,

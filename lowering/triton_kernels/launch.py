@@ -234,8 +234,8 @@ def _launch(
 ) -> Launch:
     """Choose from a row of `TILES`; ``step``, if any, is what a tile's block of K divides.
 
-    A symbolic M keeps the tiles of the call that is traced. K of an activation may be an expression
-    in symbols, and is the weight's.
+    A symbolic M keeps the tiles of the call that is traced. K may be an expression in symbols where
+    it is read off an activation; the weight's is a number, which it equals.
     """
     N, K = out.shape[-1], int(K)
     M = out.numel() // N

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 class Tile:
     """A tile of the result, ``block_m x block_n``, summed over ``block_k`` at a time.
 
-    ``stages`` is how many steps of K are loaded ahead, one included that is being multiplied.
+    ``stages`` is how many steps of K are in flight, the one that is being multiplied included.
     ``persistent``: one program an SM computes several tiles, and TMA loads them, see
     `row_scaled_gemm`; ``warps`` are those of a group that multiplies, of which there are two beside
     the one that loads. ``group_m``: rows of tiles that are computed side by side, see

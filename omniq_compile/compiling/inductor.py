@@ -112,7 +112,7 @@ def _store_operands_once() -> None:
     known.add(triton_kernel_wrapper_mutation)  # type: ignore[arg-type]
 
 
-# Of more symbols sympy may take long to divide.
+# With more symbols sympy may take long to divide.
 _FEW_SYMBOLS = 8
 
 

@@ -110,7 +110,7 @@ def _waiting(frame: FrameType | None) -> Iterator[nn.Module]:
 def _own_object(frame: FrameType) -> Any:
     """Return what a method is called on; None for other functions.
 
-    Of those nothing is read: before Python 3.13 a frame keeps what its `f_locals` showed, and a
+    Their locals are not read: before Python 3.13 a frame keeps what its `f_locals` showed, and a
     model that is deleted in a function which goes on would stay.
     """
     arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]

@@ -41,8 +41,8 @@ _statistics = {"lookups": 0, "lookup_seconds": 0.0, "quantized": 0, "quantize_se
 class QuantizedWeight:
     """The parts of one weight, and the stamps of the parameters they were made from.
 
-    Of a weight that is stored quantized, the parts that were laid out anew: the others are its own,
-    and None here. One that was replaced has no parts at all any more.
+    For a weight that is stored quantized, only the parts that were laid out anew: the others are
+    None here, and are taken from the weight itself. One that was replaced has no parts any more.
     """
 
     __slots__ = ("__weakref__", "parts", "stamps")

@@ -144,7 +144,7 @@ def _node(group: list[fx.Node], names: dict[fx.Node, str], inside: str) -> FlowN
         return FlowNode(kind, names[last], [value])
     # One quantize node may serve several products.
     named = list(last.users) if kind == "quantize" else group
-    layers = dict.fromkeys(relative(dynamo.layer_name(node), inside) for node in named)
+    layers = dict.fromkeys(relative(dynamo.module_name(node), inside) for node in named)
     title = _few([layer for layer in layers if layer], 2) or "the block itself"
     if kind in ("low", "kept"):
         site: Site = last.meta["omniq_site"]

@@ -24,7 +24,7 @@ from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.option_checks import check_pattern
 from omniq_compile.passes.patterns import matches, unmatched
 from omniq_compile.passes.program import is_result, relative
-from omniq_compile.passes.sections import Section, added_for, layer_names, restrict
+from omniq_compile.passes.sections import Section, added_for, module_names, restrict
 from omniq_compile.reports import tracing
 from omniq_compile.reports.report import Report, Site, Trace, report_of, trace
 
@@ -210,7 +210,7 @@ def _restricted(
     graphs: dict[int, dict[str, fx.GraphModule]], pattern: str
 ) -> dict[int, dict[str, fx.GraphModule]]:
     """Restrict graphs, by their index, to a pattern's layers; one that has none is left out."""
-    named = {index: layer_names([stages["traced"]]) for index, stages in graphs.items()}
+    named = {index: module_names([stages["traced"]]) for index, stages in graphs.items()}
     everywhere = [name for names in named.values() for name in names]
     for wrong, near in unmatched([pattern], everywhere).items():
         raise OptionError(

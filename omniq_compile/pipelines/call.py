@@ -20,8 +20,9 @@ from omniq_compile.backend import omniq, own_backend
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
 from omniq_compile.compiling.block_parts import compiled_parts
 from omniq_compile.compiling.own_errors import own_errors
-from omniq_compile.compiling.regional import compile, module_blocks
+from omniq_compile.compiling.regional import compile
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.pipelines.components import PipelineQuantConfig
 from omniq_compile.pipelines.from_pretrained import pipeline_class

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.lowering.target import Target
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes import dynamo, policy
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.sites import Site

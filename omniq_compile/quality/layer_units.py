@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.layer_plan import plan_layers
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import matches
 

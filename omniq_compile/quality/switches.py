@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omniq_compile.compiling.regional import module_blocks
 from omniq_compile.layer_plan import plan_layers
 from omniq_compile.lowering import decoded, decoded_bfloat16, registry
 from omniq_compile.lowering.errors import OptionError
@@ -25,6 +24,7 @@ from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
 from omniq_compile.lowering.schemes import Scheme, w4a8
 from omniq_compile.lowering.target import Target, detect
+from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.patterns import first_match
 

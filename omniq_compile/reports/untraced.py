@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator
 from omniq_compile.compiling.compiled_modules import original
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.expression import is_expression
+from omniq_compile.passes.expression import is_moved_weight
 from omniq_compile.passes.layer_names import layer_name
 
 
@@ -100,4 +100,4 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
     elif (site := node.meta.get("omniq_site")) is not None:
         # Of several weights in one call, such as a cell's, the site names one.
         second = site.product.b.node.name
-        yield from (n for n in node.all_input_nodes if is_expression(n) or n.name == second)
+        yield from (n for n in node.all_input_nodes if is_moved_weight(n) or n.name == second)
