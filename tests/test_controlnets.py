@@ -65,6 +65,15 @@ def test_they_are_left_to_diffusers(pipeline: Path, caplog: pytest.LogCaptureFix
     assert "'controlnet' is a MultiControlNetModel, of several models" in caplog.text
 
 
+def test_none_leaves_them_to_diffusers_too(
+    pipeline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = build_quant_config({"default": INT8, "controlnet": None})
+    with caplog.at_level(logging.WARNING, "omniq"):
+        assert list(check_components(pipeline, config)) == ["unet"]
+    assert caplog.messages == []
+
+
 def test_what_to_do_instead_is_said(pipeline: Path) -> None:
     with pytest.raises(omniq.OptionError, match=r"omniq_compile\.quantize_\(pipe\.controlnet, "):
         check_components(pipeline, build_quant_config({"controlnet": INT8}))

@@ -207,8 +207,9 @@ def check_components(
             "options)"
         )
         if config.names(name):
-            raise OptionError(f"{place}: {what}, and leave it out here.")
-        if config.components.get(DEFAULT) is not None:
+            if config.components.get(name, ...) is not None:
+                raise OptionError(f"{place}: {what}, and leave it out here.")
+        elif config.components.get(DEFAULT) is not None:
             logger.warning("%s: %s", place, what)
     if not components and config != PipelineQuantConfig():
         raise CheckpointError(
