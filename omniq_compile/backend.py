@@ -48,6 +48,7 @@ def omniq(
     *,
     options: Mapping[str, Any] | QuantConfig | None = None,
     mode: str | None = None,
+    name: str | None = None,
 ) -> Compiled:
     """Compile one graph of Dynamo's; ``torch.compile(model, backend="omniq")`` calls this.
 
@@ -56,6 +57,7 @@ def omniq(
         example_inputs: its inputs, parameters included.
         options: see `QuantConfig`.
         mode: one of ``torch.compile``'s modes, in place of the option of that name.
+        name: what ``torch.compile`` of torch 2.15 calls a compiled region; it is logged.
 
     Raises:
         OptionError: unknown options or mode, a mode that the compiler does not read, a device
@@ -64,11 +66,21 @@ def omniq(
         WeightError: an input is on the meta device.
     """
     config = QuantConfig.from_options(options).with_mode(mode)
+    if name is not None:
+        logger.info("region %s", name)
     return compile_graph(gm, example_inputs, config, decided=_check_options)
 
 
 @register_backend(name="omniq_own", tags=("debug",))  # type: ignore[untyped-decorator]
-def _own(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Compiled]) -> Any:
+def _own(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Compiled],
+    name: str | None = None,
+) -> Any:
+    if name is not None:
+        logger.info("region %s", name)
     return options["function"](gm, inputs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -135,3 +136,17 @@ def test_tlparse_shows_every_stage(tmp_path: Path) -> None:
     assert "torch.ops.omniq.gemm" not in pages["omniq_lowered"].read_text()
     assert "2 sites: 1 int8, 1 kept" in pages["omniq_summary"].read_text()
     assert "omniq_quantized" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="torch.compile takes no name before")
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_region_is_logged_by_its_name(by_block: bool, caplog: pytest.LogCaptureFixture) -> None:
+    blocks = (nn.Sequential(nn.Linear(320, 320), nn.GELU()) for _ in range(2))
+    model = nn.Sequential(*blocks).requires_grad_(False)
+    options = {"method": "int8", "compiler": "eager"}
+    with caplog.at_level(logging.INFO, "omniq"):
+        if by_block:
+            omniq.compile(model, options, name="mine")(torch.randn(5, 320))
+        else:
+            torch.compile(model, backend="omniq", options=options, name="mine")(torch.randn(5, 320))
+    assert "region mine" in caplog.messages
