@@ -121,10 +121,12 @@ def _divide_sums() -> None:
     """Let Inductor see that ``960 * s + 6720`` is a multiple of ``s + 7``.
 
     So many elements have rows of text and image tokens, of which one number is symbolic. Inductor
-    of torch 2.12 and later fuses what computes them with the amax of their rows on a GPU, and then
+    of torch 2.12 and 2.13 fuses what computes them with the amax of their rows on a GPU, and then
     fails as it cannot divide them among the rows ("CantSplit", pytorch/pytorch#183696), which 2.11
-    could. Private, checked on torch 2.11 to 2.15; other graphs of the process profit too.
+    and 2.14 can. Private, checked on torch 2.11 to 2.13; other graphs of the process profit too.
     """
+    if torch.__version__ >= "2.14":
+        return
     from torch._inductor.sizevars import SizeVarAllocator
 
     known = SizeVarAllocator.statically_known_multiple_of
