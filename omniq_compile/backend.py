@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo import register_backend
 
 from omniq_compile.compiling import inductor, weight_changes
 from omniq_compile.compiling.all_kept import layers_in, warn_all_kept
@@ -69,30 +68,6 @@ def omniq(
     if name is not None:
         logger.info("region %s", name)
     return compile_graph(gm, example_inputs, config, decided=_check_options)
-
-
-@register_backend(name="omniq_own", tags=("debug",))  # type: ignore[untyped-decorator]
-def _own(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Compiled],
-    name: str | None = None,
-) -> Any:
-    if name is not None:
-        logger.info("region %s", name)
-    return options["function"](gm, inputs)
-
-
-def own_backend(function: Compiled) -> dict[str, Any]:
-    """Return the arguments of ``torch.compile`` by which it calls a function for each graph.
-
-    A function that is a backend itself would do the same, and keep models where they are: Dynamo
-    refers weakly to each tensor that it traced. Once it is done it lets go of them where the
-    backend is registered, and else keeps them while anything of the graph is kept. ``Module.to``
-    swaps weights that are stored quantized, which PyTorch refuses while they are referred to.
-    """
-    return {"backend": "omniq_own", "options": {"function": function}}
 
 
 def compile_graph(

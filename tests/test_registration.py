@@ -122,3 +122,22 @@ def test_a_torch_that_differs_is_imported_all_the_same(
         register()
     assert "omniq could not register with torch" in caplog.text
     assert "register_log" in caplog.text
+
+
+AGAIN = """
+import importlib
+import torch
+import omniq_compile
+from omniq_compile.compiling import own_backend
+importlib.reload(own_backend)
+model = torch.nn.Linear(320, 288).requires_grad_(False)
+options = {"method": "int8", "compiler": "eager"}
+arguments = own_backend.own_backend(lambda gm, inputs: gm)
+print(torch.compile(model, **arguments)(torch.ones(2, 320)).shape)
+print(len(omniq_compile.explain(model, torch.ones(2, 320), options).rewritten))
+"""
+
+
+def test_the_backend_may_be_loaded_again() -> None:
+    ran = run(AGAIN, autoload=True)
+    assert ran.stdout.splitlines() == ["torch.Size([2, 288])", "1"], ran.stderr

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from omniq_compile.backend import compile_graph, own_backend
+from omniq_compile.backend import compile_graph
 from omniq_compile.compiling.all_kept import KeptLayers
 from omniq_compile.compiling.block_functions import NO_HOOKS, BlockFunctions, Hooks, hooks_of
 from omniq_compile.compiling.block_parts import compiled_parts, holds_wide_linear
 from omniq_compile.compiling.compiled_modules import call_instead
 from omniq_compile.compiling.enclosing import refuse_many, refuse_unequal
+from omniq_compile.compiling.own_backend import own_backend
 from omniq_compile.compiling.silent_blocks import (
     after_first_call,
     warn_not_called,

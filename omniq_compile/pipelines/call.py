@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 import omniq_compile
-from omniq_compile.backend import omniq, own_backend
+from omniq_compile.backend import omniq
 from omniq_compile.checkpoints.hub_download import hub_arguments, index_folder
 from omniq_compile.compiling.block_parts import compiled_parts
+from omniq_compile.compiling.own_backend import own_backend
 from omniq_compile.compiling.own_errors import own_errors
 from omniq_compile.compiling.regional import compile
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from omniq_compile.backend import own_backend
 from omniq_compile.compiling.compiled_modules import original
+from omniq_compile.compiling.own_backend import own_backend
 from omniq_compile.compiling.own_errors import own_errors
 from omniq_compile.compiling.whole_or_blocks import read_as_whole
 
