@@ -302,7 +302,7 @@ def test_quantize_tries_where_it_writes_before_the_work(
     folder: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "omniq_compile.cli.quantize.whole_folder",
+        "omniq_compile.checkpoints.hub_download.whole_folder",
         lambda *_, **__: pytest.fail("weights were asked for"),
     )
     Path("made").mkdir()

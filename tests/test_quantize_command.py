@@ -15,7 +15,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
-from omniq_compile.cli import quantize as quantize_command
+from omniq_compile.pipelines import from_pretrained
 
 pytest.importorskip("transformers")
 import tiny_pipelines
@@ -93,7 +93,7 @@ def test_how_to_run_is_not_stored(copied: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_no_two_components_are_in_memory(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, models, alive = quantize_command.load_component, [], []
+    load, models, alive = from_pretrained.load_component, [], []
 
     def watched(*given: Any, **how: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
@@ -101,7 +101,7 @@ def test_no_two_components_are_in_memory(copied: Path, monkeypatch: pytest.Monke
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(quantize_command, "load_component", watched)
+    monkeypatch.setattr(from_pretrained, "load_component", watched)
     gc.disable()
     try:
         assert quantize({"default": SMALL}) == 0

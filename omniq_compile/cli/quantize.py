@@ -13,9 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
-from omniq_compile.checkpoints.hub_download import described_folder, hub_arguments, whole_folder
-from omniq_compile.checkpoints.loading import load_model
 from omniq_compile.checkpoints.recorded_options import refuse_unstored, stored_options
 from omniq_compile.checkpoints.variant_files import copy_as_plain, is_of_weights
 from omniq_compile.checkpoints.written_folder import MODEL, PIPELINE, check_place, write_aside
@@ -31,14 +28,7 @@ from omniq_compile.cli.quantization import (
     read_quantization,
 )
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.pipelines.call import loading_worded
 from omniq_compile.pipelines.components import PipelineQuantConfig, build_quant_config
-from omniq_compile.pipelines.from_pretrained import (
-    check_components,
-    components_with,
-    is_own,
-    load_component,
-)
 
 # Options that change no number, so that a set found by `omniq tune` may have them.
 OF_A_RUN = ("compiler", "inductor", "mode")
@@ -59,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize one component after the other, and copy the rest."""
+    # Late, here and below: diffusers takes seconds to import, which --help need not wait for.
+    from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
+    from omniq_compile.checkpoints.hub_download import (
+        described_folder,
+        hub_arguments,
+        whole_folder,
+    )
+
     config = build_quant_config(read_quantization(arguments.quantization))
     console = Console(stderr=True)
     given = {name for options in config.chosen for name in options}
@@ -111,6 +109,9 @@ class _Work:
 
 
 def _quantize_model(work: _Work, folder: Path) -> None:
+    from omniq_compile.checkpoints.loading import load_model
+    from omniq_compile.pipelines.call import loading_worded
+
     options = work.config.everywhere
     assert options is not None
     with loading_worded(work.source):
@@ -126,6 +127,8 @@ def _quantize_model(work: _Work, folder: Path) -> None:
 
 
 def _quantize_pipeline(work: _Work, folder: Path) -> None:
+    from omniq_compile.pipelines.from_pretrained import check_components, components_with
+
     components = check_components(work.source, work.config)
     with_variant = components_with(work.variant, work.source, components)
     chosen = [name for name in components if work.config.options_for(name) is not None]
@@ -154,6 +157,9 @@ def _quantize_component(
     work: _Work, kind: tuple[str, str], name: str, variant: str | None, folder: Path
 ) -> bool:
     """Write one component, and let go of it; returns whether a layer of it is quantized."""
+    from omniq_compile.pipelines.call import loading_worded
+    from omniq_compile.pipelines.from_pretrained import is_own, load_component
+
     source, config = work.source / name, work.config
     options = config.options_as_stored(name) if is_own(source) else config.options_for(name)
     with loading_worded(source):
