@@ -161,7 +161,7 @@ def _quantize_component(
     from omniq_compile.pipelines.from_pretrained import is_own, load_component
 
     source, config = work.source / name, work.config
-    options = config.options_as_stored(name) if is_own(source) else config.options_for(name)
+    options = config.options_for(name, is_stored=is_own(source))
     with loading_worded(source):
         model = load_component(*kind, source, options=options, variant=variant, **work.loading)
     shown = stored_options(model) or config.options_for(name)

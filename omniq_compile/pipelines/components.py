@@ -27,14 +27,17 @@ class PipelineQuantConfig:
     everywhere: Options = None
     components: Mapping[str, Options] = field(default_factory=dict)
 
-    def options_for(self, component: str) -> dict[str, Any] | None:
+    def options_for(self, component: str, *, is_stored: bool = False) -> dict[str, Any] | None:
         """Return the options of one component, or None for BF16.
 
-        They are those of its name, or else of ``default``. Keys below the component become layers
-        that are ignored.
+        They are those of its name, or else of ``default``, which is not for what ``is_stored``
+        quantized: None is as it is stored there. Keys below the component become layers that are
+        ignored.
         """
         if self.everywhere is not None:
             return dict(self.everywhere) if is_transformer(component) else None
+        if is_stored and not self.names(component):
+            return None
         given = self.components.get(component, self.components.get(DEFAULT))
         if given is None:
             return None
@@ -51,14 +54,6 @@ class PipelineQuantConfig:
     def names(self, component: str) -> bool:
         """Say whether a key is of a component, or of a part of it."""
         return any(key.split(".")[0] == component for key in self.components)
-
-    def options_as_stored(self, component: str) -> dict[str, Any] | None:
-        """Return the options of a component that is stored quantized.
-
-        They are None where nothing but ``default`` is said of it: it is loaded as it is stored.
-        """
-        named = self.everywhere is not None or self.names(component)
-        return self.options_for(component) if named else None
 
     @property
     def chosen(self) -> list[Mapping[str, Any]]:

@@ -100,7 +100,7 @@ def from_pretrained(
     loaded: dict[str, Any] = {}
     for name, (library, kind) in components.items():
         own = is_own(place / name)
-        options = config.options_as_stored(name) if own else config.options_for(name)
+        options = config.options_for(name, is_stored=own)
         if name in pipeline_arguments or (options is None and not own):
             continue
         loaded[name] = load_component(
