@@ -18,7 +18,7 @@ from omniq_compile.lowering.registry import as_stored
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.metadata import call_fake
-from omniq_compile.passes.program import describe
+from omniq_compile.passes.printing.node_words import describe
 from omniq_compile.passes.rewrite import GEMM
 
 # The largest share of a stored weight's bytes that is held twice.

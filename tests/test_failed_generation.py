@@ -14,8 +14,8 @@ import omniq_compile as omniq
 from omniq_compile.cli import main
 from omniq_compile.inspector import absent_gpu
 from omniq_compile.inspector.inspection import inspect
-from omniq_compile.passes.program import weight_of
-from omniq_compile.passes.sections import split
+from omniq_compile.passes.printing.node_words import weight_of
+from omniq_compile.passes.printing.sections import split
 from omniq_compile.reports.report import trace
 
 MODULE = """

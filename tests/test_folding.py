@@ -17,9 +17,10 @@ from omniq_compile.inspector.inspection import inspect
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.folding import FoldedGraph, fold, ranges
-from omniq_compile.passes.program import identifier, module_text, relative, weight_of
-from omniq_compile.passes.sections import restrict, split
+from omniq_compile.passes.printing.folding import FoldedGraph, fold, ranges
+from omniq_compile.passes.printing.node_words import identifier, relative, weight_of
+from omniq_compile.passes.printing.program import module_text
+from omniq_compile.passes.printing.sections import restrict, split
 
 STAGES = ("traced", "quantized", "lowered")
 

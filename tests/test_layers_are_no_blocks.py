@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 import omniq_compile
 from omniq_compile import explain, quantize_
 from omniq_compile.model_blocks import module_blocks
+from omniq_compile.passes.printing.sections import split
 from omniq_compile.passes.regions import Link, find_blocks
-from omniq_compile.passes.sections import split
 
 LEADING = 4
 OPTIONS = {

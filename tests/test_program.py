@@ -19,7 +19,8 @@ from omniq_compile.models.families import FAMILIES
 from omniq_compile.models.random_models import make_inputs, random_model
 from omniq_compile.passes import pipeline
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.program import describe, program
+from omniq_compile.passes.printing.node_words import describe
+from omniq_compile.passes.printing.program import program
 
 GOLDEN = """\
 # a golden program

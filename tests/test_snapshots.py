@@ -29,7 +29,7 @@ from omniq_compile.passes import pipeline, policy
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.match import find_sites
-from omniq_compile.passes.program import program
+from omniq_compile.passes.printing.program import program
 from omniq_compile.passes.sites import Site
 from omniq_compile.testing import GraphSnapshot
 

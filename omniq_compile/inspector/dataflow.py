@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.program import describe, is_result, relative, weight_of
+from omniq_compile.passes.printing.node_words import describe, is_result, relative, weight_of
 from omniq_compile.passes.rewrite import GEMM, QUANTIZE
 from omniq_compile.passes.sites import Site
 

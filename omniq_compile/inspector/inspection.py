@@ -19,12 +19,12 @@ from omniq_compile.lowering.errors import OmniqError, OptionError
 from omniq_compile.lowering.target import Target
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.folding import Block, FoldedGraph, fold
 from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.option_checks import check_pattern
 from omniq_compile.passes.patterns import matches, unmatched
-from omniq_compile.passes.program import is_result, relative
-from omniq_compile.passes.sections import Section, added_for, module_names, restrict
+from omniq_compile.passes.printing.folding import Block, FoldedGraph, fold
+from omniq_compile.passes.printing.node_words import is_result, relative
+from omniq_compile.passes.printing.sections import Section, added_for, module_names, restrict
 from omniq_compile.reports import tracing
 from omniq_compile.reports.report import Report, Site, Trace, report_of, trace
 

@@ -21,7 +21,7 @@ from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
 from omniq_compile.passes.legal import STAGES
 from omniq_compile.passes.patterns import unmatched
-from omniq_compile.passes.program import program
+from omniq_compile.passes.printing.program import program
 from omniq_compile.reports import display
 from omniq_compile.reports.summary import site_bytes, weight_bytes
 from omniq_compile.reports.tracing import run_traced

@@ -12,7 +12,7 @@ import logging
 import torch
 
 from omniq_compile.passes.context import Context
-from omniq_compile.passes.program import program
+from omniq_compile.passes.printing.program import program
 
 
 def wanted() -> bool:

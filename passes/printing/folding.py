@@ -14,17 +14,15 @@ from typing import Any
 from torch import fx
 
 from omniq_compile.passes import dynamo
-from omniq_compile.passes.program import (
-    LINES,
-    Function,
+from omniq_compile.passes.printing.node_words import (
     describe,
-    function,
     identifier,
     readable_name,
     relative,
     weight_of,
 )
-from omniq_compile.passes.sections import Section, split
+from omniq_compile.passes.printing.program import LINES, Function, function
+from omniq_compile.passes.printing.sections import Section, split
 
 # What FX does not let a variable be called.
 _TAKEN = {*keyword.kwlist, *dir(builtins), "inf", "nan", "NoneType", "torch", "device", "self"}

@@ -12,7 +12,7 @@ from torch import fx
 
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.patterns import matches
-from omniq_compile.passes.program import about, describe, is_result, relative, weight_of
+from omniq_compile.passes.printing.node_words import about, describe, is_result, relative, weight_of
 from omniq_compile.passes.regions import block_classes, block_of, outside_layers
 
 
