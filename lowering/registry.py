@@ -64,8 +64,9 @@ class Kernel:
         arrange: a weight's parts as its format stores them -> as many parts, in the layout that
             ``gemm`` reads; each is the one that was given or has memory of its own. Done once for
             each weight, or in each call where that would hold a stored weight twice.
-        as_matrix: whether ``gemm`` views ``[..., M, K]`` as a matrix. Activations are then made
-            one before they are quantized: Inductor stores what it computes once for each view.
+        takes_matrices: whether ``gemm`` views ``[..., M, K]`` as a matrix. Activations are then
+            made one before they are quantized: Inductor stores what it computes once for each
+            view.
         source: the file of `lowering` with the device code, where that is omniq's own.
         start: ``(problem)`` -> None; begins what a first call would wait for, such as a build.
     """
@@ -81,7 +82,7 @@ class Kernel:
     refuse: Callable[[Problem, Scheme], str | None]
     decodes_whole: bool = False
     arrange: Callable[[Parts], Parts] = as_stored
-    as_matrix: bool = False
+    takes_matrices: bool = False
     source: str = ""
     start: Callable[[Problem], None] = start_nothing
 

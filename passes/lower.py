@@ -116,7 +116,7 @@ class _Inliner:
         b: Any
         a, b, bias = node.args[:3]
         x = None
-        if kernel.as_matrix and problem.a_rank > 2 and isinstance(a, fx.Node):
+        if kernel.takes_matrices and problem.a_rank > 2 and isinstance(a, fx.Node):
             x = a.args[0]
         flat = x is not None
         weight = self._weight_parts(node, list(b), site) if site.weight else None
@@ -146,7 +146,7 @@ class _Inliner:
         """Return the parts of an activation, which is quantized here.
 
         Args:
-            flat: quantize it as a matrix, see `Kernel.as_matrix`.
+            flat: quantize it as a matrix, see `Kernel.takes_matrices`.
         """
         kernel = site.decision.kernel
         assert kernel is not None
@@ -156,9 +156,9 @@ class _Inliner:
             x = x.flatten(0, -2) if flat else x
             # Codes are laid out as what they are made of, and such kernels read rows: those of a
             # transposed activation, such as a picture's channels, have to be made first.
-            if kernel.as_matrix and not statically_known_true(x.stride()[-1] == 1):
+            if kernel.takes_matrices and not statically_known_true(x.stride()[-1] == 1):
                 x = x.contiguous()
-            elif kernel.as_matrix and _was_a_column(x):
+            elif kernel.takes_matrices and _was_a_column(x):
                 x = x.clone(memory_format=torch.contiguous_format)
             return kernel.quantize(x, format)
 

@@ -90,7 +90,7 @@ def _sites_inside(
                 if weight is not None and dynamo.is_weight(weight):
                     name = dynamo.weight_name(weight)
                     layer = layer_name([name], site.layer)
-                    site = replace(site, kind=Kind.WEIGHT, layer=layer, weight_name=name)
+                    site = replace(site, kind=Kind.WEIGHT, layer=layer, weight_names=(name,))
                 yield site
 
 
@@ -114,7 +114,7 @@ def _site(node: fx.Node, product: Product, autocast: bool) -> Site:
         product=product,
         problem=None if product.unsupported else _problem(node, product, weight is not None),
         weight=weight,
-        weight_name=" + ".join(names),
+        weight_names=tuple(names),
         around=dynamo.modules_around(node),
         stored=_stored(weight),
         autocast=autocast,

@@ -132,7 +132,7 @@ def _in_leading_blocks(sites: list[Site], config: QuantConfig) -> set[int]:
         id(s): tuple(x for x in around[id(s)] if x.name != s.layer or x.name in holders)
         for s in sites
     }
-    weights = {name for s in sites for name in s.weight_name.split(" + ") if name}
+    weights = {name for s in sites for name in s.weight_names if name}
     blocks = find_blocks(chains.values(), weights)
     if sites and (not blocks or dynamo.is_resumed()):
         raise OptionError(

@@ -104,10 +104,11 @@ class Decision:
 class Site:
     """One place in the traced graph where an activation meets a matrix.
 
-    ``around`` are the modules it was traced in, outermost first, the root left out. ``stored`` is
-    the weight, without values, where it is a parameter that is quantized already. ``autocast`` says
-    that it was on, which casts both operands, and ``gradients`` that the model asks for them here,
-    whatever its caller does.
+    ``weight_names`` are the dotted names of the parameters that the weight is made of, in order; ""
+    for one that a function takes as an argument. ``around`` are the modules it was traced in,
+    outermost first, the root left out. ``stored`` is the weight, without values, where it is a
+    parameter that is quantized already. ``autocast`` says that it was on, which casts both
+    operands, and ``gradients`` that the model asks for them here, whatever its caller does.
     """
 
     node: fx.Node
@@ -117,7 +118,7 @@ class Site:
     product: Product
     problem: Problem | None
     weight: WeightExpression | None
-    weight_name: str
+    weight_names: tuple[str, ...]
     around: tuple[Link, ...] = ()
     stored: QuantizedTensor | None = None
     autocast: bool = False
@@ -130,9 +131,14 @@ class Site:
         dtype: torch.dtype = dynamo.first_value(self.node).dtype
         return dtype
 
+    @property
+    def weight_name(self) -> str:
+        """The weight's names as one, such as ``to_q.weight + to_k.weight``."""
+        return " + ".join(filter(None, self.weight_names))
+
     def layer_in(self, place: str) -> str:
         """Return the layer's name in a model that has the traced module at ``place``."""
-        weights = [name for name in self.weight_name.split(" + ") if name]
+        weights = self.weight_names
         if layer_name(weights, self.layer) != self.layer:
-            weights = []  # it is called as its module is
+            weights = ()  # it is called as its module is
         return layer_name(weights, self.layer, place)

@@ -14,7 +14,7 @@ from torch import Tensor
 from omniq_compile.lowering import recycled
 from omniq_compile.lowering.cpu import quantize
 from omniq_compile.lowering.decoded_bfloat16 import fake_quantize_scaled
-from omniq_compile.lowering.formats import block_size, get_format, mx
+from omniq_compile.lowering.formats import block_size, get_format
 
 
 def quantize_activation(x: Tensor, format: str) -> tuple[Tensor, ...]:
@@ -75,8 +75,7 @@ def _(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 def _shape(x: Tensor, format: str) -> tuple[int, ...]:
-    K = x.shape[-1]
-    return (*x.shape[:-1], mx.padded(K) if format.startswith("mx") else K)
+    return (*x.shape[:-1], get_format(format).padded(x.shape[-1]))
 
 
 def _scales(x: Tensor, format: str) -> list[Tensor]:

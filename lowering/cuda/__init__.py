@@ -16,7 +16,7 @@ _NO_SCALES = dict.fromkeys(("mxfp8", "mxfp4", "mxfp4_dualscale"), triton.NO_SCAL
 KERNELS = (
     *triton.INT8,
     int8.INT_MM,
-    triton.INT8_LEGACY,
+    triton.INT8_SM_100,
     triton.FP8_ONE_WAVE,
     fp8.SCALED_MM,
     block_scaled_mm.BLOCK_SCALED_MM,

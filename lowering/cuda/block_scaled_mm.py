@@ -93,5 +93,5 @@ BLOCK_SCALED_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=gemm,
     refuse=refuse,
-    as_matrix=True,
+    takes_matrices=True,
 )

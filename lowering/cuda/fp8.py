@@ -15,7 +15,7 @@ SCALED_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=scaled_mm.gemm_rows,
     refuse=scaled_mm.refuse_rows,
-    as_matrix=True,
+    takes_matrices=True,
 )
 
 SCALED_MM_BLOCKS = Kernel(
@@ -30,5 +30,5 @@ SCALED_MM_BLOCKS = Kernel(
     gemm=scaled_mm.gemm_blocks,
     refuse=scaled_mm.refuse_blocks,
     arrange=scaled_mm.arrange_blocks,
-    as_matrix=True,
+    takes_matrices=True,
 )

@@ -25,5 +25,5 @@ INT_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=padded_int_mm.gemm,
     refuse=refuse,
-    as_matrix=True,
+    takes_matrices=True,
 )

@@ -20,7 +20,7 @@ INT8 = (
     rows.int8("cuda", ("sm_90",), "s8 wgmma"),
     rows.int8("cuda", ("sm_120", "sm_89", "sm_80"), "s8 mma"),
 )
-INT8_LEGACY = rows.int8("cuda", ("sm_100",), "s8 mma, tcgen05 from Triton 3.8 on")
+INT8_SM_100 = rows.int8("cuda", ("sm_100",), "s8 mma, tcgen05 from Triton 3.8 on")
 
 _FP8 = (
     (("sm_100",), "tcgen05.mma f8f6f4"),

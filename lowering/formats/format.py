@@ -23,6 +23,7 @@ class Format:
         dequantize: parts -> float32 ``[..., K]``, with K padded to whole blocks where the format
             has blocks of a fixed size.
         row_block: how many rows of a matrix share a scale.
+        column_block: a multiple of which K is padded to, for blocks of a fixed size.
     """
 
     name: str
@@ -32,3 +33,8 @@ class Format:
     allocate: Callable[[torch.Tensor], Parts]
     dequantize: Callable[[Parts], torch.Tensor]
     row_block: int = 1
+    column_block: int = 1
+
+    def padded(self, K: int) -> int:
+        """Return K as the format's codes have it: rounded up to whole blocks."""
+        return K + -K % self.column_block

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from omniq_compile.lowering.formats import mx
+from omniq_compile.lowering.formats import get_format, mx
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
 
@@ -26,8 +26,8 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
     for name, size in (("K", problem.K), ("N", problem.N)):
         if not isinstance(size, int):
             return f"{name} is symbolic ({size}), and torch_npu takes at most {LARGEST}"
-        if name == "K" and scheme.weight.startswith("mx"):
-            size = mx.padded(size)
+        if name == "K":
+            size = get_format(scheme.weight).padded(size)
         if size > LARGEST:
             return f"{name} = {size}, and torch_npu takes at most {LARGEST}"
     if problem.dtype not in DTYPES:

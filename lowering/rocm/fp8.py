@@ -42,7 +42,7 @@ SCALED_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=_gemm_rows,
     refuse=scaled_mm.refuse_rows,
-    as_matrix=True,
+    takes_matrices=True,
 )
 
 SCALED_MM_FNUZ = Kernel(
@@ -57,5 +57,5 @@ SCALED_MM_FNUZ = Kernel(
     gemm=_gemm_rows,
     refuse=scaled_mm.refuse_rows,
     arrange=to_fnuz,
-    as_matrix=True,
+    takes_matrices=True,
 )

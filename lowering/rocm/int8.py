@@ -16,5 +16,5 @@ INT_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=padded_int_mm.gemm,
     refuse=padded_int_mm.refuse,
-    as_matrix=True,
+    takes_matrices=True,
 )

@@ -18,5 +18,5 @@ SCALED_MM = Kernel(
     # XPU warns of fast accumulation in each call, and has none.
     gemm=partial(scaled_mm.gemm_rows, fast_accum=False),
     refuse=scaled_mm.refuse_rows,
-    as_matrix=True,
+    takes_matrices=True,
 )

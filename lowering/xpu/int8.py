@@ -17,5 +17,5 @@ INT_MM = Kernel(
     quantize=gpu_quantize.quantize,
     gemm=int8_gemms.gemm_int_mm,
     refuse=int8_gemms.refuse,
-    as_matrix=True,
+    takes_matrices=True,
 )

@@ -120,11 +120,10 @@ def _renamed(site: Site, block: str, model: nn.Module) -> Site:
     above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     around = [link_to(name, type(model.get_submodule(name))) for name in above]
     around += [link._replace(name=_join(block, link.name)) for link in site.around]
-    names = [_join(block, name) for name in site.weight_name.split(" + ") if name]
     return dataclasses.replace(
         site,
         layer=site.layer_in(block),
-        weight_name=" + ".join(names),
+        weight_names=tuple(_join(block, name) for name in site.weight_names if name),
         around=tuple(around),
     )
 

@@ -120,7 +120,7 @@ def _quantized_linear(
                 parts = wide[kernel.arrange]
             chosen[key] = kernel, problem, parts
         kernel, problem, parts = chosen[key]
-        if kernel.as_matrix:  # which reads rows, see `passes.lower`
+        if kernel.takes_matrices:  # which reads rows, see `passes.lower`
             x = x.contiguous()
         return kernel.gemm(
             kernel.quantize(x, scheme.activation), parts, layer.bias, problem, scheme
