@@ -123,6 +123,12 @@ class QuantConfig:
         _refuse_other_methods(config.method, options)
         return config
 
+    def to_options(self) -> dict[str, Any]:
+        """Return the options as plain data that `from_options` takes, with the defaults."""
+        names = [name for name in CHECKS if self.method in METHODS_OF.get(name, METHODS)]
+        target = None if self.target is None else str(self.target)
+        return {name: getattr(self, name) for name in names} | {"target": target}
+
     def with_mode(self, mode: str | None) -> QuantConfig:
         """Return the configuration with one of ``torch.compile``'s modes; None leaves its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,26 @@ def test_every_option_is_taken() -> None:
     assert config.mode == "reduce-overhead"
     assert config.target == Target("cpu", "generic")
     assert QuantConfig.from_options(config) is config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "int8", "ignored_layers": ["a.b"], "target": "cuda:sm_90", "matmul": True},
+        {"method": "fp8", "weight_block_size": [128, 64], "inductor": {"max_autotune": True}},
+        {"method": "mxfp8", "mode": "reduce-overhead", "min_features": 7},
+        {"method": "mxfp4", "w4a8_fallback_steps": [3, 0], "mxfp4_scale_alg": 2},
+        {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0, "compiler": "eager"},
+    ],
+    ids=lambda options: str(options["method"]),
+)
+def test_options_can_be_given_again_and_are_plain(options: dict[str, Any]) -> None:
+    config = QuantConfig.from_options(options)
+    again = config.to_options()
+    assert QuantConfig.from_options(again) == config
+    assert QuantConfig.from_options(json.loads(json.dumps(again))) == config
+    # None of another method's, which would be refused, and each that the method has.
+    assert set(options) <= set(again)
 
 
 @pytest.mark.parametrize("options", [None, {}, {"min_features": 3}, "int8", ["int8"]])

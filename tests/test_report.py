@@ -103,6 +103,33 @@ def test_a_terminal_shows_a_table_in_which_markup_is_text(report: omniq.Report) 
     assert "kept 1: N = 40 is under min_features = 256" in out
 
 
+def test_printed_it_is_a_table_and_shown_alone_a_line(report: omniq.Report) -> None:
+    summary = "int8 on cuda:sm_90: 1 of 2 products rewritten; their weights 0.4 -> 0.1 MB"
+    assert repr(report) == f"<Report: {summary}>"
+    first, reason, columns, *rows = str(report).splitlines()
+    assert (first, reason) == (summary, "kept 1: N = 40 is under min_features = 256")
+    assert columns.split() == [
+        "layer",
+        "spelling",
+        "M",
+        "x",
+        "K",
+        "x",
+        "N",
+        "decision",
+        "kernel",
+        "or",
+        "reason",
+    ]
+    assert [row.split()[-1] for row in rows] == [report.sites[0].decision.kernel, "256"]
+    assert rows[0].startswith(report.sites[0].layer)
+
+
+def test_its_options_can_be_given_again(report: omniq.Report) -> None:
+    again = omniq.explain(Evil(), [torch.randn(7, 320)], report.options, target="cuda:sm_90")
+    assert again.options == report.options
+
+
 def run(tmp_path: Path, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", MODEL], cwd=tmp_path, env=os.environ | environment,

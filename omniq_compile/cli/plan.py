@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,6 +25,7 @@ from omniq_compile.output_file import check_writable, write
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.planning.meta_run import to_meta
 from omniq_compile.planning.plan import Plan, plan_model
+from omniq_compile.reports.display import to_text
 
 # A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
 # the first frame and shrinks the others 4 times.
@@ -152,23 +151,18 @@ def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -
 
 
 def _render(plans: dict[str, tuple[Size, Plan]], title: str) -> str:
-    # Wide enough for the longest reason: a plan is read by scrolling, or from a file.
-    console = Console(file=io.StringIO(), width=sys.maxsize, highlight=False)
+    parts: list[Any] = []
     for name, (size, plan) in plans.items():
-        console.print(f"[bold]{escape(name)}[/bold]: {title}; {size}")
-        console.print(_table(plan))
-        console.print(_totals(plan))
+        parts += [f"[bold]{escape(name)}[/bold]: {title}; {size}", _table(plan), _totals(plan)]
     if len(plans) > 1:
         together = [plan for _, plan in plans.values()]
         before = sum(plan.weight_bytes_before for plan in together)
         after = sum(plan.weight_bytes_after for plan in together)
-        console.print(
+        parts.append(
             f"together: weights {_bytes(before)} -> {_bytes(after)}, where all are in memory at "
             "once"
         )
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    return to_text(*parts) + "\n"
 
 
 def _table(plan: Plan) -> Table:

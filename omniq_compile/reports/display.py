@@ -1,13 +1,16 @@
-"""A report as a table: for pandas, a terminal and a notebook."""
+"""A report as a table: as text, for pandas, a terminal and a notebook."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
@@ -46,6 +49,15 @@ def to_rich(report: Report) -> Table:
     return table
 
 
+def to_text(*parts: Any) -> str:
+    """Return what `rich` prints, as plain lines: wide enough for the longest, to be scrolled."""
+    console = Console(file=io.StringIO(), width=sys.maxsize, highlight=False)
+    for part in parts:
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
 def to_html(report: Report) -> str:
     """Return what a notebook shows; every text of the model is escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
@@ -60,13 +72,18 @@ def to_html(report: Report) -> str:
     )
 
 
-def _summary(report: Report) -> Iterator[str]:
+def first_line(report: Report) -> str:
+    """Return what was done, in few words."""
     before, after = report.weight_bytes_before, report.weight_bytes_after
-    yield (
+    return (
         f"{report.options['method']} on {report.target}: {len(report.rewritten)} of "
         f"{len(report.sites)} products rewritten; their weights {before / 1e6:,.1f} -> "
         f"{after / 1e6:,.1f} MB"
     )
+
+
+def _summary(report: Report) -> Iterator[str]:
+    yield first_line(report)
     for reason, count in Counter(site.decision.reason for site in report.kept).most_common():
         yield f"kept {count}: {reason}"
     if report.untraced:

@@ -67,12 +67,12 @@ class GraphReport:
     passes: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Everything omniq does to a model.
+    """Everything omniq does to a model: printed, a table of its products.
 
     Attributes:
-        options: as checked, with the defaults.
+        options: as checked, with the defaults; they can be given again.
         target: what was lowered for.
         sites: in the order of the model.
         graphs: more than one where Dynamo had to break the model.
@@ -112,6 +112,14 @@ class Report:
             OmniqError: pandas is not installed.
         """
         return display.to_pandas(self)
+
+    def __repr__(self) -> str:
+        """Say in one line what was done: all of it would be many pages."""
+        return f"<Report: {display.first_line(self)}>"
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        return display.to_text(display.to_rich(self))
 
     def __rich__(self) -> Any:
         """Print as a table with `rich.print`."""
@@ -207,7 +215,7 @@ def report_of(trace: Trace, stages: Sequence[str] = STAGES) -> Report:
     layers = [site.layer for c in contexts for site in c.sites]
     patterns = [p for given in config.layer_patterns.values() for p in given]
     return Report(
-        options=dataclasses.asdict(config),
+        options=config.to_options(),
         target=str(contexts[0].target),
         sites=[_site(i, site) for i, c in enumerate(contexts) for site in c.sites],
         graphs=[_graph(i, c, stages) for i, c in enumerate(contexts)],
