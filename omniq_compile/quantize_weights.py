@@ -65,8 +65,8 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
 
     The model then works as before: eager use dequantizes a weight each time, and
     ``torch.compile(model, backend="omniq", options=options)`` multiplies in the method's
-    precision. Layers are chosen as for compiling; see `plan_layers` for where a model alone does
-    not tell what a trace would.
+    precision. Layers are chosen as for compiling, but that a model alone does not show the order
+    in which its blocks run: ``num_bf16_fallback_layers`` counts those that it defines first.
 
     Args:
         model: any module, on any device.

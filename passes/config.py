@@ -27,21 +27,27 @@ class QuantConfig:
     """The checked options of one compile.
 
     Attributes:
-        method: how weights and activations are quantized.
+        method: how weights and activations are quantized: ``"int8"``, ``"fp8"``, ``"mxfp8"``,
+            ``"mxfp4"`` or ``"mxfp4_dualscale"``.
         ignored_layers: patterns of layers to keep in their own precision.
         activation_scheme: ``"dynamic"``: activation scales are computed in each call.
-        min_features: the smallest K or N worth quantizing; 1 takes everything the kernels take.
+        min_features: the smallest K or N, a layer's input or output features, worth quantizing; 1
+            takes everything the kernels take.
         matmul: also quantize activation-times-activation products, per row of both operands.
-        compiler: what compiles the rewritten graph.
+        compiler: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+            Only the first reads ``inductor`` and ``mode``.
         inductor: settings passed on to Inductor. With ``max_autotune`` it also times omniq's Triton
             GEMMs in several tiles, where all sizes are known.
-        mode: one of ``torch.compile``'s modes, which it does not take beside options itself.
-        target: the device to lower for; None means the model's own device.
+        mode: one of ``torch.compile``'s modes, which it does not take beside options itself:
+            ``"default"``, ``"reduce-overhead"`` (CUDA graphs), ``"max-autotune"`` or
+            ``"max-autotune-no-cudagraphs"``.
+        target: the device to lower for, such as ``"cuda:sm_90"``; None means the model's own
+            device.
         mxfp4_scale_alg: how an mxfp4 block chooses its scale: 0 (OCP) or 2 (UOS).
         weight_block_size: fp8: ``(rows, columns)`` of a weight that share a scale; None is a scale
             per row. Activations then have one per 1 x 128 group.
         num_bf16_fallback_layers: mxfp4_dualscale: how many leading transformer blocks stay BF16;
-            None, which becomes a number here, is what the method has by default.
+            None becomes the method's default.
         w4a8_fallback_layers: mxfp4: patterns of layers whose activations are mxfp8.
         w4a8_fallback_steps: mxfp4: zero-based denoising steps in which all activations are mxfp8.
         keep_all: not an option: why every site keeps its own precision, set for whole blocks.

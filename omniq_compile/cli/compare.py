@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="in place of the gate's")
     parser.add_argument("--min-cosine", type=float, metavar="X", help="in place of the gate's")
-    parser.add_argument("--max-relative-l2", type=float, metavar="X", help="likewise")
+    parser.add_argument("--max-relative-l2", type=float, metavar="X", help="in place of the gate's")
 
 
 def run(arguments: argparse.Namespace) -> int:

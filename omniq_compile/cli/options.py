@@ -12,7 +12,7 @@ EXAMPLE = "weight_block_size=[128,128]"
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one argument an option of `QuantConfig` that shapes the graph."""
-    parser.add_argument("--method", required=True, help="such as int8")
+    parser.add_argument("--method", required=True, help="such as int8; `omniq kernels` lists all")
     parser.add_argument(
         "--ignored-layers",
         nargs="+",
@@ -21,7 +21,10 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers to keep, such as img_mlp",
     )
     parser.add_argument(
-        "--min-features", type=int, metavar="N", help="the smallest K or N worth quantizing"
+        "--min-features",
+        type=int,
+        metavar="N",
+        help="the smallest width of a layer, in or out, worth quantizing",
     )
     parser.add_argument(
         "--matmul", action="store_true", help="also quantize activation x activation products"
