@@ -116,7 +116,7 @@ def test_every_command_line_can_be_typed(page: Path, monkeypatch: pytest.MonkeyP
         elif program == "python":
             assert (ROOT / arguments[0]).is_file()
         elif program == "pip":
-            wanted = re.findall(r"omniq-compile\[(\w+)\]", " ".join(arguments))
+            wanted = re.findall(r"(?:omniq-compile|\.)\[(\w+)\]", " ".join(arguments))
             assert set(wanted) <= set(extras)
 
 
