@@ -19,8 +19,9 @@ from omniq_compile.passes.option_checks import CHECKS, METHODS_OF
 # Pages that are not named here follow, in alphabetical order.
 FIRST = (
     "index.md", "methods.md", *(f"{method}.md" for method in METHODS), "hardware.md", "models.md",
-    "options.md", "loading.md", "diffusers.md", "first_calls.md", "compare.md", "tune.md",
-    "plan.md", "inspector.md", "snapshots.md", "api.md", "architecture.md", "adding.md",
+    "options.md", "loading.md", "diffusers.md", "first_calls.md", "troubleshooting.md",
+    "compare.md", "tune.md", "plan.md", "inspector.md", "snapshots.md", "api.md",
+    "architecture.md", "adding.md",
 )  # fmt: skip
 
 
