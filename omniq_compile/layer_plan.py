@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 
 from omniq_compile.compiling.all_kept import commonest, what_to_change
@@ -27,6 +29,7 @@ from omniq_compile.passes.policy import (
     option_of,
     too_small,
 )
+from omniq_compile.reports.display import to_text
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,31 @@ class LayerPlan:
     nbytes_after: int
 
 
-def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
+class LayerPlans(list[LayerPlan]):
+    """The plans of all linear layers of a model; printed, a table of them."""
+
+    def __repr__(self) -> str:
+        """Say in one line what becomes of the layers: a model has hundreds."""
+        methods = [row.method for row in self if row.method is not None]
+        if not methods:
+            return f"<{len(self)} linear layers, none quantized: {why_kept(self)}>"
+        return f"<{describe(self, methods[0])}>"
+
+    def __str__(self) -> str:
+        """Return a table of one line a layer."""
+        table = Table(box=None, pad_edge=False)
+        for name in ("layer", "N x K", "dtype", "decision", "bytes before", "after", "reason"):
+            numbers = name in ("bytes before", "after")
+            table.add_column(name, justify="right" if numbers else "left")
+        for row in self:
+            sizes = (f"{size:,}" for size in (row.nbytes_before, row.nbytes_after))
+            shape, dtype = " x ".join(map(str, row.shape)), str(row.dtype).removeprefix("torch.")
+            cells = (row.layer, shape, dtype, row.method or "kept", *sizes, row.reason)
+            table.add_row(*map(escape, cells))
+        return to_text(table)
+
+
+def plan_layers(model: nn.Module, config: QuantConfig) -> LayerPlans:
     """Decide every ``nn.Linear`` of a model, which may be on the meta device.
 
     The leading blocks are those that the model defines first. Layers that hold one weight together
@@ -85,7 +112,7 @@ def plan_layers(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
         for name in names:
             if kept and not reasons[name]:
                 reasons[name] = f"it shares its weight with {kept!r}, which is kept"
-    return [_row(name, linears[name].weight, reasons[name], config) for name in linears]
+    return LayerPlans(_row(n, linears[n].weight, reasons[n], config) for n in linears)
 
 
 def layer_names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -18,6 +18,7 @@ from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.given_model import check_model
 from omniq_compile.layer_plan import (
     LayerPlan,
+    LayerPlans,
     describe,
     layer_names,
     nothing_quantized,
@@ -60,7 +61,7 @@ def quantize(weight: torch.Tensor, method: str, **options: Any) -> QuantizedTens
     return QuantizedTensor.from_weight(weight, config.scheme.weight, config.method)
 
 
-def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> list[LayerPlan]:
+def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> LayerPlans:
     """Quantize the linear layers of a model in place, and free each weight as it goes.
 
     The model then works as before: eager use dequantizes a weight each time, and
@@ -73,7 +74,7 @@ def quantize_(model: nn.Module, options: Mapping[str, Any] | QuantConfig) -> lis
         options: see `QuantConfig`.
 
     Returns:
-        One row a linear layer: what became of it, and why.
+        A list with one `LayerPlan` a linear layer: what became of it, and why; printed, a table.
 
     Raises:
         OptionError: no module, unknown options, a policy that the model has no blocks for, or a

@@ -71,7 +71,7 @@ class QuantConfig:
     num_bf16_fallback_layers: int = cast(int, None)
     w4a8_fallback_layers: tuple[str, ...] = ()
     w4a8_fallback_steps: tuple[int, ...] = ()
-    keep_all: str = ""
+    keep_all: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():  # the method is the first

@@ -118,6 +118,21 @@ def test_every_option_of_the_policy(caplog: pytest.LogCaptureFixture) -> None:
     assert {s.layer for s in report.kept} == set(reasons)
 
 
+def test_what_became_of_the_layers_is_printed_as_a_table() -> None:
+    model = nn.Sequential(nn.Linear(300, 320), nn.Linear(320, 88)).to(torch.bfloat16)
+    plans = omniq.quantize_(model, {"method": "int8"})
+    assert repr(plans) == "<1 linear layers to int8, 1 kept; weights 0.2 -> 0.2 MB>"
+    assert [" ".join(line.split()) for line in str(plans).splitlines()] == [
+        "layer N x K dtype decision bytes before after reason",
+        "0 320 x 300 bfloat16 int8 192,000 97,280 quantized to int8",
+        "1 88 x 320 bfloat16 kept 56,320 56,320 N = 88 is under min_features = 256",
+    ]
+    narrow = omniq.quantize_(nn.Sequential(nn.Linear(8, 8)), {"method": "int8"})
+    assert (
+        repr(narrow) == "<1 linear layers, none quantized: 1 x K = 8 is under min_features = 256>"
+    )
+
+
 def test_layers_that_share_a_weight() -> None:
     model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("a", "b", "c", "d")})
     model["embedding"] = nn.Embedding(64, 64)
