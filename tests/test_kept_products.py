@@ -37,6 +37,17 @@ def test_products_of_other_than_two_matrices_are_kept_and_named() -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("equation", ["mmk,kn->mn", "mkk,kn->mn", "mkn,kjj->mj", "mkk,nkk->mn"])
+def test_products_of_a_diagonal_are_kept(equation: str) -> None:
+    terms = equation.partition("->")[0].split(",")
+    x, w = (torch.randn([38] * len(term)) for term in terms)
+    model = Holder(lambda x, w: torch.einsum(equation, x, w), w=w)
+    result, (site,) = run(model, x)
+    assert site.decision.method is None
+    assert site.decision.reason == f"einsum {equation!r} is not one matrix product"
+    assert torch.equal(result, model(x))
+
+
 def test_products_that_are_added_into_a_tensor_are_kept_and_named() -> None:
     w, stack = torch.randn(38, 38), torch.randn(3, 38, 38)
 

@@ -152,12 +152,18 @@ CASES = {
     "einsum_implied": case("einsum", einsum("mk,kn")),
     "einsum_implied_capital_first": case("einsum", einsum("mk,kN")),
     "einsum_implied_numbers": case("einsum", lambda x, w: torch.einsum(x, [0, 51], w, [51, 2])),
+    "einsum_implied_numbers_sorted": case(
+        "einsum", lambda x, w: torch.einsum(x, [30, 51], w, [51, 2])
+    ),
     "einsum_implied_ellipsis": case("einsum", einsum("...k,nk"), (2, 3, *X), LAST, W, LAST, SIX),
     "einsum_two_ellipses": case(
         "einsum", einsum("...mk,...kn->...mn"), (3, *X), LAST, (3, *T)
     ),
     "einsum_two_ellipses_implied": case(
         "einsum", einsum("m...k,k...n"), (7, 3, 38), LAST, (38, 3, 19), (0,)
+    ),
+    "einsum_two_ellipses_one_shorter": case(
+        "einsum", einsum("...k,...kn->...n"), (2, 3, 38), LAST, (3, *T), sizes=(2, 38, 19)
     ),
     "einsum_two_ellipses_one_empty": case(
         "einsum", einsum("...mk,...nk->n...m"), (3, *X), LAST, W, LAST, THREE
