@@ -59,10 +59,9 @@ def read_tensordot(node: fx.Node) -> Product:
     ranks = (dynamo.value(x).dim(), dynamo.value(y).dim())
     if isinstance(dims, int):
         dims = (range(ranks[0] - dims, ranks[0]), range(dims))
-    inner = [(i % ranks[0], j % ranks[1]) for i, j in zip(*dims, strict=True)]
     a = string.ascii_letters[: ranks[0]]
     b = list(string.ascii_letters[ranks[0] : sum(ranks)])
-    for i, j in inner:
+    for i, j in zip(*dims, strict=True):
         b[j] = a[i]
     out = [c for c in (*a, *b) if not (c in a and c in b)]
     equation = f"{a},{''.join(b)}->{''.join(out)}"
