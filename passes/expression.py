@@ -88,8 +88,7 @@ def _is_function(node: fx.Node) -> bool:
     """Say whether a node computes a plain tensor, by one of `WEIGHT_FUNCTIONS`."""
     is_call = node.op in ("call_function", "call_method")
     value = dynamo.value(node)
-    plain = foreign_kind(value) is None and not dynamo.is_transformed(node)
-    return is_call and node.target in WEIGHT_FUNCTIONS and plain
+    return is_call and node.target in WEIGHT_FUNCTIONS and foreign_kind(value) is None
 
 
 def is_of_parameters(node: Any) -> bool:
@@ -147,14 +146,14 @@ def _finish(graph: fx.Graph, result: fx.Node, steps: Iterable[Step]) -> fx.Graph
 
 
 def evaluate(expression: WeightExpression, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Compute the weight ``[..., N, K]`` from its parameters, detached."""
+    """Compute the weight ``[..., N, K]`` from its parameters, without gradients."""
     device = leaves[0].device.type
     # It may be on around the call, and off where the model computes the weight.
     can_cast = torch.amp.is_autocast_available(device)
     autocast = torch.autocast(device, enabled=False) if can_cast else nullcontext()
     with torch.inference_mode(False), torch.no_grad(), autocast:
         result: torch.Tensor = expression.module(*leaves)
-        return result.detach()
+    return result
 
 
 def topological(node: fx.Node) -> list[fx.Node]:
