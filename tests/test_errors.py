@@ -106,7 +106,15 @@ class Within(nn.Linear):
         return y - self.bias.detach()
 
 
-@pytest.mark.parametrize("kind", [Decorated, Inferring, Within])
+class WithinDecorated(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            y = super().forward(x) + self.bias
+        return y - self.bias  # here gradients are off still
+
+
+@pytest.mark.parametrize("kind", [Decorated, Inferring, Within, WithinDecorated])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_a_model_may_turn_gradients_off_itself(
@@ -118,6 +126,20 @@ def test_a_model_may_turn_gradients_off_itself(
     assert torch.is_grad_enabled()
     assert not result.requires_grad
     assert error(result, product(model, x)) < 5e-7
+
+
+def test_a_model_that_leaves_inference_mode_has_the_gradients_of_before() -> None:
+    class Leaving(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode(False):
+                return super().forward(x)
+
+    model, x = Leaving(38, 19), torch.randn(7, 38)
+    with torch.no_grad():
+        expected, result = model(x), compiled(model, ignored_layers=["re:.*"])(x)
+    assert expected.requires_grad
+    assert result.requires_grad
+    assert torch.equal(result, expected)
 
 
 def test_gradients_behind_a_part_without_them_are_refused() -> None:
