@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import omniq_compile
+from omniq_compile.passes.inline import inline
 
 WIDTH = 64
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
@@ -104,6 +106,38 @@ def test_a_called_graph_is_rewritten_as_if_it_stood_there(kind, options):
     with torch.no_grad():
         want = _compiled(plain, options)(_input())
         assert torch.equal(_compiled(called, options, fullgraph=True)(_input()), want)
+
+
+class SharedFirst(Block):
+    """A layer that all blocks have before their own."""
+
+    first: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+class RegionOfSharedFirst(SharedFirst):
+    """The same, a region whose first weight is that of every call."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_region_with_a_weight_of_all_calls_is_named_by_those_of_its_own():
+    found = []
+    for kind in (SharedFirst, RegionOfSharedFirst):
+        model = Model(kind)
+        first = nn.Linear(WIDTH, WIDTH).requires_grad_(False).bfloat16()
+        for block in model.blocks:
+            block.first = first
+        found.append(_found(model, {"ignored_layers": ["blocks.1.up"]}))
+    assert found[0] == found[1]
+    assert [layer for layer, method in found[0] if layer.endswith(".up") and method] == [
+        "blocks.0.up",
+        "blocks.2.up",
+    ]
 
 
 def test_a_region_in_a_region_and_any_number_of_rows():
@@ -245,9 +279,10 @@ def test_stored_weights_have_their_values_before_the_first_who_reads_them(kind, 
 
 
 @torch.compiler.nested_compile_region
-def _halved(x, state, like):
+def _halved(x, state):
     y = torch.nn.functional.linear(x, state)
-    state.view_as(like).mul_(0.5)
+    # Of no list of views: that it lies in the memory of `state` is all there is to know of it.
+    state.unfold(0, 2, 2).mul_(0.5)
     return y + torch.nn.functional.linear(x, state)
 
 
@@ -256,11 +291,11 @@ class Halved(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("like", "a", "b"):
+        for name in ("a", "b"):
             self.register_buffer(name, torch.randn(64, 64))
 
     def forward(self, x):
-        return _halved(x, self.a, self.like), _halved(x, self.b, self.like)
+        return _halved(x, self.a), _halved(x, self.b)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
@@ -272,3 +307,29 @@ def test_what_a_region_writes_to_is_that_of_each_call(compiler: str):
         for result, expected in zip(results, plain(x), strict=True):
             torch.testing.assert_close(result, expected)
     torch.testing.assert_close(model.b, plain.b)
+
+
+def test_attributes_of_two_called_graphs_may_have_one_name():
+    """Dynamo numbers those that it makes; a graph made otherwise may not."""
+
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(factor))
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * self.factor,)
+
+    outer = torch.fx.Graph()
+    holder = nn.Module()
+    x, results = outer.placeholder("x"), []
+    for name, factor in (("first", 3.0), ("second", 5.0)):
+        setattr(holder, name, torch.fx.symbolic_trace(Scaled(factor)))
+        called = (outer.get_attr(name), x)
+        call = outer.call_function(torch.ops.higher_order.tag_activation_checkpoint, called)
+        results.append(outer.call_function(operator.getitem, (call, 0)))
+    outer.output(tuple(results))
+    gm = inline(torch.fx.GraphModule(holder, outer))
+    gm.recompile()
+    given = torch.randn(4)
+    assert all(map(torch.equal, gm(given), (given * 3, given * 5)))
