@@ -15,8 +15,9 @@ from conftest import Holder, error, quantized_inputs, traced
 
 from omniq_compile import QuantConfig, explain
 from omniq_compile.lowering.target import ARCHITECTURES, Target
-from omniq_compile.passes import pipeline
+from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.context import Context
+from omniq_compile.passes.metadata import fill_values
 
 BF16 = torch.bfloat16
 
@@ -134,6 +135,52 @@ def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
             (site,) = context.sites
             assert not isinstance(site.problem.M, int)
             assert site.decision.kernel is not None
+
+
+def lowered_for(target: str, model: torch.nn.Module, *inputs: torch.Tensor) -> torch.fx.GraphModule:
+    ((graph, _),) = traced(model, *inputs)
+    config = QuantConfig.from_options({"method": "int8", "min_features": 1})
+    return pipeline.run(graph, Context(config, Target.parse(target)))
+
+
+def values_of(node: torch.fx.Node) -> list[Any]:
+    """Return how a node's tensors look."""
+    values = torch.utils._pytree.tree_leaves(dynamo.value(node))
+    return [(v.shape, v.stride(), v.dtype) for v in values if isinstance(v, torch.Tensor)]
+
+
+def test_kernels_of_one_activation_may_take_it_in_other_shapes() -> None:
+    """`torch._int_mm` takes a matrix; for an N that is no multiple of 8 Triton takes all axes."""
+    linear = torch.nn.functional.linear
+    w, v = torch.randn(64, 48, dtype=BF16), torch.randn(19, 48, dtype=BF16)
+    model = Holder(lambda x, w, v: (linear(x, w), linear(x, v), linear(x, w[:32])), w=w, v=v)
+    graph = lowered_for("cuda:sm_100", model, torch.randn(2, 11, 48, dtype=BF16)).graph
+    targets = [str(node.target) for node in graph.nodes]
+    assert sum("triton_row_scaled_gemm" in target for target in targets) == 1
+    assert sum("_int_mm" in target for target in targets) == 2
+    (results,) = graph.output_node().args
+    assert [tuple(dynamo.value(result).shape) for result in results] == [
+        (2, 11, 64), (2, 11, 19), (2, 11, 32),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["xpu:xe", "cuda:sm_90", "cpu:generic"])
+def test_what_a_node_is_known_by_is_what_it_computes(target: str) -> None:
+    """Kernels that were traced once are written again for activations that look the same alone."""
+    linear = torch.nn.functional.linear
+    weights = {"w": torch.randn(48, 64, dtype=BF16), "v": torch.randn(48, 64).half()}
+
+    def function(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> Any:
+        return linear(x, w), linear(y.t(), w), linear(x.half(), v), linear(x[:9], w)
+
+    inputs = torch.randn(22, 64, dtype=BF16), torch.randn(64, 22, dtype=BF16)
+    graph = lowered_for(target, Holder(function, **weights), *inputs).graph
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    for node in calls:
+        known = values_of(node)
+        fill_values(node)
+        assert values_of(node) == known, node.format_node()
+    assert len(calls) > 40
 
 
 class Scores(torch.nn.Module):
