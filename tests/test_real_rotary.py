@@ -264,14 +264,19 @@ def test_real_numbers_are_left() -> None:
     assert targets[0] == targets[1]
 
 
-def test_pairs_that_get_another_shape_later_are_left() -> None:
+# In the second one the result would have the same shape, of other pairs.
+@pytest.mark.parametrize(("shape", "swapped"), [((2, 7, 2), (0, 2)), ((1, 7, 2), (0, 1))])
+def test_pairs_that_get_another_shape_later_are_left(
+    shape: tuple[int, ...], swapped: tuple[int, int]
+) -> None:
     def function(x: torch.Tensor, f: torch.Tensor) -> Any:
         y = x.clone()
         a = torch.view_as_complex(y)
-        y.transpose_(0, 2)
+        y.transpose_(*swapped)
         return torch.view_as_real(a * f), y
 
-    assert same(function, torch.randn(2, 7, 2), unit(2, 7)) == (1, 1)
+    f = unit(7, 7) if shape[0] == 1 else unit(*shape[:2])
+    assert same(function, torch.randn(shape), f) == (1, 1)
 
 
 def test_a_changing_number_of_tokens_is_compiled_once() -> None:
