@@ -75,10 +75,6 @@ def _draws_nothing(node: fx.Node) -> bool:
     return bool(not training or arguments.get("p", 0.5) == 0)
 
 
-def _repeats_by_numbers(node: fx.Node) -> bool:
-    return isinstance((*node.args[1:], node.kwargs.get("repeats"))[0], int)
-
-
 def _stays_on_its_device(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not (dynamo.is_tensor(node) and isinstance(source, fx.Node) and dynamo.is_tensor(source)):
@@ -89,8 +85,6 @@ def _stays_on_its_device(node: fx.Node) -> bool:
 _CONDITIONS: dict[Any, Callable[[fx.Node], bool]] = {
     torch.dropout: _draws_nothing,
     torch.nn.functional.dropout: _draws_nothing,
-    "repeat_interleave": _repeats_by_numbers,
-    torch.repeat_interleave: _repeats_by_numbers,
     "type": _stays_on_its_device,
 }
 
@@ -126,8 +120,8 @@ def spelled_out(node: fx.Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any
     is_cast = node.target == "type" or _names_a_tensor(node)
     if not is_cast or not _stays_on_its_device(node):
         return node.op, node.target, node.args, node.kwargs
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in ("other", "dtype")}
-    return "call_method", "to", (node.args[0], dynamo.value(node).dtype, *node.args[2:]), kwargs
+    # What else it says, such as whether to copy, changes no values.
+    return "call_method", "to", (node.args[0], dynamo.value(node).dtype), {}
 
 
 def without_casts(node: fx.Node) -> fx.Node:

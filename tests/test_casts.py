@@ -121,6 +121,23 @@ def test_what_is_more_than_a_cast_or_a_move_is_kept(name: str) -> None:
     assert torch.equal(result, model(x))
 
 
+def test_a_weight_with_rows_repeated_as_a_buffer_says_follows_both() -> None:
+    class Repeated(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight.repeat_interleave(self.counts, 0, output_size=5))
+
+    model, x = Repeated(38, 2, bias=False).requires_grad_(False), torch.randn(7, 38)
+    model.register_buffer("counts", torch.tensor([2, 3]))
+    call = torch.compile(model, backend="omniq", options=OPTIONS)
+    (site,) = sites(model, x)
+    assert (site.kind, site.decision.method) == ("weight x activation", "int8")
+    for counts in ([2, 3], [4, 1]):
+        model.counts.copy_(torch.tensor(counts))
+        first, second = (dequantized(x) @ dequantized(model.weight).T).T
+        exact = torch.stack([first] * counts[0] + [second] * counts[1], dim=1)
+        assert error(call(x), exact) < 5e-7
+
+
 # name: a write to what a weight is cast to, which may be the weight
 WRITTEN: dict[str, Cast] = {
     "to": lambda w, x: w.to(x).mul_(1.5),
