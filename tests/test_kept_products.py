@@ -67,6 +67,25 @@ def test_products_that_are_added_into_a_tensor_are_kept_and_named() -> None:
         assert torch.equal(actual, expected)
 
 
+INTO: dict[str, Any] = {
+    "another": lambda x, w, b: (lambda y: (torch.mm(x, w, out=y), y * 2)[1])(torch.empty(7, 19)),
+    "its result": lambda x, w, b: torch.mm(x, w, out=torch.empty(7, 19)) * 2,
+    "a buffer": lambda x, w, b: (torch.addmm(b, x, w, out=b), b * 2)[1],
+    "a view": lambda x, w, b: (torch.matmul(x, w, out=b[2:]), b * 2)[1],
+}
+
+
+@pytest.mark.parametrize("name", INTO)
+def test_products_that_are_written_into_a_tensor_are_kept(name: str) -> None:
+    x, w = torch.randn(7, 38), torch.randn(38, 19)
+    b = torch.randn(9 if name == "a view" else 7, 19)
+    model, eager = (Holder(INTO[name], buffers=True, w=w, b=b.clone()) for _ in range(2))
+    result, (site,) = run(model, x)
+    assert (site.decision.method, site.decision.reason) == (None, "it writes into out=")
+    assert torch.equal(result, eager(x))
+    assert torch.equal(model.b, eager.b)
+
+
 @pytest.mark.filterwarnings("ignore:This overload of:UserWarning")
 def test_forms_of_a_call_that_torch_deprecated_are_kept_and_named() -> None:
     def function(x: torch.Tensor, w: torch.Tensor) -> Any:
