@@ -161,6 +161,22 @@ def test_layers_that_a_plain_object_holds_too() -> None:
     }  # fmt: skip
 
 
+def test_a_weight_of_several_layers_is_named_by_that_which_a_plain_object_holds() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedded, self.proj_in = nn.Linear(WIDTH, WIDTH), nn.Sequential(Cast(), nn.SiLU())
+            self.proj_in[0].proj.weight = self.embedded.weight
+            self.preparation = Preparation(*self.proj_in)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.preparation(x)
+
+    model = ready(Tied())
+    assert kept(model) == {"proj_in.0.proj": False}
+    assert kept(model, ignored_layers=["proj_in"]) == {"proj_in.0.proj": True}
+
+
 def test_a_function_of_a_model_names_layers_as_the_model_does() -> None:
     class Trainer(nn.Module):
         def __init__(self) -> None:
