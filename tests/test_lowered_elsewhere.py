@@ -12,6 +12,7 @@ import fake_torch_npu
 import pytest
 import torch
 from conftest import Holder, error, quantized_inputs, traced
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from omniq_compile import QuantConfig, explain
 from omniq_compile.lowering.target import ARCHITECTURES, Target
@@ -116,12 +117,14 @@ def test_a_lowered_graph_does_what_the_quantized_one_says(
 def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
     options: dict[str, Any], K: int
 ) -> None:
-    """With dynamic=True an input's K is a symbol, which its weight fixes."""
+    """With dynamic=True an input's K is a symbol, which its weight fixes; M stays any number."""
     layer = torch.nn.Linear(K, 131, dtype=BF16).requires_grad_(False)
-    graphs = []
+    graphs, guards = [], []
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(gm)
+        (env,) = {n.node.shape_env for n in inputs if isinstance(n, torch.SymInt)}
+        guards.extend(env.guards)
         return gm.forward
 
     with torch.no_grad():
@@ -133,7 +136,10 @@ def test_a_graph_of_symbolic_sizes_is_lowered_for_every_target(
             context = Context(config, Target(device, architecture))
             pipeline.run(graphs[0], context)
             (site,) = context.sites
-            assert not isinstance(site.problem.M, int)
+            rows = site.problem.M
+            assert not isinstance(rows, int)
+            assert not is_concrete_int(rows)
+            assert rows.node.shape_env.guards == guards
             assert site.decision.kernel is not None
 
 

@@ -116,6 +116,19 @@ def test_without_share_the_numbers_are_the_same() -> None:
     assert error(results[0][1], dequantized(x) @ dequantized(model.k.weight).T) < 5e-7
 
 
+@pytest.mark.parametrize("N", [1, 19])
+def test_one_column_is_laid_out_as_any_result_without_a_copy(N: int) -> None:
+    w, x = torch.randn(19, 38), torch.randn(38, N)
+    ((gm, inputs),) = traced(Holder(lambda x, w: w @ x, w=w), x)
+    _, context = run(gm)
+    assert context.stages is not None
+    quantized = context.stages["quantized"]
+    # Where there are more columns, the transposed product is stored in the order of the other.
+    assert count(quantized, "contiguous") == (N > 1)
+    (result,) = quantized(*stage_inputs(quantized, gm, inputs, context))
+    assert error(result, dequantized(w) @ dequantized(x, 0)) < 5e-7
+
+
 @pytest.mark.parametrize("name", ["shares", "rewrite", "lower"])
 def test_only_an_optional_pass_can_be_skipped(name: str) -> None:
     _, gm, _ = trace()
