@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,8 +120,7 @@ class _Bound:
         """Say whether nothing is known to have changed, as `weight_changes` notices it."""
         if self._memory != list(map(memory_of, sources)):
             return False
-        # All are asked, also after one has said yes.
-        return not any([comparison.has_changed() for comparison in self._comparisons])
+        return not any(comparison.has_changed() for comparison in self._comparisons)
 
 
 class BoundWeights:
@@ -183,18 +181,13 @@ class BoundWeights:
         self, parameters: Sequence[list[torch.Tensor]], sources: Sequence[torch.Tensor]
     ) -> Sequence[OwnParts]:
         numbers = tuple(map(id, sources))
-        bound = self._bound.pop(numbers, None)
-        # After a change each old weight is freed when its successor is there, and not all at the
-        # end.
-        old = deque(bound.weights if bound is not None else ())
-        del bound
         weights, made = [], []
+        # Until all are there, those of before hold the ones that did not change; of the others each
+        # gives its parts up to its successor.
         for row, each in zip(self._followed, parameters, strict=True):
             weight, parts = _shared_weight(row, each)
             weights.append(weight)
             made.append(parts)
-            if old:
-                old.popleft()
         self._bound[numbers] = _Bound(weights, sources, self._forget(numbers))
         return made
 
