@@ -268,6 +268,21 @@ def test_a_replaced_weight_is_given_up_by_graphs_that_are_not_called_again() -> 
     assert statistics()["quantized"] == quantized
 
 
+def test_a_weight_that_was_exchanged_and_put_back_is_there_for_graphs_not_called_between() -> None:
+    """These see the memory and the values that they know; their parts were given up."""
+    block = Block()
+    inputs = [torch.randn(1, tokens, 96) for tokens in (3, 5)]
+    fast = torch.compile(block, backend="omniq", options=OPTIONS, dynamic=False)
+    for x in inputs:
+        fast(x)
+    own = block.up.weight.data
+    block.up.weight.data = torch.randn_like(own)
+    assert_near(residual(fast, inputs[0]), residual(block, inputs[0]))
+    block.up.weight.data = own
+    for x in reversed(inputs):
+        assert_near(residual(fast, x), residual(block, x))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "options",
