@@ -13,6 +13,7 @@ from torch import nn
 
 import omniq_compile as omniq
 from omniq_compile import QuantConfig
+from omniq_compile.compiling import weights
 from omniq_compile.compiling.weights import resident_bytes
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats.format import Parts
@@ -87,6 +88,23 @@ def near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def compiled(module: nn.Module, **options: Any) -> Any:
     return torch.compile(module, backend="omniq", options=OPTIONS | options)
+
+
+def test_a_weight_that_is_read_as_it_is_stored_is_not_compared_in_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever its parts are by now is what the graph gets."""
+
+    def stamp(source: torch.Tensor) -> Any:
+        raise AssertionError(f"followed: {source.shape}")
+
+    net, x = model(), torch.randn(5, K).bfloat16()
+    omniq.quantize_(net, OPTIONS)
+    monkeypatch.setattr(weights, "Stamp", stamp)
+    run = compiled(net)
+    for factor in (1, -3):
+        net[2].weight.mul_(factor)
+        assert near(run(x), net(x))
 
 
 @pytest.mark.parametrize("arrange", [reversed_scales, reversed_rows])
