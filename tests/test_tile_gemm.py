@@ -79,7 +79,7 @@ def test_another_default_dtype(path: str, default: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 32), (1, 96), (7, 1024)])
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+@pytest.mark.parametrize(("M", "N", "K"), [*SHAPES, (7, 45, 128)])  # of one group, and many blocks
 def test_a_scale_per_block(path: str, M: int, N: int, K: int, rows: int, columns: int) -> None:
     a = torch.randn(M, K).to(torch.bfloat16)
     codes, bias = random_codes((N, K)), torch.randn(N)
