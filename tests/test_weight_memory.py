@@ -163,6 +163,11 @@ def test_the_same_memory_is_that_of_the_same_parts() -> None:
     assert not q.is_set_to(q.clone())
     assert not q.is_set_to(q.dequantize())
     assert not q.dequantize().is_set_to(q)
+    # The codes and scales of one format are some of another's, which are other values.
+    both = omniq.quantize(torch.randn(8, 40), "mxfp4_dualscale")
+    fine = QuantizedTensor(both.parts[:2], "mxfp4", "mxfp4", both.shape, both.dtype)
+    assert not fine.is_set_to(both)
+    assert not torch.equal(fine.dequantize(), both.dequantize())
 
 
 @pytest.mark.parametrize(
