@@ -25,14 +25,18 @@ def test_products_of_other_than_two_matrices_are_kept_and_named() -> None:
             F.bilinear(x, x.exp(), stack),
             torch.linalg.multi_dot([x[0], w, w]),
             torch.tensordot(x, x, 3),
+            x[0, 0] @ stack,
+            stack @ x[0, 0],
         )
 
     model, x = Holder(function, w=w, stack=stack, row=row), torch.randn(3, 7, 38)
     result, found = run(model, x)
     assert [(site.spelling, site.weight_name, site.decision.method) for site in found] == [
-        (name, "", None) for name in ("mv", "addmv", "addbmm", "bilinear", "multi_dot", "tensordot")
+        (name, "", None)
+        for name in ("mv", "addmv", "addbmm", "bilinear", "multi_dot", "tensordot", "@", "@")
     ]
-    assert [site.kind for site in found] == [Kind.WEIGHT] * 5 + [Kind.ACTIVATION]
+    weight, activation = Kind.WEIGHT, Kind.ACTIVATION
+    assert [site.kind for site in found] == [weight] * 5 + [activation, weight, activation]
     for actual, expected in zip(result, model(x), strict=True):
         assert torch.equal(actual, expected)
 
