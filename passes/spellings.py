@@ -87,7 +87,7 @@ def _inner(node: fx.Node) -> Product:
     a, b = arguments["input"], arguments["other"]
     if _rank(a) < 2 or _rank(b) != 2:
         return Product(Operand(a), Operand(b), unsupported="an inner product of these ranks")
-    if _rank(a) == 2 and is_the_weight(a, b):
+    if is_the_weight(a, b):
         return Product(Operand(b), Operand(a), out_steps=(TRANSPOSE,))
     return Product(Operand(a), Operand(b))
 

@@ -107,6 +107,7 @@ CASES = {
     "inner": case("inner", torch.inner, w=W, w_sums=LAST),
     "inner_3d": case("inner", lambda x, w: x.inner(w), (3, *X), LAST, W, LAST, THREE),
     "inner_left": case("inner", lambda x, w: torch.inner(w, x), w=W, w_sums=LAST),
+    "inner_left_3d": case("inner", lambda x, w: torch.inner(w, x), w=(3, *W), w_sums=LAST),
     "addmm": case("addmm", lambda x, w, b: torch.addmm(b, x, w), bias=(19,)),
     "addmm_method": case("addmm", lambda x, w, b: b.addmm(x, w), bias=(7, 19)),
     "addmm_scaled": case(
