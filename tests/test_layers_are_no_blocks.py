@@ -17,7 +17,7 @@ import omniq_compile
 from omniq_compile import explain, quantize_
 from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.printing.sections import split
-from omniq_compile.passes.regions import Link, find_blocks
+from omniq_compile.passes.regions import Link, find_blocks, with_containers
 
 LEADING = 4
 OPTIONS = {
@@ -261,3 +261,28 @@ def test_layers_in_a_container_are_no_blocks(layer: Any, container: Any) -> None
     assert list(module_blocks(model)) == []
     model["layers"] = container([OwnMatrices() for _ in range(3)])
     assert list(module_blocks(model)) == ["layers.0", "layers.1", "layers.2"]
+
+
+class Unlike(Block):
+    pass
+
+
+class Stem(Net):
+    """Two modules before the blocks that a list holds, of a class each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList([Unlike(), OtherBlock()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.stem:
+            x = module(x)
+        return super().forward(x)
+
+
+def test_modules_that_are_called_in_a_list_are_not_of_one_class_for_that() -> None:
+    sites = explain(Stem(), X, OPTIONS | {"num_bf16_fallback_layers": 2}).sites
+    kept = [site.layer for site in sites if site.decision.method is None]
+    assert kept == [f"blocks.{i}.{name}" for i in (0, 1) for name in "qo"]
+    called = Link("stem.0", "Block"), Link("stem.0.q.1", "Linear")
+    assert with_containers(called) == called
