@@ -213,6 +213,35 @@ def test_what_is_no_product_of_parts_is_kept(near_miss: str, mesh: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_whole_bias_beside_parts_of_a_weight_is_left_to_its_own_rules(mesh: Any) -> None:
+    given = (torch.randn(M, K), tensor.Replicate()), (torch.randn(23, K), tensor.Shard(0))
+    x, weight, bias = (
+        tensor.DTensor.from_local(own, mesh, [placement])
+        for own, placement in (*given, (torch.randn(46), tensor.Replicate()))
+    )
+    model = Holder(nn.functional.linear, weight=weight, bias=bias)
+    result, sites = run(model, x)
+    assert reasons(sites) == ["it multiplies a DTensor and a DTensor"]
+    assert torch.equal(result.to_local(), model(x).to_local())
+
+
+@torch.no_grad()
+def test_a_part_of_a_computed_weight_is_computed_in_each_call(mesh: Any) -> None:
+    """What computes with a DTensor may wait for other processes, as no weight is made."""
+    weight = tensor.DTensor.from_local(torch.randn(23, K), mesh, [tensor.Shard(0)])
+
+    def function(x: torch.Tensor, weight: Any) -> torch.Tensor:
+        return nn.functional.linear(x, (weight * 2).to_local())
+
+    model, x = Holder(function, weight=weight), torch.randn(M, K)
+    result, sites = run(model, x)
+    assert [reason.partition(" (")[0] for reason in reasons(sites)] == [
+        "its weight is computed in the graph"
+    ]
+    assert torch.equal(result, model(x))
+
+
+@torch.no_grad()
 def test_what_autocast_casts_is_kept(mesh: Any) -> None:
     model, x = sharded_mlp(mesh), torch.randn(M, K)
     with torch.autocast("cpu", torch.bfloat16):
