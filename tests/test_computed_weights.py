@@ -289,19 +289,22 @@ def test_spectral_norm_in_training_writes_to_its_vectors() -> None:
         torch.testing.assert_close(fast(x), eager(x))
 
 
-@pytest.mark.parametrize("where", ["around", "inside", "off inside"])
+@pytest.mark.parametrize("where", ["around", "inside", "off inside", "on again"])
 def test_a_weight_that_autocast_computes_is_kept(where: str) -> None:
     def function(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
         if where == "around":
             return F.linear(x, w + b @ a)
-        with torch.autocast("cpu", torch.bfloat16, enabled=where == "inside"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=where != "off inside"):
+            if where == "on again":
+                with torch.autocast("cpu", enabled=False):
+                    x = x.tanh()
             merged = w + b @ a
         return F.linear(x, merged)
 
     tensors = parameters()
     model = Holder(function, **{name: tensors[name] for name in "wab"})
     x = torch.randn(7, K)
-    with torch.autocast("cpu", torch.bfloat16, enabled=where != "inside"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=where in ("around", "off inside")):
         result, found = run(model, x)
         expected = model(x)
     site = found[-1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Holder, run
+from conftest import Holder, dequantized, error, run
 from torch import nn
 
 from omniq_compile import explain
@@ -131,3 +131,32 @@ def test_what_torch_computes_in_one_call_is_kept_and_named() -> None:
         ("out", "linear", "int8"),
     ]
     assert [s.decision.reason == in_one_call for s in report.sites] == [True, True, False]
+
+
+def test_a_product_that_is_the_weight_of_a_layer_is_no_product_of_the_graph() -> None:
+    """As an adapter alone: it is computed when its parameters change, and quantized then."""
+    tensors = {"a": torch.randn(19, 4), "b": torch.randn(4, 38), "s": torch.rand(())}
+    model = Holder(lambda x, a, b, s: F.linear(x, (a * s) @ b), **tensors)
+    x = torch.randn(7, 38)
+    result, found = run(model, x)
+    assert [(site.spelling, site.decision.method) for site in found] == [
+        ("@", None), ("linear", "int8"),
+    ]  # fmt: skip
+    layer = found[1].layer
+    assert found[0].decision.reason == f"it computes a part of the weight of {layer!r}"
+    weight = (model.a * model.s) @ model.b
+    assert error(result, dequantized(x) @ dequantized(weight).T) < 5e-7
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_why_a_weight_of_a_call_is_kept_is_worded_by_where_it_is_from(
+    computed: bool, moved: bool
+) -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        w = w.exp() if computed else w
+        return F.linear(x, w.unflatten(0, (2, 19))[1].contiguous() if moved else w)
+
+    _, (site,) = run(Holder(function), torch.randn(7, 38), torch.randn(38, 38))
+    where = "computed in the graph" if computed else "an input, no parameter or buffer"
+    assert site.decision.reason.partition(" (option")[0] == f"its weight is {where}"
