@@ -7,6 +7,7 @@ import operator
 
 import pytest
 import torch
+from conftest import run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +107,23 @@ def test_a_called_graph_is_rewritten_as_if_it_stood_there(kind, options):
     with torch.no_grad():
         want = _compiled(plain, options)(_input())
         assert torch.equal(_compiled(called, options, fullgraph=True)(_input()), want)
+
+
+class Inside(nn.Module):
+    """A model in another module, which no region is in."""
+
+    def __init__(self, kind: type[Block]) -> None:
+        super().__init__()
+        self.inner = Model(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_modules_around_a_region_stay_where_they_are():
+    _, found = run(Inside(Region), _input())
+    around = [[link.name for link in site.around][:2] for site in found]
+    assert around == [["inner", f"inner.blocks.{i}"] for i in range(3) for _ in range(4)]
 
 
 class SharedFirst(Block):
