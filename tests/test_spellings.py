@@ -122,6 +122,10 @@ CASES = {
     "addmm_left": case(
         "addmm", lambda x, w, b: torch.addmm(b, w, x), (38, 7), FIRST, W, LAST, bias=(7,)
     ),
+    "addmm_left_square": case(
+        "addmm", lambda x, w, b: torch.addmm(b, w, x),
+        (38, 19), FIRST, W, LAST, (19, 38, 19), bias=(19,),
+    ),
     "baddbmm": case(
         "baddbmm", lambda x, w, b: torch.baddbmm(b, x, w), (3, *X), LAST, (3, *T), bias=(3, 7, 19)
     ),
