@@ -82,6 +82,8 @@ def test_an_option_is_found_wrong_before_the_missing_method() -> None:
 def test_steps_may_be_a_range() -> None:
     config = QuantConfig.from_options({"method": "mxfp4", "w4a8_fallback_steps": range(3)})
     assert config.w4a8_fallback_steps == (0, 1, 2)
+    options = {"method": "mxfp4", "w4a8_fallback_steps": [2, 0, 1, 0]}
+    assert QuantConfig.from_options(options) == config
 
 
 @pytest.mark.parametrize(
