@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Holder, compiled, dequantized, error
+from conftest import Holder, compiled, dequantized, error, sites
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -170,6 +170,8 @@ def test_a_model_without_values_says_what_needs_none() -> None:
     model = nn.Linear(38, 19, device="meta").requires_grad_(False)
     with pytest.raises(BackendCompilerFailed, match=r"is on the meta device, .*Load its weights"):
         compiled(model)(torch.randn(7, 38, device="meta"))
+    (site,) = sites(model, torch.randn(7, 38, device="meta"))
+    assert (site.decision.method, site.K, site.N) == ("int8", 38, 19)
 
 
 def test_one_compiled_model_runs_after_its_refusal() -> None:
