@@ -103,11 +103,11 @@ class Block(nn.Module):
     ("class_name", "preset", "products"),
     [
         # q and k, of two streams and of one.
-        ("QwenImageTransformer2DModel", "block", 4),
-        ("ZImageTransformer2DModel", "block", 2),
+        ("QwenImageTransformer2DModel", "tiny", 4),
+        ("ZImageTransformer2DModel", "tiny", 2),
         # These rotate real numbers.
-        ("FluxTransformer2DModel", "block", 0),
-        ("WanTransformer3DModel", "block", 0),
+        ("FluxTransformer2DModel", "tiny", 0),
+        ("WanTransformer3DModel", "tiny", 0),
     ],
 )
 def test_every_rotary_embedding_of_a_model_is_rewritten(
