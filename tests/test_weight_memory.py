@@ -207,21 +207,23 @@ import sys
 import omniq_compile
 import torch
 
-weight = torch.load(sys.argv[1])["weight"]
-torch.save([weight.dequantize(), *weight.parts], sys.argv[2])
-print(type(weight).__name__, weight.method, weight.format, weight.dtype)
+for weight in torch.load(sys.argv[1]).values():
+    torch.save([weight.dequantize(), *weight.parts], f"{sys.argv[2]}.{weight.method}")
+    print(type(weight).__name__, weight.method, weight.format, weight.dtype)
 """
 
 
-@pytest.mark.parametrize("method", ["int8", "mxfp4"])
-def test_torch_load_reads_a_saved_weight_by_default(method: str, tmp_path: Path) -> None:
-    q = omniq.quantize(torch.randn(8, 40, dtype=torch.bfloat16), method)
+def test_torch_load_reads_a_saved_weight_by_default(tmp_path: Path) -> None:
+    weight = torch.randn(8, 40, dtype=torch.bfloat16)
+    weights = {method: omniq.quantize(weight, method) for method in ("int8", "mxfp4")}
     saved, read = tmp_path / "saved.pt", tmp_path / "read.pt"
-    torch.save({"weight": q}, saved)
-    printed = run_python(LOAD, str(saved), str(read))
-    assert printed == f"QuantizedTensor {method} {q.format} torch.bfloat16"
-    for tensor, expected in zip(torch.load(read), [q.dequantize(), *q.parts], strict=True):
-        assert same_bits(tensor, expected)
+    torch.save(weights, saved)
+    printed = run_python(LOAD, str(saved), str(read)).splitlines()
+    for line, (method, q) in zip(printed, weights.items(), strict=True):
+        assert line == f"QuantizedTensor {method} {q.format} torch.bfloat16"
+        tensors = torch.load(f"{read}.{method}")
+        for tensor, expected in zip(tensors, [q.dequantize(), *q.parts], strict=True):
+            assert same_bits(tensor, expected)
 
 
 def test_without_entry_points_a_use_of_the_class_allows_it(
