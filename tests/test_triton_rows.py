@@ -328,3 +328,9 @@ def test_k_is_a_number_whatever_the_activation_knows_of_it() -> None:
         made = launch.row_scaled(a, rows, b, columns, None, out, fnuz=False, device=device)
     assert type(made.arguments["K"]) is int
     assert made.arguments["K"] == 192
+
+
+def test_a_tile_for_each_processor_keeps_all_of_them_busy() -> None:
+    """Of 1408 x 768 in tiles of 128 x 64 there are 11 x 12."""
+    chosen = [tiles.choose("row_scaled", "sm_90", 1408, 768, count) for count in (132, 133)]
+    assert [(tile.block_m, tile.block_n) for tile in chosen] == [(128, 64), (64, 64)]
