@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 import omniq_compile
 from omniq_compile import explain
 from omniq_compile.compiling.regional import block_config
 from omniq_compile.model_blocks import module_blocks
 from omniq_compile.passes.config import QuantConfig
-from omniq_compile.passes.layer_names import possible_names
+from omniq_compile.passes.layer_names import layer_name, possible_names
 from omniq_compile.planning.folded_trace import folded_sites
 from omniq_compile.planning.meta_run import run_on_meta
 
@@ -321,3 +322,8 @@ def test_a_stored_weight_is_kept_by_each_name_of_its_layers(layer: str, kept: li
     rows = omniq_compile.quantize_(Sharing(), OPTIONS | {"ignored_layers": [layer]})
     assert [row.layer for row in rows if row.method is None] == kept
     assert [row.layer for row in rows] == ["first", "second", "again"]
+
+
+def test_what_fsdp_wraps_a_module_in_is_no_part_of_a_name() -> None:
+    name = f"blocks.0.{FSDP_WRAPPED_MODULE}.q"
+    assert layer_name([f"{name}.weight"], "") == layer_name([], name) == "blocks.0.q"
