@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from omniq_compile.passes import dynamo
 from omniq_compile.passes.metadata import add_call, call_fake, fill_values, looks_alike
 from omniq_compile.passes.moves import MOVES_OF_PARTS
-from omniq_compile.passes.writes import any_written
+from omniq_compile.passes.writes import any_written, lies_in, written_memory
 
 _VIEWS_OF_PAIRS = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
 
@@ -53,7 +53,9 @@ def _is_complex64(value: Any) -> bool:
 class ComplexParts:
     """Adds the parts of complex numbers to a graph, once for all that read them."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        """Take a graph that nothing was replaced in yet."""
+        self._written = written_memory(graph)
         self._of: dict[fx.Node, Parts] = {}
         self._added: list[fx.Node] = []
 
@@ -64,7 +66,8 @@ class ComplexParts:
         writes to any of them, the parts are those of what the numbers are here.
         """
         order = self._moved(numbers)
-        if any_written(order):
+        # What is written may have another name than these, such as that of which they are views.
+        if any_written(order) or any(lies_in(node, self._written) for node in order):
             return self._select(numbers)
         for node in order:
             is_move = _is_move(node)

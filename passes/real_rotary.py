@@ -37,7 +37,7 @@ def real_rotary(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     the compiler and to the length of a row, so each result is within
     ``2**-23 * (|first product| + |second product|)`` of the exact one, before as after.
     """
-    parts = ComplexParts()
+    parts = ComplexParts(gm.graph)
     products = [node for node in gm.graph.nodes if _is_rotation(node)]
     operands: list[Any] = [operand for product in products for operand in product.args]
     for product in products:

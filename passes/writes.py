@@ -104,6 +104,17 @@ def inputs_in_one_memory(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return {node: nodes for nodes in together for node in nodes}
 
 
+def written_memory(graph: fx.Graph) -> frozenset[int]:
+    """Identify the memory that a graph writes to, by whichever of its names; see `lies_in`."""
+    written = (x for node in graph.nodes for x in node.all_input_nodes if _writes_to(node, x))
+    return frozenset(memory for x in written for memory in _memory(x))
+
+
+def lies_in(node: fx.Node, memory: frozenset[int]) -> bool:
+    """Say whether some of a node's tensors lie in such memory."""
+    return not memory.isdisjoint(_memory(node))
+
+
 def any_written(nodes: Iterable[fx.Node], *, by_called_graphs: bool = True) -> bool:
     """Say whether the graph writes to memory of any of these nodes, or of what is made of it.
 

@@ -75,6 +75,12 @@ CHANGED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "what they were is written": lambda x, f: (
         lambda g, h: (rotate(x, h), doubled(g, g), rotate(x, h), rotate(x, g[:7]))
     )(f, torch.cat([f[:3], f[3:]])),
+    "written by another name": lambda x, f: (lambda g: (doubled(f, f), rotate(x, g)))(
+        f.mul_(2).contiguous()
+    ),
+    "what they are a view of is written": lambda x, f: (lambda g: (doubled(f, f), rotate(x, g)))(
+        f.as_strided((7, 6), (6, 1)).contiguous()
+    ),
     "turned in place": lambda x, f: (f.t_(), rotate(x, f.mT))[1],
     "read too": lambda x, f: (rotate(x, f[:7]), f[:7] * 2, f[:7]),
     "in double precision between": lambda x, f: rotate(x, f.to(torch.complex128).to(f.dtype)),
