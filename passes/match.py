@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,15 @@ from omniq_compile.passes import dynamo, expression, writes
 from omniq_compile.passes.expression import WeightExpression
 from omniq_compile.passes.layer_names import layer_name
 from omniq_compile.passes.metadata import fake_mode
-from omniq_compile.passes.sites import Kind, Operand, Product, Site, bias_in_epilogue, is_one
+from omniq_compile.passes.sites import (
+    Kind,
+    Operand,
+    Product,
+    Site,
+    bias_in_epilogue,
+    is_one,
+    product_of_several,
+)
 from omniq_compile.passes.spellings import SPELLINGS
 
 
@@ -33,11 +41,12 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     sites: list[Site] = []
     casting = dynamo.under_autocast(gm.graph)
     expression.find_computed(gm.graph, casting)
+    reshaped = writes.reshaped_later(gm.graph)
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             sites += _sites_inside(gm, node, {})
             continue
-        product = _read(node)
+        product = _read(node, reshaped)
         if product is not None:
             if writes.argument(node, "out") is not None:
                 # Rewritten, it would return a new tensor and leave that one as it was.
@@ -58,11 +67,15 @@ def _kinds_of_tensors(product: Product) -> list[str]:
     return [kind for kind in map(foreign_kind, values) if kind]
 
 
-def _read(node: fx.Node) -> Product | None:
+def _read(node: fx.Node, reshaped: Container[fx.Node]) -> Product | None:
     if node.op not in ("call_function", "call_method") or node.target not in SPELLINGS:
         return None
     if not isinstance(dynamo.first_value(node), torch.Tensor):
         return None
+    if node in reshaped:
+        # How its tensors look at this node is no more known.
+        tensors = [n for n in node.all_input_nodes if dynamo.is_tensor(n)]
+        return product_of_several(tensors, "the shape of one of its tensors is changed in place")
     return SPELLINGS[node.target][1](node)
 
 
@@ -78,12 +91,13 @@ def _sites_inside(
     # Weights come last, after what only some of the graphs get, such as a condition.
     operands = [outside.get(n, n) for n, graph in graphs.items() if graph is None]
     for graph in filter(None, graphs.values()):
+        reshaped = writes.reshaped_later(graph.graph)
         inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
         known = dict(zip(reversed(inputs), reversed(operands), strict=False))
         for node in graph.graph.nodes:
             if isinstance(node.target, HigherOrderOperator):
                 yield from _sites_inside(graph, node, known)
-            elif (product := _read(node)) is not None:
+            elif (product := _read(node, reshaped)) is not None:
                 reason = f"in a graph that {call.target} runs, which is compiled as it stands"
                 site = _site(node, replace(product, unsupported=reason), autocast=False)
                 weight = known.get(product.b.node)

@@ -26,6 +26,14 @@ _IN_PLACE: frozenset[Any] = frozenset(getattr(operator, name) for name in _IN_PL
     f"__{name}__" for name in _IN_PLACE_NAMES
 }
 
+# They give a tensor another shape, which Dynamo's fake tensor has from then on, and no other.
+_SHAPE_NAMES = frozenset(
+    (
+        "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_",
+        "transpose_", "unsqueeze_",
+    )
+)  # fmt: skip
+
 # Packages whose functions are called by the name of what they do, with "_" where that is to write.
 _KNOWN = {"torch", "operator", "_operator", "builtins", "math", "omniq_compile"}
 
@@ -49,6 +57,28 @@ def is_in_place(node: fx.Node) -> bool:
         return not is_number_of_numpy(node)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def reshaped_later(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that read or return a tensor whose shape the graph changes behind them.
+
+    Of such a tensor a node's value has the last shape, and not that which it has at the node.
+    """
+    reshaped: set[int] = set()
+    found = set()
+    for node in reversed(graph.nodes):
+        if any(id(dynamo.value(n)) in reshaped for n in (node, *node.all_input_nodes)):
+            found.add(node)
+        if _changes_shape(node):
+            reshaped.add(id(dynamo.value(node.all_input_nodes[0])))
+    return found
+
+
+def _changes_shape(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.inplace_view in node.target.tags
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _SHAPE_NAMES
 
 
 def _is_foreign(function: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,6 +110,48 @@ def test_forms_of_a_call_that_torch_deprecated_are_kept_and_named() -> None:
     assert [site.decision.reason for site in found] == reasons
     for actual, expected in zip(result, model(x), strict=True):
         assert torch.equal(actual, expected)
+
+
+# A product of y by w, the first of which or the result z is given another shape then.
+RESHAPED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
+    "vector": ((0, 0), F.linear, lambda y, z: y.unsqueeze_(0)),
+    "row": ((slice(1), 0), F.linear, lambda y, z: y.squeeze_(0)),
+    "matrix": (0, partial(torch.einsum, "mk,nk->nm"), lambda y, z: y.unsqueeze_(0)),
+    "transposed": (0, lambda y, w: y @ w.t(), lambda y, z: y.transpose_(0, 1)),
+    "result": (0, F.linear, lambda y, z: z.t_()),
+    "result by name": (0, F.linear, lambda y, z: torch.ops.aten.unsqueeze_(z, 0)),
+    "result by overload": (0, F.linear, lambda y, z: torch.ops.aten.t_.default(z)),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_a_product_of_what_gets_another_shape_later_is_kept_and_named(name: str) -> None:
+    """Dynamo has one fake tensor for it, with the last of its shapes."""
+    index, product, reshape = RESHAPED[name]
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> Any:
+        y = x[index].clone()
+        z = product(y, w)
+        reshape(y, z)
+        return y, z
+
+    model, x = Holder(function, w=torch.randn(38, 57)), torch.randn(3, 7, 57)
+    result, (site,) = run(model, x)
+    assert site.decision.reason == "the shape of one of its tensors is changed in place"
+    for actual, expected in zip(result, model(x), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
+def test_a_product_of_what_got_another_shape_before_is_rewritten() -> None:
+    def function(x: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> Any:
+        y = x.exp()
+        return F.linear(F.linear(y.squeeze_(1), v), w)
+
+    model, x = Holder(function, v=torch.randn(38, 57), w=torch.randn(57, 38)), torch.randn(3, 1, 57)
+    result, found = run(model, x)
+    assert [site.decision.method for site in found] == ["int8", "int8"]
+    assert error(result, model(x)) < 0.02
 
 
 def test_what_torch_computes_in_one_call_is_kept_and_named() -> None:
