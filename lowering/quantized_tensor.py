@@ -166,7 +166,8 @@ class QuantizedTensor(TensorOfParts):
             # Dynamo asks how the result of a linear looks: of values that nobody records, computing
             # them takes as long as the rest of its tracing.
             return parts[0].new_empty(self.shape, dtype=dtype)
-        return form.dequantize(parts)[..., : self.shape[-1]].to(dtype)  # in a traced graph
+        # In a traced graph. Its views are those of a tensor without gaps, which this seems to be.
+        return form.dequantize(parts)[..., : self.shape[-1]].to(dtype).contiguous()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return a copy of the values it stands for."""

@@ -330,3 +330,21 @@ def test_a_computed_weight_of_a_stored_one_is_its_values() -> None:
     assert site.decision.method == "int8"
     values = model.weight.dequantize()  # type: ignore[operator]
     assert error(result, dequantized(x) @ dequantized(values * 2).T) < 5e-7
+
+
+@pytest.mark.parametrize("view", ["view", "as_strided"])
+@pytest.mark.parametrize("method", ["int8", "mxfp8", "mxfp4"])
+def test_a_view_of_a_stored_weight_is_of_values_without_gaps(method: str, view: str) -> None:
+    """Formats with blocks pad the rows, and float32 values were a part of that."""
+
+    class Viewed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            shape = (-1,) if view == "view" else ((N * K,), (1,))
+            return super().forward(x), getattr(self.weight, view)(*shape) * 2
+
+    options = OPTIONS | {"method": method, "compiler": "aot_eager"}
+    model = Viewed(K, N).requires_grad_(False)
+    omniq.quantize_(model, options)
+    _, actual = compiled(model, **options)(torch.randn(7, K))
+    values = model.weight.dequantize()  # type: ignore[operator]
+    assert torch.equal(actual, values.flatten() * 2)
