@@ -75,6 +75,16 @@ def _draws_nothing(node: fx.Node) -> bool:
     return bool(not training or arguments.get("p", 0.5) == 0)
 
 
+def _repeats_to_a_known_size(node: fx.Node) -> bool:
+    """Say whether only a number, or one beside a tensor (``output_size``), says how many there are.
+
+    What a tensor's values say is known in each call alone, as how many rows a weight has then.
+    """
+    if isinstance((*node.args[1:], node.kwargs.get("repeats"))[0], int):
+        return True
+    return dynamo.is_tensor(node) and all(isinstance(n, int) for n in dynamo.value(node).shape)
+
+
 def _stays_on_its_device(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not (dynamo.is_tensor(node) and isinstance(source, fx.Node) and dynamo.is_tensor(source)):
@@ -85,6 +95,8 @@ def _stays_on_its_device(node: fx.Node) -> bool:
 _CONDITIONS: dict[Any, Callable[[fx.Node], bool]] = {
     torch.dropout: _draws_nothing,
     torch.nn.functional.dropout: _draws_nothing,
+    "repeat_interleave": _repeats_to_a_known_size,
+    torch.repeat_interleave: _repeats_to_a_known_size,
     "type": _stays_on_its_device,
 }
 

@@ -121,6 +121,22 @@ def test_what_is_more_than_a_cast_or_a_move_is_kept(name: str) -> None:
     assert torch.equal(result, model(x))
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_weight_with_as_many_rows_as_a_buffer_says_is_kept() -> None:
+    class Repeated(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight.repeat_interleave(self.counts, 0))
+
+    model, x = Repeated(38, 2, bias=False).requires_grad_(False), torch.randn(7, 38)
+    model.register_buffer("counts", torch.tensor([2, 3]))
+    call = torch.compile(model, backend="omniq", options=OPTIONS)
+    (site,) = sites(model, x)
+    assert site.decision.method is None
+    for counts in ([2, 3], [4, 5]):
+        model.counts.copy_(torch.tensor(counts))
+        assert torch.equal(call(x), model(x))
+
+
 def test_a_weight_with_rows_repeated_as_a_buffer_says_follows_both() -> None:
     class Repeated(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
