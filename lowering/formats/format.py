@@ -10,6 +10,11 @@ import torch
 Parts = Sequence[torch.Tensor]
 
 
+def as_it_is(K: int) -> int:
+    """Return K: most formats pad nothing."""
+    return K
+
+
 @dataclass(frozen=True)
 class Format:
     """The arithmetic of one format, in plain torch operations that a compiler can fuse.
@@ -23,7 +28,8 @@ class Format:
         dequantize: parts -> float32 ``[..., K]``, with K padded to whole blocks where the format
             has blocks of a fixed size.
         row_block: how many rows of a matrix share a scale.
-        column_block: a multiple of which K is padded to, for blocks of a fixed size.
+        padded: K -> K as the codes have it, rounded up to whole blocks where these are of a fixed
+            size.
     """
 
     name: str
@@ -33,8 +39,4 @@ class Format:
     allocate: Callable[[torch.Tensor], Parts]
     dequantize: Callable[[Parts], torch.Tensor]
     row_block: int = 1
-    column_block: int = 1
-
-    def padded(self, K: int) -> int:
-        """Return K as the format's codes have it: rounded up to whole blocks."""
-        return K + -K % self.column_block
+    padded: Callable[[int], int] = as_it_is

@@ -128,7 +128,7 @@ def scale_format(scale_alg: int) -> Format:
         quantize=partial(quantize, scale_alg=scale_alg),
         allocate=allocate,
         dequantize=dequantize,
-        column_block=mx.BLOCK,
+        padded=mx.padded,
     )
 
 

@@ -68,5 +68,5 @@ FORMAT = Format(
     quantize=quantize,
     allocate=allocate,
     dequantize=dequantize,
-    column_block=mx.BLOCK,
+    padded=mx.padded,
 )
