@@ -59,10 +59,10 @@ class LayerPlans(list[LayerPlan]):
 
     def __repr__(self) -> str:
         """Say in one line what becomes of the layers: a model has hundreds."""
-        methods = [row.method for row in self if row.method is not None]
-        if not methods:
+        method = next((row.method for row in self if row.method is not None), None)
+        if method is None:
             return f"<{len(self)} linear layers, none quantized: {why_kept(self)}>"
-        return f"<{describe(self, methods[0])}>"
+        return f"<{describe(self, method)}>"
 
     def __str__(self) -> str:
         """Return a table of one line a layer."""

@@ -18,6 +18,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from code_blocks import FENCE, blocks
 
 import omniq_compile as omniq
 from omniq_compile.cli import COMMANDS, main
@@ -27,15 +28,10 @@ from omniq_compile.passes.option_checks import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return [code for kind, code in FENCE.findall(path.read_text("utf-8")) if kind == language]
 
 
 def commands(path: Path) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from importlib import import_module
@@ -13,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from code_blocks import blocks
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_families import save_flux, save_qwen_image, save_wan, save_z_image
 
 import omniq_compile as omniq
-from omniq_compile import QuantizedTensor
+from omniq_compile.layer_plan import count_quantized
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("diffusers", minversion="0.40")  # where `dtype` is a keyword
@@ -80,10 +80,8 @@ def error(picture: Any, expected: Any) -> float:
 def test_the_readme_draws_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_qwen_image(tmp_path / "a/diffusers-folder")
     monkeypatch.chdir(tmp_path)
-    text = (EXAMPLES.parent / "README.md").read_text("utf-8")
-    (code,) = (
-        c for c in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "import torch" in c
-    )
+    shown = blocks(EXAMPLES.parent / "README.md", "python")
+    (code,) = (block for block in shown if "import torch" in block)
     space: dict[str, Any] = {}
     exec(code, space)
     call = {name: SMALL[name] for name in SMALL if name != "guidance_scale"}
@@ -114,11 +112,7 @@ def test_qwen_image(run: Any, tmp_path: Path) -> None:
         expected = in_bf16(folder, width=width, height=height, **call).images[0]
         assert 0.01 < error(Image.open(tmp_path / f"{width}x{height}.png"), expected) < WORST
     pipe = module.load(folder, "int8", "cpu")
-    assert (quantized(pipe.transformer), quantized(pipe.text_encoder)) == (32, 7)
-
-
-def quantized(model: torch.nn.Module) -> int:
-    return sum(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+    assert (count_quantized(pipe.transformer), count_quantized(pipe.text_encoder)) == (32, 7)
 
 
 def test_wan_video(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +132,7 @@ def test_wan_video(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert np.array_equal(*videos)
     assert 0.01 < error(videos[0], expected) < WORST
     pipe = module.load(folder, stored, "fp8", "cpu")
-    assert [quantized(getattr(pipe, name)) for name in module.EXPERTS] == [23, 23]
+    assert [count_quantized(getattr(pipe, name)) for name in module.EXPERTS] == [23, 23]
 
 
 def test_flux_lora(run: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import omniq_compile as omniq
 from omniq_compile import CheckpointError, OptionError, QuantizedTensor
 from omniq_compile.checkpoints.recorded_options import stored_options
 from omniq_compile.integrations.text_encoders import load_quantized
+from omniq_compile.layer_plan import count_quantized
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"method": "int8", "min_features": 32}
@@ -28,10 +29,6 @@ SMALL = {"method": "int8", "min_features": 32}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_text_to_image(tmp_path_factory.mktemp("pipeline") / "t2i")
-
-
-def quantized(module: Any) -> int:
-    return sum(isinstance(p, QuantizedTensor) for p in module.parameters())
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -129,11 +126,11 @@ def test_a_model_is_not_saved_with_an_adapter_loaded(tmp_path: Path) -> None:
 def test_dequantize_leads_back_to_a_plain_model(tmp_path: Path) -> None:
     model = tiny_flux()
     omniq.quantize_(model, OPTIONS)
-    assert quantized(model)
+    assert count_quantized(model)
     with torch.no_grad():
         expected = model(**inputs())[0]
         assert model.dequantize() is model
-        assert not quantized(model)
+        assert not count_quantized(model)
         assert torch.equal(model(**inputs())[0], expected)
     model.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path)

@@ -18,26 +18,11 @@ from diffusers import (
     WanPipeline,
     ZImagePipeline,
 )
-from tiny_pipelines import tiny_text
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_pipelines import tiny_text, tiny_tokenizer
 
 from omniq_compile.models.random_models import random_model
 
 WIDTH = 256
-
-
-def _tokenizer(template: str = "") -> Any:
-    vocabulary = {word: n for n, word in enumerate(["<pad>", "<unk>", "a", "red", "fox"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<pad>",
-        model_max_length=32,
-        chat_template=template or None,
-    )
 
 
 def _picture_autoencoder(channels: int) -> Any:
@@ -79,7 +64,7 @@ def save_qwen_image(folder: Path) -> Path:
         transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     )
     QwenImagePipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder=encoder.to(torch.bfloat16),
         vae=AutoencoderKLQwenImage(
             base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
@@ -104,7 +89,7 @@ def save_z_image(folder: Path) -> Path:
         head_dim=64,
     )
     ZImagePipeline(
-        tokenizer=_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
+        tokenizer=tiny_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
         text_encoder=transformers.Qwen3Model(config).to(torch.bfloat16),
         vae=_picture_autoencoder(transformer.config.in_channels),
         transformer=transformer,
@@ -136,9 +121,9 @@ def save_flux(folder: Path) -> Path:
         num_heads=2,
     )
     FluxPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder=transformers.CLIPTextModel(clip).to(torch.bfloat16),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
         text_encoder_2=transformers.T5EncoderModel(t5).to(torch.bfloat16),
         vae=_picture_autoencoder(transformer.config.in_channels // 4),
         transformer=transformer,

@@ -24,20 +24,27 @@ from omniq_compile.models.random_models import random_model
 WORDS = ["a", "red", "fox", "in", "the", "snow"]
 
 
-def tiny_text(width: int) -> tuple[Any, Any]:
+def tiny_tokenizer(chat_template: str | None = None) -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {word: n for n, word in enumerate(["<pad>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=16
-    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=16,
+        chat_template=chat_template,
+    )  # fmt: skip
+
+
+def tiny_text(width: int) -> tuple[Any, Any]:
+    import transformers
+
+    tokenizer = tiny_tokenizer()
     config = transformers.UMT5Config(
-        vocab_size=len(vocabulary), d_model=width, d_kv=32, d_ff=128, num_layers=1, num_heads=2
+        vocab_size=len(tokenizer), d_model=width, d_kv=32, d_ff=128, num_layers=1, num_heads=2
     )
-    return fast, transformers.UMT5EncoderModel(config).to(torch.bfloat16)
+    return tokenizer, transformers.UMT5EncoderModel(config).to(torch.bfloat16)
 
 
 def save_text_to_image(folder: Path) -> Path:
