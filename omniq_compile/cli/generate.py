@@ -15,6 +15,7 @@ from omniq_compile.cli.loading_arguments import add_dtype_argument
 from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
 from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
+    add_compiler_argument,
     given_arguments,
     pipeline_arguments,
     usable_device,
@@ -56,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="frames that a video shows in a second; those of the pipeline's call by default",
     )
-    parser.add_argument(
+    compiled = parser.add_mutually_exclusive_group()
+    add_compiler_argument(compiled)
+    compiled.add_argument(
         "--eager", action="store_true", help="do not compile: slower, starts at once"
     )
 
@@ -69,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_ending(arguments.out, None)
     check_rate(arguments.out, arguments.fps)
     config = build_quant_config(read_quantization(arguments.quantization))
+    config = config.with_options(compiler=arguments.compiler, ignored_layers=())
     device = usable_device(arguments.device)
     given = with_images(given_arguments(arguments), read_images(arguments.image))
     given["generator"] = torch.Generator().manual_seed(arguments.seed)
@@ -90,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         options = options_to_run(component, options)
         if options is None:
             continue
+        if arguments.compiler:  # what was stored quantized says nothing of it
+            options = {**options, "compiler": arguments.compiler}
         line, quantized = describe_component(name, component, options)
         if not quantized:
             line = f"warning: {line}"

@@ -119,6 +119,11 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, seeds: str) -> Non
     parser.add_argument(
         "--seeds", default=seeds, help="such as 0-7 or 3,10-12; %(default)s by default"
     )
+    add_compiler_argument(parser)
+
+
+def add_compiler_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--compiler``, which is the option of every component."""
     parser.add_argument(
         "--compiler",
         choices=COMPILERS,

@@ -36,8 +36,10 @@ def compile(
         settings: of Inductor, see `torch._inductor.list_options`.
 
     Raises:
-        OptionError: a setting that fails at the codes of a format.
+        OptionError: a setting that fails at the codes of a format, or a device that Inductor
+            generates no code for.
     """
+    _refuse_devices_without_code(inputs)
     _refuse_checks_of_codes(inputs, settings)
     _store_operands_once()
     _divide_sums()
@@ -47,6 +49,24 @@ def compile(
             gm, list(inputs), options={**settings, **_known_by_own_code(settings)}
         )
     return compiled
+
+
+def _refuse_devices_without_code(inputs: Sequence[Any]) -> None:
+    """Refuse devices for which nobody told Inductor how, where it fails with a KeyError.
+
+    Private, checked on torch 2.11 to 2.15.
+    """
+    from torch._inductor.codegen.common import get_scheduling_for_device, init_backend_registration
+
+    init_backend_registration()
+    for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
+        if get_scheduling_for_device(device) is None:
+            raise OptionError(
+                f"Inductor generates no code for {device!r} here. What registers it belongs to the "
+                "device's own package: torch_npu has it where Triton for Ascend is installed. "
+                "Without it compile with options={'compiler': 'aot_eager'}, or --compiler "
+                "aot_eager on the command line."
+            )
 
 
 def _refuse_checks_of_codes(inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:

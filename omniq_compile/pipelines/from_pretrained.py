@@ -44,7 +44,7 @@ def from_pretrained(
     quantization: Any = None,
     *,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     variant: str | None = None,
     torch_dtype: torch.dtype | None = None,
     **pipeline_arguments: Any,
@@ -59,7 +59,9 @@ def from_pretrained(
             none of a component given here.
         quantization: see `build_quant_config`.
         dtype: of everything that is not quantized; None is bfloat16.
-        device: to load the quantized components on; move the pipeline for the others.
+        device: to load the quantized components on; move the pipeline for the others. None is
+            the one that ``device_map`` names, such as ``"cuda"``, which loads all of them there,
+            else the CPU.
         variant: of the weight files, such as ``"fp16"``; as in diffusers, a component that has none
             of it is loaded from its other files.
         torch_dtype: another name for ``dtype``, as in diffusers.
@@ -76,7 +78,7 @@ def from_pretrained(
     """
     config = build_quant_config(quantization)
     dtype = check_dtype(dtype, torch_dtype)
-    device = check_device(device)
+    device = _device(device, pipeline_arguments.get("device_map"))
     hub = hub_arguments(pipeline_arguments)
     described = index_folder(str(folder), hub)
     _check_own_code(described, pipeline_arguments)
@@ -123,6 +125,20 @@ def from_pretrained(
         if getattr(pipe, name) is not component:
             raise OmniqError(f"{type(pipe).__name__} did not take the quantized {name!r}.")
     return pipe
+
+
+def _device(device: str | torch.device | None, device_map: Any) -> torch.device:
+    """Return where to load what is quantized, which diffusers' own ``device_map`` does not move."""
+    if device is not None or device_map is None:
+        return check_device("cpu" if device is None else device)
+    try:
+        return check_device(device_map)
+    except OptionError as error:
+        raise OptionError(
+            f"device_map {device_map!r} is no device here, and what omniq loads can only be placed "
+            "by one. Give a device, such as 'cuda', which loads all components there; or leave "
+            "device_map out and call pipe.enable_model_cpu_offload()."
+        ) from error
 
 
 def components_with(variant: str | None, place: Path, components: Iterable[str]) -> list[str]:
