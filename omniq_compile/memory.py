@@ -36,11 +36,8 @@ def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
 
     None where the system cannot tell. On the CPU `peak_rss` starts anew here.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - held
+    if device.type != "cpu":
+        return _peak_on_accelerator(call, device)
     status = Path("/proc/self/status")
     gc.collect()  # what it frees during the call would be taken off the call's own
     try:
@@ -52,6 +49,24 @@ def peak_of_call(call: Callable[[], Any], device: torch.device) -> int | None:
         return None
     call()
     return max(0, _kib(status.read_text(), "VmHWM") - _kib(before, "VmRSS")) * 1024
+
+
+def _peak_on_accelerator(call: Callable[[], Any], device: torch.device) -> int | None:
+    statistics: Any = torch.get_device_module(device)
+    if not hasattr(statistics, "reset_peak_memory_stats"):  # as of torch.mps
+        call()
+        return None
+    statistics.reset_peak_memory_stats(device)
+    held = statistics.memory_allocated(device)
+    call()
+    return int(statistics.max_memory_allocated(device) - held)
+
+
+def release_unused(device: torch.device) -> None:
+    """Give back what a device's allocator keeps for later, where it keeps anything."""
+    module: Any = torch.get_device_module(device)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
 
 
 def peak_rss() -> int:

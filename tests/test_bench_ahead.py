@@ -104,7 +104,7 @@ def test_the_command_compiles_first(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--jobs", "2"], "--jobs is for a suite"),
         (["--suite", "smoke", "--jobs", "2", "--case", "ugly"], "no case of suite 'smoke'"),
         pytest.param(
-            ["--suite", "h200", "--jobs", "2"], "sees no CUDA",
+            ["--suite", "h200", "--jobs", "2"], "device 'cuda': this PyTorch sees none",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured"),
         ),
     ],

@@ -235,7 +235,7 @@ def test_one_case_is_measured_and_kept_when_the_next_is_stopped(
         ("h20", None, "Did you mean 'h200'?"),
         ("smoke", f"{__file__}/folder", "cannot be made a folder (Not a directory)"),
         pytest.param(
-            "h200", None, "sees no CUDA",
+            "h200", None, "device 'cuda': this PyTorch sees none",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured"),
         ),
     ],

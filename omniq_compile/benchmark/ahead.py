@@ -19,6 +19,7 @@ from omniq_compile.benchmark.measure import first_call
 from omniq_compile.benchmark.suite_runner import config_of, shapes_of
 from omniq_compile.benchmark.suites import Case, Suite
 from omniq_compile.benchmark.variants import Variant, named, suite_variants
+from omniq_compile.memory import release_unused
 
 
 def compile_ahead(
@@ -61,6 +62,5 @@ def _compile(suite: Suite, case: Case, name: str) -> str | None:
     except Exception as error:
         return f"{case.name}, {name}: {type(error).__name__}: {error}"
     finally:
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()
+        release_unused(torch.device(suite.device))
     return None

@@ -26,7 +26,7 @@ def environment(config: BenchConfig) -> dict[str, Any]:
         "omniq": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else _cpu_name(),
+        "device": _device_name(config.device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dtype": config.dtype,
@@ -37,13 +37,12 @@ def environment(config: BenchConfig) -> dict[str, Any]:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize(device)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of a call, and on a GPU those that the host takes to ask for it, else None."""
+    """The seconds of a call, and on an accelerator those that the host takes to ask for it."""
 
     seconds: float
     host_seconds: float | None
@@ -52,13 +51,15 @@ class Timing:
 def time_calls(call: Callable[[], Any], device: torch.device, count: int = 1) -> Timing:
     """Call ``count`` times in a row, and return the mean times of a call.
 
-    A GPU does later what it is asked for, and is timed by its own clock. It is not waited for
-    first: while it has work from before, what the host does ahead of the first call costs as little
-    as it does ahead of the next ones. Where the host is the slower of the two, both times are its.
+    An accelerator does later what it is asked for, and is timed by its own clock. It is not waited
+    for first: while it has work from before, what the host does ahead of the first call costs as
+    little as it does ahead of the next ones. Where the host is the slower of the two, both times
+    are its.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return Timing(_host_seconds(call, count), None)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    module: Any = torch.get_device_module(device)
+    start, end = (module.Event(enable_timing=True) for _ in range(2))
     start.record()
     host = _host_seconds(call, count)
     end.record()
@@ -103,7 +104,10 @@ def _host_seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def _cpu_name() -> str:
+def _device_name(device: str) -> str:
+    if device != "cpu":
+        module: Any = torch.get_device_module(device)
+        return str(module.get_device_name())
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

@@ -10,12 +10,18 @@ from typing import Any
 import torch
 
 from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.target import ARCHITECTURES, TORCH_DEVICES
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.strict_json import to_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINE = "Inductor"
-CALLS = {"cpu": 1, "cuda": 10}
+
+# Those that omniq lowers for, by PyTorch's names; AMD's GPUs are cuda too.
+DEVICES = tuple(dict.fromkeys(TORCH_DEVICES.get(name, name) for name in ARCHITECTURES))
+
+# In a row, for one timing.
+ACCELERATOR_CALLS = 10
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,8 @@ class BenchConfig:
     """What to measure; ``width`` None is the class's released width.
 
     ``warmup`` counts untimed calls once before all rounds, ``settle`` those before each timing,
-    ``calls`` those in a row that one timing is the mean of: by default 1 on the CPU, and 10 on a
-    GPU, which would wait for the host before a single one.
+    ``calls`` those in a row that one timing is the mean of: by default 1 on the CPU, and 10 on an
+    accelerator, which would wait for the host before a single one.
 
     Raises:
         OptionError: an unknown method or dtype, too few rounds, or a device that is not there.
@@ -58,15 +64,16 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} {value}: it must be at least 1")
-        if self.device not in ("cpu", "cuda"):
-            raise OptionError(unknown("device", self.device, ("cpu", "cuda")))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise OptionError("device 'cuda': this PyTorch sees no CUDA or ROCm device; use cpu")
+        if self.device not in DEVICES:
+            raise OptionError(unknown("device", self.device, DEVICES))
+        module = getattr(torch, self.device, None)  # torch.npu is there once torch_npu is
+        if module is None or not module.is_available():
+            raise OptionError(f"device {self.device!r}: this PyTorch sees none; use cpu")
 
     @property
     def calls_per_timing(self) -> int:
         """``calls``, or the default of the device."""
-        return self.calls or CALLS[self.device]
+        return self.calls or (1 if self.device == "cpu" else ACCELERATOR_CALLS)
 
 
 @dataclass

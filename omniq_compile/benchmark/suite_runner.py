@@ -30,6 +30,7 @@ from omniq_compile.benchmark.result import BASELINE, BenchConfig, BenchResult
 from omniq_compile.benchmark.suites import SUITES, Case, Suite
 from omniq_compile.benchmark.variants import Variant, named, suite_variants
 from omniq_compile.lowering.errors import OmniqError, OptionError, unknown
+from omniq_compile.memory import release_unused
 from omniq_compile.models.families import preset_config, transformer_class
 from omniq_compile.models.random_models import make_inputs
 from omniq_compile.output_file import write
@@ -107,8 +108,7 @@ def run_suite(
         result.cases.append(_run_case(suite, case, variants, result.peaks, console, compiler))
         keep(result)
         gc.collect()
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()
+        release_unused(torch.device(suite.device))
     return result
 
 

@@ -11,7 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from omniq_compile.benchmark.measure import run_bench
-from omniq_compile.benchmark.result import BASELINE, DTYPES, BenchConfig, BenchResult, Measurement
+from omniq_compile.benchmark.result import (
+    BASELINE,
+    DEVICES,
+    DTYPES,
+    BenchConfig,
+    BenchResult,
+    Measurement,
+)
 from omniq_compile.benchmark.suite_runner import run_command
 from omniq_compile.benchmark.suites import SUITES
 from omniq_compile.cli.whole_numbers import positive
@@ -54,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", help=f"omniq's method; default: {default.method}")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: {default.dtype}")
-    parser.add_argument("--device", help=f"cpu or cuda; default: {default.device}")
+    parser.add_argument("--device", help=f"{', '.join(DEVICES)}; default: {default.device}")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
     for name, what in (("eager", "time eager too"), ("torchao", "time torchao's int8 too")):
         parser.add_argument(

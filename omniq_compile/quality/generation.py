@@ -16,6 +16,7 @@ import torch
 
 from omniq_compile.compiling.denoise import denoise_step
 from omniq_compile.lowering.errors import OmniqError, OptionError
+from omniq_compile.memory import release_unused
 from omniq_compile.pipelines.call import CALLBACK, call_worded
 from omniq_compile.pipelines.output import made_by
 
@@ -163,5 +164,4 @@ def release(device: torch.device) -> None:
     """Give back what a pipeline that is no longer referenced held, compiled code included."""
     torch.compiler.reset()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_unused(device)
