@@ -26,7 +26,7 @@ def install(where: str) -> tuple[ModuleType, Recorder]:
 
         return call
 
-    for name, compute in _COMPUTE.items():
+    for name, compute in OPERATORS.items():
         setattr(module, name, operator(name, compute))
     return module, recorder
 
@@ -123,7 +123,7 @@ def _finish(out: np.ndarray, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(out if bias is None else out + _float64(bias)).to(dtype)
 
 
-_COMPUTE = {
+OPERATORS = {
     "npu_dynamic_quant": _dynamic_quant,
     "npu_dynamic_mx_quant": _dynamic_mx_quant,
     "npu_dynamic_dual_level_mx_quant": _dynamic_dual_level_mx_quant,
