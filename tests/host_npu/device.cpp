@@ -234,7 +234,7 @@ at::Tensor convolution(
   auto y = at::convolution_symint(
       on_host(x), on_host(weight), b, stride, padding, dilation, transposed, output_padding,
       std::move(groups));
-  return y.to(x.device());
+  return y.contiguous().to(x.device());
 }
 
 // ``parameter.data = tensor`` between the host and a device, which PyTorch allows its own devices.

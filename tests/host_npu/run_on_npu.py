@@ -121,7 +121,8 @@ def test_a_model_follows_where_it_is_moved(stored: bool) -> None:
 def test_threads_share_a_model() -> None:
     model, x = layers().to("npu"), torch.randn(33, 256, device="npu", dtype=torch.bfloat16)
     fast = torch.compile(model, backend="omniq", options=OPTIONS)
-    first = fast(x)
+    with torch.no_grad():
+        first = fast(x)
 
     def call(_: int) -> bool:
         with torch.no_grad():
