@@ -223,18 +223,29 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
+std::optional<at::Tensor> given_on_host(const std::optional<at::Tensor>& x) {
+  return x && x->defined() ? std::optional(on_host(*x)) : std::nullopt;
+}
+
 at::Tensor convolution(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
     SymIntArrayRef output_padding, c10::SymInt groups) {
-  std::optional<at::Tensor> b;
-  if (bias && bias->defined()) {
-    b = on_host(*bias);
-  }
   auto y = at::convolution_symint(
-      on_host(x), on_host(weight), b, stride, padding, dilation, transposed, output_padding,
-      std::move(groups));
+      on_host(x), on_host(weight), given_on_host(bias), stride, padding, dilation, transposed,
+      output_padding, std::move(groups));
   return y.contiguous().to(x.device());
+}
+
+// What other devices run in its place takes no columns in torch 2.14.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, c10::SymInt N, c10::SymInt C, c10::SymInt HxW,
+    int64_t groups, double epsilon) {
+  auto [y, mean, rstd] = at::native_group_norm_symint(
+      on_host(x).contiguous(), given_on_host(weight), given_on_host(bias), std::move(N),
+      std::move(C), std::move(HxW), groups, epsilon);
+  return {y.to(x.device()), mean.to(x.device()), rstd.to(x.device())};
 }
 
 // ``parameter.data = tensor`` between the host and a device, which PyTorch allows its own devices.
@@ -264,6 +275,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("convolution_overrideable", convolution);
+  m.impl("native_group_norm", group_norm);
   m.impl("_local_scalar_dense", [](const at::Tensor& x) { return on_host(x).item(); });
   m.impl(
       "resize_",
