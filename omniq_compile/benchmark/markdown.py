@@ -49,7 +49,7 @@ def markdown(result: SuiteResult) -> str:
 
 def _case(case: CaseResult) -> list[str]:
     if case.bench is None:
-        return [f"Failed: {_one_line(case.error or '')}"]
+        return [f"Failed: {one_line(case.error or '')}"]
     lines = _table(COLUMNS, [_row(case, m) for m in case.bench.measurements])
     failures = {m.name: m.error for m in case.bench.measurements if m.error}
     failures |= {
@@ -59,7 +59,7 @@ def _case(case: CaseResult) -> list[str]:
     for note in case.bench.notes:
         lines += ["", f"Note: {note}."]
     for name, error in failures.items():
-        lines += ["", f"{name} failed: {_one_line(error)}"]
+        lines += ["", f"{name} failed: {one_line(error)}"]
     return lines
 
 
@@ -99,6 +99,7 @@ def _number(value: float | None, scale: float, digits: int) -> str:
     return "-" if value is None else f"{value * scale:,.{digits}f}"
 
 
-def _one_line(error: str) -> str:
+def one_line(error: str) -> str:
+    """Return the first paragraph of an error, and no more than a few lines of it."""
     # Dynamo and CUDA add paragraphs of advice; the JSON has all of it.
     return " ".join(error.split("\n\n")[0].split())[:400]

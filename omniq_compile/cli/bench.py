@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from omniq_compile.benchmark.markdown import one_line
 from omniq_compile.benchmark.measure import run_bench
 from omniq_compile.benchmark.result import (
     BASELINE,
@@ -164,25 +165,25 @@ def print_table(result: BenchResult, console: Console) -> None:
         console.print(f"note: {escape(note)}")
     for m in result.measurements:
         if m.error:
-            # Dynamo adds paragraphs of advice; the JSON has all of it.
-            text = m.error.split("\n\n")[0]
-            console.print(f"[red]{escape(m.name)} failed:[/red] {escape(text)}")
+            console.print(f"[red]{escape(m.name)} failed:[/red] {escape(one_line(m.error))}")
         if m.graph_error:
-            console.print(f"note: {escape(m.name)} is no CUDA graph: {escape(m.graph_error)}")
+            text = one_line(m.graph_error)
+            console.print(f"note: {escape(m.name)} is no CUDA graph: {escape(text)}")
 
 
 def _speed_table(result: BenchResult) -> Table:
-    on_gpu = any(m.median_host_seconds is not None for m in result.measurements)
-    host = "; host: what the host takes to ask a GPU for a call" if on_gpu else ""
-    host += "; as a graph: replayed as a CUDA graph, where the host sets no pace" if on_gpu else ""
+    ahead = any(m.median_host_seconds is not None for m in result.measurements)
+    graphs = any(m.graph_seconds or m.graph_error for m in result.measurements)
+    more = "; host: what the host takes to ask the device for a call" if ahead else ""
+    more += "; as a graph: replayed as a CUDA graph, where the host sets no pace" if graphs else ""
     table = Table(
         title=f"One forward of the whole model, no_grad, {result.config.rounds} rounds in turn",
         caption=f"speed-up: {BASELINE}'s time by the variant's, as the median of the rounds' "
-        f"ratios, and as the ratio of the medians; the first call compiles{host}",
+        f"ratios, and as the ratio of the medians; the first call compiles{more}",
     )
     table.add_column("variant")
-    by_graph = ["as a graph", "speed-up as a graph"] if on_gpu else []
-    titles = ("median", "min", *(["host"] if on_gpu else []), "speed-up", "of medians", *by_graph)
+    by_graph = ["as a graph", "speed-up as a graph"] if graphs else []
+    titles = ("median", "min", *(["host"] if ahead else []), "speed-up", "of medians", *by_graph)
     for title in (*titles, "first call"):
         table.add_column(title, justify="right")
     for m in result.measurements:
@@ -190,11 +191,11 @@ def _speed_table(result: BenchResult) -> Table:
         cells = [
             _format(m.median_seconds, "{:.1f} ms", 1e3),
             _format(m.min_seconds, "{:.1f} ms", 1e3),
-            *([_format(m.median_host_seconds, "{:.2f} ms", 1e3)] if on_gpu else []),
+            *([_format(m.median_host_seconds, "{:.2f} ms", 1e3)] if ahead else []),
             _format(by_round, "{:.2f}x"),
             _format(of_medians, "{:.2f}x"),
-            *([_format(m.median_graph_seconds, "{:.2f} ms", 1e3)] if on_gpu else []),
-            *([_format(result.graph_speedup(m.name), "{:.2f}x")] if on_gpu else []),
+            *([_format(m.median_graph_seconds, "{:.2f} ms", 1e3)] if graphs else []),
+            *([_format(result.graph_speedup(m.name), "{:.2f}x")] if graphs else []),
             _format(m.first_call_seconds, "{:.1f} s"),
         ]
         table.add_row(*_row(m, cells))
