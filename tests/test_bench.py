@@ -114,8 +114,10 @@ def test_failing_variant_is_reported_and_the_others_go_on(calls_before):
 
 def test_a_timing_is_the_mean_of_calls_in_a_row():
     log = []
-    result = run_bench(replace(SMALL, calls=3), console(), [recording(name, log) for name in "AB"])
-    assert log == [*"AABB", *"AAAABBBB" * 2]
+    config = replace(SMALL, calls=3, settle=2)
+    result = run_bench(config, console(), [recording(name, log) for name in "AB"])
+    assert log == [*"AABB", *"AAAAABBBBB" * 2]
+    assert result.environment["calls_before_timing"] == 2
     assert result.environment["calls_per_timing"] == 3
     assert [len(m.seconds) for m in result.measurements] == [2, 2]
     assert result.measurements[0].median_host_seconds is None

@@ -30,6 +30,7 @@ def environment(config: BenchConfig) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dtype": config.dtype,
+        "calls_before_timing": config.calls_before_timing,
         "calls_per_timing": config.calls_per_timing,
         "load_average": round(os.getloadavg()[0], 2),
     }

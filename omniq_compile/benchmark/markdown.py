@@ -28,7 +28,8 @@ def markdown(result: SuiteResult) -> str:
         "",
         f"Speed-up is {BASELINE} BF16's time by the variant's: the median of the rounds' ratios, "
         "and the ratio of the medians. Variants take turns; each time is the mean of "
-        f"{where['calls_per_timing']} call(s) in a row, on a GPU by its own clock. Host is what "
+        f"{where['calls_per_timing']} call(s) in a row after {where['calls_before_timing']}, on a "
+        "GPU by its own clock. Host is what "
         "the host takes to ask a GPU for a call: where that is as long, it sets the pace. As a "
         "graph: the same call replayed as a CUDA graph, where the host sets no pace. Errors "
         "are ||y - reference|| / ||reference|| of the output. GEMMs are timed on their own, on a "

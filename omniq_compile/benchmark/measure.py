@@ -101,7 +101,7 @@ def run_bench(
                 progress.advance(task)
         after = weights.statistics()
 
-    count = config.rounds * (config.settle + config.calls_per_timing)
+    count = config.rounds * (config.calls_before_timing + config.calls_per_timing)
     lookups = (after["lookups"] - before["lookups"]) / count
     if not lookups and any(m.name.startswith("omniq") and not m.error for m in measurements):
         notes.append("omniq looked up no quantized weight: nothing was rewritten")
@@ -212,7 +212,7 @@ def _timed_calls(
     device: torch.device,
     config: BenchConfig,
 ) -> None:
-    for _ in range(config.settle):
+    for _ in range(config.calls_before_timing):
         calls[m.name]()
     timing = time_calls(calls[m.name], device, config.calls_per_timing)
     m.seconds.append(timing.seconds)

@@ -20,8 +20,9 @@ BASELINE = "Inductor"
 # Those that omniq lowers for, by PyTorch's names; AMD's GPUs are cuda too.
 DEVICES = tuple(dict.fromkeys(TORCH_DEVICES.get(name, name) for name in ARCHITECTURES))
 
-# In a row, for one timing.
-ACCELERATOR_CALLS = 10
+# In a row, for one timing, and before it: a denoising loop calls block after block, in which the
+# host gets ahead of a device that is the slower of the two.
+ACCELERATOR_CALLS, ACCELERATOR_SETTLE = 10, 5
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class BenchConfig:
     """What to measure; ``width`` None is the class's released width.
 
     ``warmup`` counts untimed calls once before all rounds, ``settle`` those before each timing,
-    ``calls`` those in a row that one timing is the mean of: by default 1 on the CPU, and 10 on an
-    accelerator, which would wait for the host before a single one.
+    ``calls`` those in a row that one timing is the mean of: by default 1 and 1 on the CPU, and 5
+    and 10 on an accelerator, which would wait for the host before a single one.
 
     Raises:
         OptionError: an unknown method or dtype, too few rounds, or a device that is not there.
@@ -44,7 +45,7 @@ class BenchConfig:
     method: str = "int8"
     rounds: int = 7
     warmup: int = 1
-    settle: int = 1
+    settle: int | None = None
     calls: int | None = None
     dtype: str = "bfloat16"
     seed: int = 0
@@ -58,8 +59,9 @@ class BenchConfig:
         if self.dtype not in DTYPES:
             raise OptionError(unknown("dtype", self.dtype, DTYPES))
         for name, least in (("rounds", 1), ("warmup", 0), ("settle", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(f"{name} {getattr(self, name)}: it must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"{name} {value}: it must be at least {least}")
         for name in ("threads", "calls"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -74,6 +76,13 @@ class BenchConfig:
     def calls_per_timing(self) -> int:
         """``calls``, or the default of the device."""
         return self.calls or (1 if self.device == "cpu" else ACCELERATOR_CALLS)
+
+    @property
+    def calls_before_timing(self) -> int:
+        """``settle``, or the default of the device."""
+        if self.settle is not None:
+            return self.settle
+        return 1 if self.device == "cpu" else ACCELERATOR_SETTLE
 
 
 @dataclass

@@ -45,15 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("text_tokens", "tokens of the prompt"),
         ("rounds", "timed calls of each variant, in turn"),
         ("warmup", "untimed warm calls"),
-        (
-            "settle",
-            "untimed calls before each timed one, as a denoising loop calls one model again and "
-            "again",
-        ),
         ("seed", "of weights and inputs"),
     ):
         flag, value = f"--{name.replace('_', '-')}", getattr(default, name)
         parser.add_argument(flag, type=int, help=f"{what}; default: {value}")
+    parser.add_argument(
+        "--settle",
+        type=int,
+        help="untimed calls before each timing, as a denoising loop calls block after block; "
+        "default: 1, on a GPU or NPU 5",
+    )
     parser.add_argument(
         "--calls",
         type=int,

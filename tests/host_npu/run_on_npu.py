@@ -251,6 +251,7 @@ def test_a_benchmark_asks_the_device_for_its_name_time_and_memory() -> None:
     (measured,) = result.measurements
     assert measured.error is None
     assert result.environment["device"] == "Ascend950PR"
+    assert result.environment["calls_before_timing"] == 5
     # By the events of device.cpp a timing takes a millisecond, of ten calls.
     assert measured.seconds == [1e-4, 1e-4]
     assert all(seconds > 0 for seconds in measured.host_seconds)
