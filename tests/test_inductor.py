@@ -12,8 +12,11 @@ import sympy
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor.choices import InductorChoices
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import fresh_cache
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.functions import FloorDiv
 
 from omniq_compile import OptionError
@@ -150,3 +153,12 @@ def test_sizes_are_divided_where_the_result_is_whole() -> None:
     inductor._divide_sums()
     assert SizeVarAllocator().statically_known_multiple_of(960 * s + 6720, s + 7)
     assert not SizeVarAllocator().statically_known_multiple_of(960 * s + 6720, s + 8)
+
+
+@pytest.mark.parametrize(("device", "changed"), [("cuda", True), ("xpu", False), ("cpu", False)])
+def test_rows_are_held_in_registers_where_that_was_timed(device: str, changed: bool) -> None:
+    with FakeTensorMode():
+        inputs = [3, torch.empty(2, device=device)]
+    with inductor._rows_in_registers(inputs):
+        assert (type(V.choices) is not InductorChoices) is changed
+    assert type(V.choices) is InductorChoices
