@@ -70,12 +70,17 @@ def release_unused(device: torch.device) -> None:
 
 
 def peak_rss() -> int:
-    """Return the process's highest resident memory in bytes, since `peak_of_call` reset it."""
+    """Return the process's highest resident memory in bytes, since `peak_of_call` reset it.
+
+    0 where the system cannot tell.
+    """
     if sys.platform == "linux":
         # getrusage(2) has the peak of the process that started this one, if that is higher.
         return _kib(Path("/proc/self/status").read_text(), "VmHWM") * 1024
-    import resource  # not on Windows, where the rest of this file is of use too
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

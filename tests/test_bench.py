@@ -320,6 +320,14 @@ def test_peak_of_call_sees_what_a_call_allocates():
     assert peak_rss() > size
 
 
+def test_what_windows_does_not_tell_is_left_out(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr("os.getloadavg")
+    assert peak_rss() == 0
+    assert environment(BenchConfig())["load_average"] == "unknown"
+
+
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     size = 1 << 30
     held = torch.ones(size, dtype=torch.uint8)

@@ -32,7 +32,7 @@ def environment(config: BenchConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "calls_before_timing": config.calls_before_timing,
         "calls_per_timing": config.calls_per_timing,
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "unknown",
     }
 
 
