@@ -23,7 +23,7 @@ from torch import nn
 device.install()
 
 import tiny_families  # noqa: E402  (diffusers looks for torch_npu when it is imported)
-from diffusers import DiffusionPipeline  # noqa: E402
+from diffusers import DiffusionPipeline, FluxTransformer2DModel  # noqa: E402
 
 import omniq_compile as omniq  # noqa: E402
 from omniq_compile.benchmark.measure import run_bench  # noqa: E402
@@ -41,6 +41,7 @@ PLACE = checks.Place("npu", compiler="aot_eager", width=64, tokens=(16, 8))
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
 QWEN, FLUX = "QwenImageTransformer2DModel", "FluxTransformer2DModel"
 WAN = "WanTransformer3DModel"
+SECOND = ("single_transformer_blocks", "norm_out", "proj_out")
 # The quantizer of two levels rounds to BF16 between them: tests/test_npu.py knows how.
 KERNELS = [
     kernel
@@ -116,6 +117,28 @@ def test_a_model_follows_where_it_is_moved(stored: bool) -> None:
         y = fast(x.to(place))
         assert y.device == torch.device(place)
         assert 0.001 < checks.relative(y.cpu(), expected) < 0.02
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_a_model_may_lie_on_two_devices(by_blocks: bool, tmp_path: Path) -> None:
+    model, inputs = checks.tiny(FLUX, PLACE)
+    model.save_pretrained(tmp_path)
+    places = {name: f"npu:{int(name in SECOND)}" for name, _ in model.named_children()}
+    config = omniq.DiffusersConfig("int8", min_features=1)
+    loaded = FluxTransformer2DModel.from_pretrained(
+        tmp_path,
+        **{DTYPE_KEYWORD: torch.bfloat16},
+        device_map=places,
+        quantization_config=config,
+    )
+    assert {str(p.device) for p in loaded.parameters()} == {"npu:0", "npu:1"}
+    options = {**OPTIONS, "compiler": "eager"}
+    if by_blocks:
+        loaded.compile_repeated_blocks(backend="omniq", options=options)
+    fast = loaded if by_blocks else torch.compile(loaded, backend="omniq", options=options)
+    with torch.inference_mode():
+        expected = checks.picture(model(**inputs))
+        checks.assert_near(checks.picture(fast(**inputs)), expected, "int8", least=1e-4)
 
 
 def test_threads_share_a_model() -> None:
