@@ -106,7 +106,7 @@ def test_a_component_without_linear_layers_is_not_compiled(
 ) -> None:
     """Plain Inductor fails with Wan's VAE."""
     folder = tiny_pipelines.save_text_to_video(tmp_path / "t2v")
-    monkeypatch.setattr("omniq_compile.cli.generate.call_worded", _no_call)
+    monkeypatch.setattr("omniq_compile.pipelines.call.call_worded", _no_call)
     options = json.dumps({"default": {"method": "int8", "min_features": 16}})
     with pytest.raises(_CalledError):
         generate(folder, tmp_path / "a.gif", "--quantization", options)

@@ -17,7 +17,6 @@ from omniq_compile.inspector.inspection import Inspection, inspect
 from omniq_compile.inspector.page import render_page
 from omniq_compile.inspector.text import KERNELS, part_title, render, render_diff
 from omniq_compile.lowering.errors import OptionError
-from omniq_compile.models.argument import find_model
 from omniq_compile.output_file import check_writable, write
 from omniq_compile.passes.legal import STAGES
 
@@ -58,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trace the model, and show it."""
+    from omniq_compile.models.argument import find_model  # late, as it imports diffusers
+
     stages = _stages(arguments)
     check_writable("--out", arguments.out)
     hub = downloading_arguments(arguments, arguments.model)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from omniq_compile.checkpoints.recorded_options import options_to_run
 from omniq_compile.cli.loading_arguments import add_dtype_argument
-from omniq_compile.cli.picture_file import check_encoder, check_ending, check_rate, save_result
 from omniq_compile.cli.pipeline_arguments import (
     add_call_arguments,
     add_compiler_argument,
@@ -25,23 +23,10 @@ from omniq_compile.cli.quantization import (
     describe_component,
     read_quantization,
 )
-from omniq_compile.cli.sound_file import SUFFIX as SOUND_SUFFIX
-from omniq_compile.cli.sound_file import save_sound
 from omniq_compile.cli.whole_numbers import positive, seed
 from omniq_compile.lowering.errors import OmniqError
 from omniq_compile.output_file import check_writable
-from omniq_compile.pipelines.call import (
-    CALLBACK,
-    call_worded,
-    check_call,
-    check_call_of_folder,
-    compile_component,
-    load_worded,
-)
 from omniq_compile.pipelines.components import build_quant_config
-from omniq_compile.pipelines.images import read_images, with_images
-from omniq_compile.pipelines.output import frame_rate, kind_returned
-from omniq_compile.pipelines.sound import has_sound, sound_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, generate and save."""
+    # Late: diffusers takes seconds to import, which --help need not wait for.
     import omniq_compile as omniq
+    from omniq_compile.checkpoints.recorded_options import options_to_run
+    from omniq_compile.cli import sound_file
+    from omniq_compile.cli.picture_file import (
+        check_encoder,
+        check_ending,
+        check_rate,
+        save_result,
+    )
+    from omniq_compile.pipelines.call import (
+        CALLBACK,
+        call_worded,
+        check_call,
+        check_call_of_folder,
+        compile_component,
+        load_worded,
+    )
+    from omniq_compile.pipelines.images import read_images, with_images
+    from omniq_compile.pipelines.output import frame_rate, kind_returned
+    from omniq_compile.pipelines.sound import has_sound, sound_of
 
     check_writable("--out", arguments.out)
     check_ending(arguments.out, None)
@@ -106,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         if CALLBACK in inspect.signature(pipe.__call__).parameters:
             given.setdefault(CALLBACK, step)
         result = call_worded(pipe, given)
-    if has_sound(result) and arguments.out.suffix.lower() == SOUND_SUFFIX:
-        paths = save_sound(sound_of(pipe, result), arguments.out)
+    if has_sound(result) and arguments.out.suffix.lower() == sound_file.SUFFIX:
+        paths = sound_file.save_sound(sound_of(pipe, result), arguments.out)
     else:
         paths = save_result(result, arguments.out, arguments.fps or frame_rate(pipe, given))
         if has_sound(result):
@@ -119,6 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _save_beside(pipe: Any, result: Any, out: Path, console: Console) -> list[Path]:
     """Save a video's sound by the name of the video, which is there and stays if this fails."""
+    from omniq_compile.cli.sound_file import save_sound
+    from omniq_compile.pipelines.sound import sound_of
+
     try:
         return save_sound(sound_of(pipe, result), out)
     except OmniqError as error:

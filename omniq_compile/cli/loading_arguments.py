@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from omniq_compile.checkpoints.hub_download import may_be_hub_id
 from omniq_compile.lowering.errors import OptionError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +54,9 @@ def downloading_arguments(arguments: argparse.Namespace, *models: str) -> dict[s
     Raises:
         OptionError: a revision, where one of them is no hub id and so has none.
     """
+    # Late, as it imports diffusers, which takes seconds that --help need not wait for.
+    from omniq_compile.checkpoints.hub_download import may_be_hub_id
+
     for model in models:
         if arguments.revision is not None and not may_be_hub_id(model):
             raise OptionError(

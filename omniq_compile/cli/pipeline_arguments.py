@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from omniq_compile.checkpoints.load_arguments import tried
 from omniq_compile.cli.json_values import named_values
 from omniq_compile.cli.loading_arguments import (
     add_hub_arguments,
@@ -19,9 +18,7 @@ from omniq_compile.cli.loading_arguments import (
 from omniq_compile.cli.whole_numbers import positive
 from omniq_compile.lowering.errors import OptionError, unknown
 from omniq_compile.passes.option_checks import COMPILERS
-from omniq_compile.pipelines.call import check_call_of_folder
 from omniq_compile.pipelines.components import build_quant_config
-from omniq_compile.pipelines.images import read_images, with_images
 
 if TYPE_CHECKING:
     from omniq_compile.quality.comparison import Setting
@@ -140,6 +137,8 @@ def quality_setting(
         OptionError: unknown options, seeds or devices, files that are no pictures, or an argument
             that is given as a picture and again.
     """
+    from omniq_compile.pipelines.call import check_call_of_folder
+    from omniq_compile.pipelines.images import read_images, with_images
     from omniq_compile.quality.comparison import Setting
     from omniq_compile.quality.generation import parse_seeds
 
@@ -166,6 +165,8 @@ def usable_device(text: str) -> torch.device:
     Raises:
         OptionError: it is unknown, or this machine has none.
     """
+    from omniq_compile.checkpoints.load_arguments import tried
+
     try:
         device = tried(text)
     except RuntimeError as error:

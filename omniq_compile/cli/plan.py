@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
@@ -19,13 +19,15 @@ from omniq_compile.cli.whole_numbers import positive
 from omniq_compile.compiling.unmatched import warn_unmatched_in
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.target import Target, detect
-from omniq_compile.models.configs import ModelConfig, build_model, find_configs
 from omniq_compile.models.families import FAMILIES, WIDE_LATENTS, InputSize
 from omniq_compile.output_file import check_writable, write
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.planning.meta_run import to_meta
 from omniq_compile.planning.plan import Plan, plan_model
 from omniq_compile.reports.display import to_text
+
+if TYPE_CHECKING:
+    from omniq_compile.models.configs import ModelConfig
 
 # A VAE that shrinks an image 8 times a side, and patches of 2 x 2 latents; a video's VAE keeps
 # the first frame and shrinks the others 4 times.
@@ -66,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan every model, and print a table each and the totals."""
+    from omniq_compile.models.configs import find_configs  # late, as it imports diffusers
+
     check_writable("--out", arguments.out)
     config = QuantConfig.from_options(options_of(arguments))
     if arguments.target is None:
@@ -139,6 +143,8 @@ def _pixels_per_token(model: ModelConfig) -> int:
 
 
 def _plan(model: ModelConfig, size: Size, config: QuantConfig, target: Target) -> Plan:
+    from omniq_compile.models.configs import build_model
+
     with torch.device("meta"):
         built = build_model(model)
     warn_unmatched_in(built, config)

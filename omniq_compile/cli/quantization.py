@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from omniq_compile.cli.json_values import read_json
-from omniq_compile.layer_plan import describe, plan_of_quantized, why_kept
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.passes.config import QuantConfig
 
@@ -40,6 +39,8 @@ def read_quantization(text: str | None) -> Any:
 
 def describe_component(name: str, model: nn.Module, options: Mapping[str, Any]) -> tuple[str, bool]:
     """Word what became of a loaded component's layers, and say whether any is quantized."""
+    from omniq_compile.layer_plan import describe, plan_of_quantized, why_kept
+
     config = QuantConfig.from_options(options)
     rows = plan_of_quantized(model, config)
     if any(row.method is not None for row in rows):

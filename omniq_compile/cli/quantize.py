@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from omniq_compile.checkpoints.recorded_options import refuse_unstored, stored_options
 from omniq_compile.checkpoints.variant_files import copy_as_plain, is_of_weights
 from omniq_compile.checkpoints.written_folder import MODEL, PIPELINE, check_place, write_aside
 from omniq_compile.cli.loading_arguments import (
@@ -56,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         hub_arguments,
         whole_folder,
     )
+    from omniq_compile.checkpoints.recorded_options import refuse_unstored
 
     config = build_quant_config(read_quantization(arguments.quantization))
     console = Console(stderr=True)
@@ -157,6 +157,7 @@ def _quantize_component(
     work: _Work, kind: tuple[str, str], name: str, variant: str | None, folder: Path
 ) -> bool:
     """Write one component, and let go of it; returns whether a layer of it is quantized."""
+    from omniq_compile.checkpoints.recorded_options import stored_options
     from omniq_compile.pipelines.call import loading_worded
     from omniq_compile.pipelines.from_pretrained import is_own, load_component
 
