@@ -16,7 +16,7 @@ import torch
 from conftest import quantized_inputs, traced
 from torch import fx, nn
 from torch.nn import functional
-from triton_numbers import interpreter_works
+from triton_interpreter import interpreter_works
 
 from omniq_compile import QuantConfig
 from omniq_compile.compiling.inductor import settings_of

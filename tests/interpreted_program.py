@@ -188,7 +188,7 @@ def run(program: str, inputs: list[Any]) -> list[Any]:
 
 def main(file: str, out: str) -> None:
     """Run the cases of a file, (program, inputs) by name, and write their outputs."""
-    from triton_numbers import patch_interpreter
+    from triton_interpreter import patch_interpreter
 
     assert os.environ["TRITON_INTERPRET"] == "1"
     patch_interpreter()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_numbers import BF16, CASES, Case, interpreter_works
+from triton_interpreter import interpreter_works
+from triton_numbers import BF16, CASES, Case, every_code
 
 from omniq_compile.lowering import gpu_quantize
 from omniq_compile.lowering.formats import get_format
@@ -93,3 +94,13 @@ def test_a_result_in_bfloat16_is_rounded_once(results: dict[str, torch.Tensor]) 
     out, exact = results[str(case)].view(-1, case.N), expected(case).view(-1, case.N)
     good = exact.isfinite().all(-1)
     assert (out[good] == exact[good].to(BF16)).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_every_code_beside_every_scale_is_decoded_exactly(
+    results: dict[str, torch.Tensor], element: str
+) -> None:
+    exact = every_code(element)[1]
+    assert (exact != 0).double().mean() > 0.8
+    assert torch.equal(results[element].isnan(), exact.isnan())
+    assert torch.equal(results[element].nan_to_num().double(), exact.nan_to_num())

@@ -1,23 +1,18 @@
-"""Rows of Triton GEMMs run in Triton's interpreter: a process of its own, which numbers tests call.
-
-The interpreter reads BF16 operands of a product as integers, truncates to BF16 and e4m3 where GPUs
-round to nearest, knows no e4m3fnuz, and has no ``dot_scaled`` before Triton 3.8. These are filled
-in here with numpy and ml_dtypes, which share no code with omniq.
-"""
+"""Rows of Triton GEMMs in Triton's interpreter: a process of its own, which numbers tests call."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from triton_interpreter import check_addresses, patch_interpreter
 
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Kernel, Problem, candidates
@@ -49,7 +44,9 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         formats = f"{self.scheme.activation}-{self.scheme.weight}"
         name = f"{self.target}-{self.kernel}-{formats}-{self.rows}x{self.K}x{self.N}-{dtype}"
-        return f"{name}-persistent" if self.tile else name
+        if self.tile is None:
+            return name
+        return f"{name}-persistent" if self.tile.persistent else f"{name}-grouped"
 
     @property
     def problem(self) -> Problem:
@@ -87,6 +84,8 @@ def _blocks(rows: int, columns: int) -> Scheme:
 
 # Nine tiles or more for four processors.
 _PERSISTENT = Tile(64, 128, 128, 4, 3, persistent=True)
+# Five rows of tiles, two side by side: two groups and one that is smaller.
+_GROUPED = Tile(16, 64, 128, 4, 3, group_m=2)
 _MXFP4, _DUAL = get_scheme("mxfp4"), get_scheme("mxfp4_dualscale")
 CASES = (
     Case("cuda:sm_80", "cuda_s8_triton", get_scheme("int8"), (37,), 205, 83),
@@ -95,6 +94,7 @@ CASES = (
     Case("cuda:sm_90", "cuda_s8_triton", get_scheme("int8"), (2, 70), 272, 301, tile=_PERSISTENT),
     Case("cuda:sm_90", "cuda_fp8_triton", get_scheme("fp8"), (270,), 144, 200, BF16, False,
          _PERSISTENT),
+    Case("cuda:sm_80", "cuda_s8_triton", get_scheme("int8"), (75,), 205, 150, tile=_GROUPED),
     Case("cuda:sm_89", "cuda_fp8_triton", get_scheme("fp8"), (2, 21), 203, 83),
     Case("cuda:sm_90", "cuda_fp8_triton", get_scheme("fp8"), (150,), 384, 70, BF16),
     Case("rocm:gfx942", "rocm_fp8_triton", get_scheme("fp8"), (37,), 203, 83, FP16, bias=False),
@@ -126,110 +126,6 @@ CASES = (
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", get_scheme("fp8"), (140,), 203, 83, FP16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", _blocks(96, 96), (37,), 301, 200, BF16),
 )  # fmt: skip
-
-
-def interpreter_works() -> bool:
-    """Say no without Triton, and for 3.6 beside numpy 2.4, which ended how it makes scalars."""
-    if find_spec("triton") is None:
-        return False
-    import numpy
-    import triton
-
-    old = numpy.lib.NumpyVersion(numpy.__version__) < "2.4.0"
-    return old or bool(triton.__version__ >= "3.7")
-
-
-def patch_interpreter() -> None:
-    """Fill in what the interpreter lacks, see above."""
-    import inspect
-
-    import ml_dtypes
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    handle, dot = interpreter.TensorHandle, builder.create_dot
-
-    def product(a: Any, b: Any, sums: Any) -> Any:
-        # Wide enough that the order of the sum is all that differs from a float32 accumulator.
-        total = a.astype(np.float64) @ b.astype(np.float64) + sums.data
-        return handle(total.astype(np.float32), tl.float32)
-
-    floats = {
-        tl.bfloat16: ml_dtypes.bfloat16,
-        tl.float8e4nv: ml_dtypes.float8_e4m3fn,
-        tl.float8e4b8: ml_dtypes.float8_e4m3fnuz,
-    }
-
-    def create_dot(self: Any, a: Any, b: Any, sums: Any, *options: Any) -> Any:
-        kind = floats.get(a.dtype.scalar)
-        if kind is None:
-            return dot(self, a, b, sums, *options)
-        return product(*(np.ascontiguousarray(x.data).view(kind) for x in (a, b)), sums)
-
-    def values(codes: Any, scale: Any, element: Any) -> Any:
-        """Decode [rows, K] and apply [rows, K / 32], from the definitions of MX v1.0."""
-        codes = np.ascontiguousarray(codes).view(np.uint8)
-        if element.name == "E2M1":
-            pairs = np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)
-            real = pairs.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-        else:
-            real = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-        power = np.ascontiguousarray(scale).view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-        return real * np.repeat(power, 32, axis=-1)
-
-    def create_dot_scaled(
-        self: Any, a: Any, a_scale: Any, a_element: Any, b: Any, b_scale: Any, b_element: Any,
-        fast_math: bool, a_packed: bool, b_packed: bool, sums: Any,
-    ) -> Any:  # fmt: skip
-        assert a_packed
-        assert b_packed
-        left = values(a.data, a_scale.data, a_element)
-        return product(left, values(b.data.T, b_scale.data, b_element).T, sums)
-
-    if not hasattr(builder, "create_dot_scaled"):
-        semantic = type(interpreter.interpreter_semantic)
-        dot_scaled = semantic.dot_scaled
-
-        def with_constants(self: Any, *arguments: Any) -> Any:
-            return dot_scaled(
-                self, *(tl.constexpr(x) if isinstance(x, str) else x for x in arguments)
-            )
-
-        semantic.dot_scaled = with_constants
-        builder.create_dot_scaled = create_dot_scaled
-    tl.float8e4b8.to_ir = lambda builder: tl.float8e4b8
-    cast = builder.cast_impl
-
-    def cast_impl(self: Any, source: Any, to: Any) -> Any:
-        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, to)
-        return handle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
-
-    fp_to_fp = builder.create_fp_to_fp
-
-    def create_fp_to_fp(self: Any, source: Any, to: Any, rounding: Any) -> Any:
-        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.float8e4nv):
-            return fp_to_fp(self, source, to, rounding)
-        return handle(source.data.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), tl.float8e4nv)
-
-    @cache
-    def builtins(package: Any) -> list[str]:
-        members = inspect.getmembers(package)
-        return [name for name, member in members if tl.core.is_builtin(member)]
-
-    def patch_builtin(package: Any, *more: Any) -> None:
-        # Each call of a device function looks through the whole language, a third of all time.
-        for name in builtins(package):
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, *more)
-
-    interpreter._patch_builtin = patch_builtin
-    builder.cast_impl = cast_impl
-    builder.create_fp_to_fp = create_fp_to_fp
-    builder.create_dot = create_dot
 
 
 def _run(case: Case, finite: bool = False) -> torch.Tensor:
@@ -281,13 +177,100 @@ def _check_operators() -> None:
         assert torch.equal(operator(*tree_map(_with_gaps, arguments)), operator(*arguments))
 
 
+def _check_offsets_of_64_bits() -> None:
+    """Compute the last tile where a and the result have more than 2**31 elements each.
+
+    Of their memory only the last rows are touched.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from omniq_compile.lowering.triton_kernels import launch, tiles
+
+    before = 1 << 24
+    programs: list[int] = []
+
+    def one_program(launched: launch.Launch, constants: Any) -> int:
+        M, N = (launched.arguments[name] for name in ("M", "N"))
+        programs.append(tiles.count(M, N, constants["BLOCK_M"], constants["BLOCK_N"]))
+        return 1
+
+    def last_program(self: Any, axis: int) -> Any:
+        at = np.array([programs[-1] - 1], dtype=np.int32)
+        return interpreter.TensorHandle(at, tl.int32)
+
+    def below_others(part: torch.Tensor) -> torch.Tensor:
+        long = part.new_empty((before + part.shape[0], *part.shape[1:]))
+        long[before:] = part
+        return long
+
+    for name in ("s8", "fp8_block", "mxfp8", "mxfp8_decoded"):
+        case = next(case for case in CASES if case.kernel == f"cuda_{name}_triton")
+        case = replace(case, rows=(37,), K=160, N=129, dtype=BF16, tile=None)
+        with _Calls() as calls:
+            expected = _run(case, finite=True)
+        ((operator, arguments),) = calls.seen
+        given = dict(zip((a.name for a in operator._schema.arguments), arguments, strict=True))
+        given |= {n: tree_map(below_others, given[n]) for n in ("a", "a_scale") if n in given}
+        with (
+            mock.patch.object(launch.Launch, "programs", one_program),
+            mock.patch.object(
+                interpreter.InterpreterBuilder, "create_get_program_id", last_program
+            ),
+        ):
+            out = operator(**given)
+        # The last tile has one column.
+        torch.testing.assert_close(out[before:, 128:], expected[:, 128:], rtol=2**-7, atol=0)
+
+
+def every_code(element: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return every code beside every e8m0 scale, ``[256, n]``, and its value in float64.
+
+    It is a zero in place of what is no normal number of float32.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    names = {"e4m3": ml_dtypes.float8_e4m3fn, "e2m1": ml_dtypes.float4_e2m1fn}
+    codes = np.arange(256, dtype=np.uint8).reshape(1, -1)
+    codes = codes if element == "e4m3" else codes[:, :32] % 16
+    scale = np.arange(256, dtype=np.uint8).reshape(-1, 1).view(ml_dtypes.float8_e8m0fnu)
+    with np.errstate(invalid="ignore"):
+        exact = codes.view(names[element]).astype(np.float64) * scale.astype(np.float64)
+    normal = (np.abs(exact) >= 2.0**-126) & (np.abs(exact) < 2.0**128)
+    codes, exact = np.where(normal, codes, 0), np.where(normal, exact, 0)
+    exact[255] = np.nan
+    return torch.from_numpy(codes), torch.from_numpy(exact)
+
+
+def _decode_every_code(element: str) -> torch.Tensor:
+    """Multiply `every_code` by ones on a diagonal."""
+    from omniq_compile.lowering.triton_kernels import ops
+
+    codes = every_code(element)[0]
+    count = codes.shape[1]
+    stored = codes.view(torch.float8_e4m3fn)
+    if element == "e2m1":
+        stored = codes[:, ::2] | codes[:, 1::2] << 4
+    byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1).repeat(1, count // 32)
+    ones = [torch.eye(count, dtype=BF16)]
+    return ops.decoded_gemm(ones, stored, byte, None, None, FP32, 1, 0).t()
+
+
 def main(out: str, part: int, parts: int) -> None:
     """Write the results of every ``parts``-th case, by its name."""
     assert os.environ["TRITON_INTERPRET"] == "1"
     patch_interpreter()
+    check_addresses()
     if part == 0:
         _check_operators()
-    torch.save({str(case): _run(case) for case in CASES[part::parts]}, out)
+    else:
+        _check_offsets_of_64_bits()
+    results = {str(case): _run(case) for case in CASES[part::parts]}
+    if part == 0:
+        results |= {element: _decode_every_code(element) for element in ("e4m3", "e2m1")}
+    torch.save(results, out)
 
 
 if __name__ == "__main__":
