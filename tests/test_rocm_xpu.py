@@ -247,6 +247,7 @@ MIXED = w4a8(get_scheme("mxfp4"))
 
 INT8, FP8, MXFP8, MXFP4 = (get_scheme(method) for method in ("int8", "fp8", "mxfp8", "mxfp4"))
 BLOCKS = get_scheme("fp8", weight_block_size=(128, 128))
+ACTIVATIONS = {"b_is_weight": False}
 
 
 # Where it goes is named without its device.
@@ -262,6 +263,7 @@ BLOCKS = get_scheme("fp8", weight_block_size=(128, 128))
         ("rocm:gfx942", INT8, {"b_rank": 3}, "no batch of matrices", "s8_float32"),
         ("rocm:gfx950", MXFP8, {"K": 160}, "K = 160 in blocks of 32 is not a", "mxfp8_bfloat16"),
         ("rocm:gfx950", MXFP8, {"N": 40}, "N = 40 is not a multiple of 16", "mxfp8_bfloat16"),
+        ("rocm:gfx950", MXFP8, ACTIVATIONS | {"N": "s0"}, "N = s0 is not a", "mxfp8_bfloat16"),
         ("rocm:gfx950", MXFP8, {"b_rank": 3}, "no batch of matrices", "mxfp8_bfloat16"),
         ("rocm:gfx950", MXFP8, {"dtype": FP32}, "the result is float32", "mxfp8_float32"),
         ("rocm:gfx950", MXFP4, {"K": 160}, "K = 160 in blocks of 32 is not a", "mxfp4_bfloat16"),
@@ -291,7 +293,11 @@ def test_what_an_operator_cannot_take_goes_to_the_next_kernel(
         (get_scheme("mxfp4"), {"K": 384}, "not a multiple of 256"),
         (get_scheme("mxfp4"), {"dtype": FP16}, "the result is float16"),
         (get_scheme("mxfp4"), {"b_rank": 3}, "no batch of matrices"),
+        (get_scheme("mxfp4"), {"K": "s0", "b_is_weight": False}, "K = s0 in blocks of 32"),
+        (get_scheme("mxfp4"), {"N": "s0", "b_is_weight": False}, "N = s0 is not a multiple"),
         (MIXED, {}, "takes e2m1 times e2m1"),
+        # Both are e4m3 then.
+        (MIXED, {"b_is_weight": False}, "takes e2m1 times e2m1"),
     ],
 )
 def test_what_aiter_cannot_take(

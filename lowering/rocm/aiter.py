@@ -144,9 +144,7 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
     """Return why AITER cannot take a problem, or None."""
     if not installed():
         return "AITER is not installed"
-    if problem.b_is_weight and (scheme.activation, scheme.weight) not in zip(
-        _FORMATS, _FORMATS, strict=True
-    ):
+    if scheme.activation != scheme.weight or scheme.weight not in _FORMATS:
         return f"gemm_a4w4 takes e2m1 times e2m1, not {scheme}"
     if problem.b_rank > 2:
         return "gemm_a4w4 takes no batch of matrices"
