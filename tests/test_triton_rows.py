@@ -334,19 +334,3 @@ def test_a_tile_for_each_processor_keeps_all_of_them_busy() -> None:
     """Of 1408 x 768 in tiles of 128 x 64 there are 11 x 12."""
     chosen = [tiles.choose("row_scaled", "sm_90", 1408, 768, count) for count in (132, 133)]
     assert [(tile.block_m, tile.block_n) for tile in chosen] == [(128, 64), (64, 64)]
-
-
-@pytest.mark.parametrize(
-    ("K", "dtype", "fits"),
-    [(272, BF16, True), (264, BF16, False), (272, FP16, True), (272, FP32, False)],
-)
-def test_a_launch_has_tma_load_whole_runs_of_16_bytes_beside_a_result_of_16_bits(
-    K: int, dtype: torch.dtype, fits: bool
-) -> None:
-    with torch.device("meta"):
-        a, b = (torch.empty(rows, K, dtype=torch.int8) for rows in (4096, 3072))
-        out = torch.empty(4096, 3072, dtype=dtype)
-    made = launch.row_scaled(
-        a, a[:, 0], b, b[:, 0], None, out, fnuz=False, device=launch.Device("sm_90", 132)
-    )
-    assert [tile.persistent for tile in made.tiles] == [fits]
