@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -177,6 +180,33 @@ def test_what_is_not_a_number_stays_where_it_is(path: str) -> None:
     assert torch.equal(out.nan_to_num().float(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_code_that_is_no_number_stays_where_it_is(path: str, code: int, blocks: bool) -> None:
+    codes = torch.full((70, 64), 0x38, dtype=torch.uint8)
+    codes[66, 40] = code
+    byte = torch.full((70, 2), 127, dtype=torch.uint8) if blocks else None
+    scales = (None, None) if blocks else (torch.ones(5), torch.ones(70))
+    a, stored = torch.ones(5, 64, dtype=torch.bfloat16), codes.view(torch.float8_e4m3fn)
+    out = gemm(a, scales[0], stored, byte, scales[1], None, 0, 1, 0, torch.float32)
+    expected = torch.full((5, 70), 64.0)
+    expected[:, 66] = torch.nan
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect")
+def test_nothing_is_read_beyond_an_operand() -> None:
+    """Where memory ends behind it; what is read there and not used shows in no result."""
+    script = Path(__file__).with_name("guarded_memory.py")
+    said = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
+    )
+    assert said.returncode == 0, said.stderr
+    assert ("multiplied in bfloat16" in said.stdout) == BUILT
+    assert "multiplied in float32" in said.stdout
+
+
 def test_batches_strides_and_nothing_at_all(path: str) -> None:
     form = get_format("mxfp8")
     b = form.quantize(torch.randn(70, 64))
@@ -187,6 +217,43 @@ def test_batches_strides_and_nothing_at_all(path: str) -> None:
     assert close(out.view(6, 70), flat, form.dequantize(b), torch.zeros(70), torch.float32)
     empty = gemm(a[:, :0], None, b[0], b[1], None, None, 0, 1, 0, torch.float32)
     assert empty.shape == (3, 0, 70)
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_operands_with_gaps_in_their_memory_are_read_as_they_are(path: str, element: str) -> None:
+    K = 1056
+    byte = torch.randint(110, 140, (45, K // 32), dtype=torch.uint8)
+    codes, columns = torch.randint(0, 256, (45, K // 2), dtype=torch.uint8), 512
+    if element == "e4m3":
+        codes = random_codes((45, K))
+    scales = [torch.rand(size, 3) for size in (7, 45)]
+    a, bias = torch.randn(7, K).to(torch.bfloat16), torch.randn(45)
+    operands = [a, scales[0], codes, byte, scales[1], bias]
+
+    def multiply(operands: list[Tensor]) -> Tensor:
+        if element == "e4m3":
+            operands[2] = operands[2].view(torch.float8_e4m3fn)
+        return gemm(*operands, columns, 1, columns, torch.float32)
+
+    gaps = [operand.repeat_interleave(2, -1)[..., ::2] for operand in operands]
+    assert not any(operand.is_contiguous() for operand in gaps)
+    assert torch.equal(multiply(gaps), multiply(operands))
+
+
+def test_autocast_does_not_round_the_sums(path: str) -> None:
+    b = get_format("mxfp8").quantize(torch.randn(45, 96))
+    arguments = (torch.randn(7, 96).bfloat16(), None, *b, None, None, 0, 1, 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gemm(*arguments)
+    assert torch.equal(out, gemm(*arguments))
+
+
+@pytest.mark.parametrize("of_a", [False, True])
+def test_scales_of_one_operand_alone_are_an_error(path: str, of_a: bool) -> None:
+    codes, a = random_codes((45, 70)).view(torch.float8_e4m3fn), torch.ones(3, 70).bfloat16()
+    a_scale, b_scale = (torch.ones(3), None) if of_a else (None, torch.ones(45))
+    with pytest.raises(OmniqError, match="scales are of both operands, or of none"):
+        gemm(a, a_scale, codes, None, b_scale, None, 0, 1, 0, torch.float32)
 
 
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 5)])
