@@ -165,9 +165,8 @@ def _in_float32(
         columns = slice(first, part.stop)
         decode_rows(codes, block_scale, b_scale, shared, part, values[: len(part)])
         result = sums[: M * len(part)].view(M, len(part))
-        # A caller's autocast would round the sums.
-        with torch.autocast("cpu", enabled=False):
-            torch.mm(a, values[: len(part)].t(), out=result)
+        # A caller's autocast leaves what is given an ``out`` as it is.
+        torch.mm(a, values[: len(part)].t(), out=result)
         if factors is not None and a_scale is not None:
             result.mul_(a_scale).mul_(factors[:, columns])
         if bias is not None:
