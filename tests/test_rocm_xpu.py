@@ -236,6 +236,16 @@ def test_operands_of_other_strides_are_made_rows_for_aiter(
     assert torch.equal(aiter.rocm_gemm_a4w4(*columns, *weight), expected)
 
 
+def test_operands_of_other_strides_are_made_rows_for_hipblaslt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gemms.install_torch(monkeypatch, "gfx950")
+    parts, weight = (get_format("mxfp4").quantize(torch.randn(rows, 256)) for rows in (48, 32))
+    columns = [part.t().contiguous().t() for part in parts]
+    expected = mx.rocm_scaled_mm_1x32(*parts, *weight, BF16)
+    assert torch.equal(mx.rocm_scaled_mm_1x32(*columns, *weight, BF16), expected)
+
+
 def test_a_bias_that_is_added_after_is_not_rounded_before() -> None:
     out, bias = torch.tensor([-1.0], dtype=BF16), torch.tensor([1 + 2.0**-12])
     assert mx.add_bias(out, bias).tolist() == [2.0**-12]
