@@ -93,3 +93,25 @@ def test_the_second_of_two_activations_has_scales_of_its_own_rows(
     scales = launched.arguments["b_scale_ptr"]
     rows, columns = (launched.constants[name] for name in ("B_ROWS", "B_COLUMNS"))
     assert scales.shape == (-(-200 // rows), -(-384 // columns))
+
+
+@pytest.mark.parametrize("block", [None, (128, 128)])
+@pytest.mark.parametrize("place", ["rocm:gfx942", "rocm:gfx950", "rocm:gfx1201", "cuda:sm_89"])
+def test_e4m3_is_multiplied_as_fnuz_on_gfx942_alone(
+    launches: list[launch.Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    block: tuple[int, int] | None,
+) -> None:
+    """CDNA 3 has no other e4m3 (AMD Instinct MI300 ISA), and the others have not that one."""
+    target, scheme = Target.parse(place), get_scheme("fp8", weight_block_size=block)
+    monkeypatch.setattr(launch, "device_of", lambda device: launch.Device(target.arch, 304))
+    problem = Problem(37, 384, 200, 2, 2, BF16)
+    name = f"{target.device}_fp8{'_block' if block else ''}_triton"
+    (kernel,) = (k for k in registry.candidates("fp8", target) if k.name == name)
+    assert kernel.refuse(problem, scheme) is None
+    x = kernel.quantize(torch.randn(37, 384), scheme.activation)
+    weight = get_format(scheme.weight).quantize(torch.randn(200, 384))
+    kernel.gemm(x, weight, None, problem, scheme)
+    (launched,) = launches
+    assert launched.constants["FNUZ"] == (target.arch == "gfx942")
