@@ -85,6 +85,8 @@ def layer(
         ("cuda:sm_90", MXFP4, layer("s0"), "cuda_mxfp4_bfloat16", "M = s0"),
         ("cuda:sm_90", MXFP4, layer(dtype=FP16), "cuda_mxfp4_decoded_triton", ""),
         ("cuda:sm_90", DUALSCALE, layer("s0"), "cuda_mxfp4_dualscale_decoded_triton", ""),
+        ("rocm:gfx90a", FP8, layer(), "rocm_fp8_weight_only_triton", ""),
+        ("rocm:gfx1100", FP8, layer(), "rocm_fp8_weight_only_triton", ""),
         ("rocm:gfx942", DUALSCALE, layer(), "rocm_mxfp4_dualscale_decoded_triton", ""),
         ("rocm:gfx942", MXFP4, layer(7), "rocm_mxfp4_decoded_triton", ""),
         ("rocm:gfx942", INT8, layer("s0", 70, 45), "rocm_s8_triton", ""),
