@@ -108,6 +108,19 @@ def test_numbers_are_the_formats(
     assert error(out, full) < {"int8": 0.05, "mxfp8": 0.05}.get(scheme.method, 0.25)
 
 
+@pytest.mark.parametrize("name", ["int8", "mxfp8", "mxfp4", "mxfp4 uos", "dualscale"])
+def test_two_activations_multiply(recorder: Recorder, name: str) -> None:
+    """The second is not arranged before, as a weight is."""
+    scheme = SCHEMES[name]
+    kernel, format = native(scheme), scheme.activation
+    x, y = torch.randn(5, 1088, dtype=BF16), torch.randn(33, 1088, dtype=BF16)
+    case = problem(x, y, b_is_weight=False)
+    assert kernel.refuse(case, scheme) is None
+    parts = [kernel.quantize(operand, format) for operand in (x, y)]
+    out = kernel.gemm(*parts, None, case, scheme)
+    assert error(out, reference.gemm(*parts, None, format, format, torch.float64)) < 3e-3
+
+
 @by_scheme
 @pytest.mark.parametrize(("leading", "K", "dtype"), [case[:2] + case[3:4] for case in SHAPES])
 def test_parts_are_the_formats(
