@@ -60,6 +60,17 @@ def test_the_operator_gets_scales_as_it_reads_them(
     assert error(out, reference.gemm(a, weight, added, *formats, torch.float64)) < 3e-3
 
 
+def test_scales_of_other_strides_are_laid_out_for_the_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", as_recorded)
+    a, b = (torch.randn(rows, K).to(torch.float8_e4m3fn) for rows in (132, N))
+    a_scale, b_scale = torch.rand(132, K // 128).t(), torch.rand(K // 128, N // 128).t()
+    out = block_scaled_mm.block_scaled_mm(a, a_scale, b, b_scale)
+    laid_out = (a, a_scale.contiguous(), b, b_scale.contiguous())
+    assert torch.equal(out, block_scaled_mm.block_scaled_mm(*laid_out))
+
+
 @pytest.mark.parametrize(
     ("scheme", "changed", "said"),
     [
