@@ -71,11 +71,24 @@ def test_scales_of_other_strides_are_laid_out_for_the_operator(
     assert torch.equal(out, block_scaled_mm.block_scaled_mm(*laid_out))
 
 
+def test_a_bias_in_float32_is_not_rounded_before_it_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    product = torch.full((132, N), -1.0, dtype=BF16)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *operands, **options: product)
+    kernel, problem = block_scaled_mm.BLOCK_SCALED_MM, Problem(132, K, N, 2, 2, BF16)
+    a = kernel.quantize(torch.randn(132, K).to(BF16), SCHEME.activation)
+    weight = get_format(SCHEME.weight).quantize(torch.randn(N, K))
+    out = kernel.gemm(a, weight, torch.full((N,), 1 + 2.0**-12), problem, SCHEME)
+    assert out.eq(2.0**-12).all()
+
+
 @pytest.mark.parametrize(
     ("scheme", "changed", "said"),
     [
         (get_scheme("fp8"), {}, "this is"),
         (get_scheme("fp8", 0, (64, 128)), {}, "scales per 1 x 128 and 128 x 128"),
+        (SCHEME, {"b_rank": 3}, "it takes one weight"),
         (SCHEME, {"b_is_weight": False}, "both operands are activations"),
         (SCHEME, {"M": 130}, "M = 130 is not a multiple of 4"),
         (SCHEME, {"M": "s0"}, "M = s0 is not"),
