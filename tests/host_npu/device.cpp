@@ -257,7 +257,30 @@ bool may_replace(const at::Tensor& self, const at::Tensor& from) {
       self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
 }
 
+// Other devices take no operand from elsewhere, but for numbers.
+void refuse_mixed(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  std::optional<at::Device> here;
+  auto check = [&](const at::Tensor& x) {
+    if (!x.defined() || x.dim() == 0) {
+      return;
+    }
+    TORCH_CHECK(here.value_or(x.device()) == x.device(), "Expected all tensors to be on the same "
+        "device, but ", op.schema().name(), " got some on ", *here, " and ", x.device());
+    here = x.device();
+  };
+  for (const auto& argument : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (argument.isTensor()) {
+      check(argument.toTensor());
+    } else if (argument.isTensorList()) {
+      for (const at::Tensor& x : argument.toTensorVector()) {
+        check(x);
+      }
+    }
+  }
+}
+
 void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  refuse_mixed(op, *stack);
   at::native::cpu_fallback(op, stack);
 }
 

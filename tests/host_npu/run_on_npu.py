@@ -6,10 +6,12 @@ Run by tests/test_host_npu.py in a process of its own, since a process has one a
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import device
 import gpu_checks as checks
@@ -139,6 +141,65 @@ def test_a_model_may_lie_on_two_devices(by_blocks: bool, tmp_path: Path) -> None
     with torch.inference_mode():
         expected = checks.picture(model(**inputs))
         checks.assert_near(checks.picture(fast(**inputs)), expected, "int8", least=1e-4)
+
+
+class Moving(nn.Module):
+    """A layer on each of some devices, as one that is split has them."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(256, 256, dtype=torch.bfloat16, device=place) for place in places
+        )
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.device))
+        return x.cpu()
+
+
+@pytest.mark.parametrize("places", [("npu:0", "npu:1"), ("npu:0", "cpu")])
+def test_weights_of_one_graph_on_two_devices_are_both_followed(places: Sequence[str]) -> None:
+    model, x = Moving(places), torch.randn(33, 256, dtype=torch.bfloat16)
+    fast = torch.compile(model, backend="omniq", options=OPTIONS)
+    for layer in (None, *model.layers):
+        if layer is not None:
+            layer.weight.data *= -2
+            layer.weight.data += torch.randn_like(layer.weight) / 16
+            time.sleep(2 * weight_changes.PAUSE_SECONDS)
+        assert checks.relative(fast(x), model(x)) < 0.02
+
+
+class Event:
+    """Work of one device, which is done when the host has waited for it, and not before."""
+
+    def __init__(self, _: torch.device) -> None:
+        self.done = True
+
+    def record(self, stream: Any) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
+def test_after_a_pause_each_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer of one says nothing of the other's, whichever of them was asked last."""
+    monkeypatch.setattr(weight_changes, "new_event", Event)
+    monkeypatch.setattr(weight_changes, "_comparisons", WeakSet())  # without earlier tests' own
+    weights = [torch.zeros(64, 48, device=place) for place in ("npu:0", "npu:1")]
+    comparisons = weight_changes.comparisons_of([weight_changes.Stamp(w) for w in weights])
+    for weight in weights:
+        weight.data += 1
+    time.sleep(2 * weight_changes.PAUSE_SECONDS)
+    weight_changes.entered()
+    for comparison in comparisons:
+        assert comparison.has_changed()
+        assert comparison._event.done
 
 
 def test_threads_share_a_model() -> None:
