@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Barrier, Event
+from threading import Barrier, BrokenBarrierError, Event
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_flux import OPTIONS, inputs, tiny_flux
 from torch import nn
 
 import omniq_compile as omniq
+from omniq_compile.compiling import weights
 from omniq_compile.compiling.weights import resident_bytes
 
 
@@ -41,6 +43,31 @@ def test_two_threads_of_one_compiled_model_get_their_own_answers() -> None:
     for got, want in zip(results, expected, strict=True):
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
+
+
+def test_two_threads_that_find_a_weight_changed_quantize_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the second began before the first is done, both would hold a form of it."""
+    layer = nn.Linear(96, 64, bias=False).requires_grad_(False)
+    fast, x = compiled(layer), torch.randn(5, 96)
+    fast(x)
+    layer.weight.mul_(-2)
+    quantize, both = weights.quantize_weight, Barrier(2)
+
+    def slow(*arguments: Any) -> Any:
+        with suppress(BrokenBarrierError):
+            both.wait(timeout=1)  # for the other thread, if it comes here
+        return quantize(*arguments)
+
+    monkeypatch.setattr(weights, "quantize_weight", slow)
+    before = weights.statistics()["quantized"]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(fast, [x, x]))
+    assert weights.statistics()["quantized"] - before == 1
+    expected = layer(x)
+    for result in results:
+        assert (result - expected).norm() < 0.02 * expected.norm()
 
 
 def test_two_methods_of_one_model_do_not_mix() -> None:
