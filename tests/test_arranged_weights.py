@@ -160,6 +160,20 @@ def test_scales_of_a_stored_weight_are_held_twice(layout: Change) -> None:
     assert held() == before
 
 
+def test_a_stored_weight_is_not_decoded_to_be_compared(
+    layout: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout(reversed_scales)
+    net, run, x = run_stored()
+    expected = net(x)
+
+    def dequantize(*_: Any) -> Any:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(omniq.QuantizedTensor, "dequantize", dequantize)
+    assert near(run(x), expected)
+
+
 def test_codes_of_a_stored_weight_are_not_held_twice(layout: Change) -> None:
     layout(reversed_rows)
     before = held()
