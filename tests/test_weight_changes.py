@@ -260,6 +260,27 @@ def test_what_a_captured_graph_reads_lives_as_long_as_the_parameters(
     assert all(reference() is None for reference in read)
 
 
+def test_what_two_captured_graphs_read_of_one_parameter_lives_on(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = set(weights._shared.values())
+    block, x = Block(), torch.randn(3, 5, 96)
+    fast = warm(block, x)
+    read: list[Any] = []
+    for _ in range(2):
+        with monkeypatch.context() as captures:
+            captures.setattr(weight_changes, "is_capturing", lambda device: True)
+            fast(x)
+        made = set(weights._shared.values()) - others
+        read += [weakref.ref(part) for weight in made for part in weight.parts]
+        del made
+        for parameter in (block.up.weight, block.down.weight):
+            parameter.mul_(-2)
+        fast(x)
+    assert len(read) == 8
+    assert all(reference() is not None for reference in read)
+
+
 def test_a_default_device_is_not_the_one_that_answers(device: Device) -> None:
     """An accelerator's memory is not pinned; a tensor without a device would be there."""
     block, x = Block(), torch.randn(3, 5, 96)
@@ -333,9 +354,10 @@ def test_what_a_stamp_was_made_of_is_freed(device: Device, pause: Any) -> None:
 
 
 def test_a_parameter_that_moved_is_not_read_for_another(device: Device, pause: Any) -> None:
-    tensors = [torch.ones(40, 30), torch.ones(40, 30)]
+    tensors = [torch.ones(40, 30) for _ in range(4)]
     moved, other = (
-        weight_changes.comparisons_of([weight_changes.Stamp(tensor)])[0] for tensor in tensors
+        weight_changes.comparisons_of([weight_changes.Stamp(tensor) for tensor in pair])[0]
+        for pair in (tensors[:2], tensors[2:])
     )
     tensors[0].data = torch.empty(0)  # as where its model is off the device
     pause()
