@@ -202,12 +202,6 @@ class BoundWeights:
 
         return forget
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all quantized weights held."""
-        held = {id(w): w for bound in list(self._bound.values()) for w in bound.weights}
-        return sum(weight.nbytes for weight in held.values())
-
 
 def _shared_weight(row: _Row, parameters: list[torch.Tensor]) -> tuple[QuantizedWeight, OwnParts]:
     """Return the weight that any graph has made of some parameters, or make it; and its parts."""
