@@ -235,6 +235,22 @@ def test_every_option_that_names_layers_is_reported_and_logged_once(
     assert [text.partition(" matches")[0] for text in warnings(caplog)] == starts
 
 
+def test_a_graph_without_layers_says_nothing_of_patterns(caplog: pytest.LogCaptureFixture) -> None:
+    """As what a break leaves before the first layer: the graph with layers says it."""
+    layer = nn.Linear(38, 44).requires_grad_(False)
+
+    def behind_a_break(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        torch._dynamo.graph_break()
+        return layer(y)
+
+    options = OPTIONS | {"ignored_layers": ["img_mods"]}
+    with caplog.at_level(logging.WARNING, logger="omniq"):
+        torch.compile(behind_a_break, backend="omniq", options=options)(torch.randn(7, 38))
+    (text,) = warnings(caplog)
+    assert "none of this graph's 1 layers" in text
+
+
 def test_a_name_is_its_own_pattern_whatever_letters_it_has() -> None:
     assert matches("a[0]", "a[0]")
     assert matches("a[0].b", "x.a[0].b")
