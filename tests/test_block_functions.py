@@ -95,6 +95,24 @@ def test_sizes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:
             x = slow(x)
 
 
+class Doubled(Block):
+    """A block of another class, as wide as those beside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_classes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:
+    model = nn.Sequential(nn.Sequential(Block(), Doubled(), Block(), Doubled()))
+    model.requires_grad_(False)
+    exact = copy.deepcopy(model)
+    omniq_compile.compile(model, OPTIONS)
+    x = torch.randn(7, 64)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for block, slow in zip(model[0], exact[0], strict=True):
+            assert not torch.equal(block(x), slow(x)), f"nothing is quantized in {slow}"
+
+
 class NumberedBlock(Block):
     """A block that knows its number, and may or may not read it."""
 
