@@ -160,6 +160,15 @@ def test_inputs_that_look_different_do_not_part_blocks() -> None:
     assert graphs() == 2
 
 
+def test_a_hook_of_one_block_does_not_part_the_others() -> None:
+    model = numbered(range(4), reads=False)
+    omniq_compile.compile(model, OPTIONS)
+    model[0][1].register_forward_hook(lambda block, args, out: out * 2)
+    for block in model[0]:
+        block(torch.randn(7, 64))
+    assert graphs() == 2
+
+
 class Masked(Block):
     """A block that is given more than it reads."""
 
