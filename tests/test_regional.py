@@ -270,6 +270,15 @@ def test_a_block_compiled_alone_takes_what_means_the_same_in_each(pattern: str) 
     assert torch.equal(out, exact) == (pattern == "net")
 
 
+def test_a_block_compiled_alone_takes_activations_of_the_same_layer_in_each() -> None:
+    plain, x, outputs = tower(), torch.randn(7, 38), []
+    for layers in ([], ["net.1"]):
+        model = copy.deepcopy(plain)
+        compile_each(model, method="mxfp4", w4a8_fallback_layers=layers)
+        outputs.append(model(x))
+    assert not torch.equal(*outputs)
+
+
 def test_a_wrapped_block_refuses_full_names_too() -> None:
     model = tower()
     options = OPTIONS | {"method": "int8", "ignored_layers": ["late.1.net.0"]}
