@@ -316,11 +316,11 @@ def test_a_copy_is_not_waited_for(copied: Any, told: Any) -> None:
 
 
 class Left(nn.Module):
-    """A block whose layer Dynamo leaves to Python."""
+    """A block whose layers Dynamo leaves to Python."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Linear(64, 64)
+        self.net = nn.Sequential(nn.Linear(64, 80), nn.Linear(80, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return left_to_python(self.net, x * 2)
@@ -386,3 +386,11 @@ def test_blocks_whose_layers_are_in_no_graph_are_said_once(
         'TORCH_LOGS="dynamo,graph_breaks" shows why'
     )
     assert told() == ([expected] if why else [])
+
+
+def test_a_block_that_a_call_skips_may_hold_products(told: Any) -> None:
+    model = Around(lambda block, x: block(x) if block is model.blocks[0] else x)
+    model.blocks = nn.ModuleList(Left() for _ in range(2)).requires_grad_(False)
+    omniq_compile.compile(model, OPTIONS)
+    model(X)
+    assert told() == []
