@@ -188,7 +188,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _holds_matrix(tensor: torch.Tensor, min_features: int) -> bool:
     """Say whether neighbouring axes are rows and columns of a matrix that is wide enough."""
     shape = tensor.shape
-    pairs = [(shape[:at], shape[at:]) for at in range(1, len(shape))] + [(shape[-2:-1], shape[-1:])]
-    sizes = ((math.prod(rows), math.prod(columns)) for rows, columns in pairs)
-    wide = any(min(size) >= min_features for size in sizes if len(shape) > 1)
+    sizes = ((math.prod(shape[:at]), math.prod(shape[at:])) for at in range(1, len(shape)))
+    wide = any(min(size) >= min_features for size in sizes)
     return tensor.is_floating_point() and wide
