@@ -160,6 +160,27 @@ def test_inputs_that_look_different_do_not_part_blocks() -> None:
     assert graphs() == 2
 
 
+class Activated(Block):
+    """A block that is given the module it applies between its layers."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.net[1](self.activation(self.net[0](x)))
+
+
+def test_modules_in_blocks_do_not_use_up_one_anothers_recompilations() -> None:
+    blocks = (Activated(kind()) for kind in (nn.SiLU, nn.Tanh, nn.Softsign, nn.Sigmoid))
+    model = nn.Sequential(nn.Sequential(*blocks)).requires_grad_(False)
+    exact, x = copy.deepcopy(model), torch.randn(7, 64)
+    omniq_compile.compile(model, OPTIONS)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for block, slow in zip(model[0], exact[0], strict=True):
+            assert not torch.equal(block(x), slow(x)), f"nothing is quantized in {slow}"
+
+
 def test_a_hook_of_one_block_does_not_part_the_others() -> None:
     model = numbered(range(4), reads=False)
     omniq_compile.compile(model, OPTIONS)
