@@ -184,11 +184,13 @@ def test_a_block_that_can_be_called_is_a_part_itself() -> None:
 
 def test_a_part_of_several_blocks_is_compiled_once(told: Any) -> None:
     model = Held(HELD["list"])
+    shared = model.layers[0][0]
     for layer in model.layers:
-        layer[0] = model.layers[0][0]
-    exact = model(X)
+        layer[0] = shared
+    exact, exact_part = model(X), shared(X)
     omniq_compile.compile(model, OPTIONS | {"ignored_layers": ["layers.0"]})
     assert 0 < error(model(X), exact) < 0.02
+    assert torch.equal(shared(X), exact_part)  # it is the first block's, which is kept
     assert graphs() == 3
     assert told() == []
 
