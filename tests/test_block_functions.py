@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._dynamo.utils import counters
 
 import omniq_compile
@@ -78,6 +78,13 @@ def test_only_beside_a_graph_break_the_number_of_policies_is_limited(kind: type[
         before = graphs()
         call()
         assert graphs() == before
+
+
+def test_arguments_of_torch_compile_reach_each_block() -> None:
+    model = nn.Sequential(nn.Sequential(Broken(), Broken())).requires_grad_(False)
+    omniq_compile.compile(model, OPTIONS, fullgraph=True)
+    with pytest.raises(Unsupported, match="graph_break"):
+        model(torch.randn(7, 64))
 
 
 def test_sizes_of_blocks_do_not_use_up_one_anothers_recompilations() -> None:
