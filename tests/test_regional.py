@@ -279,6 +279,13 @@ def test_a_block_compiled_alone_takes_activations_of_the_same_layer_in_each() ->
     assert not torch.equal(*outputs)
 
 
+def test_a_full_name_of_what_is_kept_anyway_is_taken() -> None:
+    model, x = tower(), torch.randn(7, 38)
+    exact = model(x)
+    compile_each(model, method="int8", min_features=1000, ignored_layers=["late.1"])
+    assert torch.equal(model(x), exact)
+
+
 def test_a_wrapped_block_refuses_full_names_too() -> None:
     model = tower()
     options = OPTIONS | {"method": "int8", "ignored_layers": ["late.1.net.0"]}
