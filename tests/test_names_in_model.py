@@ -272,6 +272,13 @@ def test_repeated_blocks_of_diffusers_do_so_too(caplog: pytest.LogCaptureFixture
     assert counted(model, caplog) == 1
 
 
+def test_what_is_the_only_one_of_its_class_is_no_block(caplog: pytest.LogCaptureFixture) -> None:
+    """As a float32 model in a list of others, which say nothing of what it computes in."""
+    models = nn.Sequential(Refiner(), Cast()).eval().requires_grad_(False)
+    models[0].compile(backend="omniq", options=OPTIONS)
+    assert counted(models, caplog) == 1
+
+
 def test_a_float32_layer_behind_a_break_is_kept() -> None:
     model = Refined(head=True).eval().requires_grad_(False)
     sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS).sites
