@@ -327,3 +327,16 @@ def test_a_stored_weight_is_kept_by_each_name_of_its_layers(layer: str, kept: li
 def test_what_fsdp_wraps_a_module_in_is_no_part_of_a_name() -> None:
     name = f"blocks.0.{FSDP_WRAPPED_MODULE}.q"
     assert layer_name([f"{name}.weight"], "") == layer_name([], name) == "blocks.0.q"
+
+
+def test_a_function_that_is_given_a_method_names_layers_as_the_model_does() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+
+    def run(call: Any, x: torch.Tensor) -> Any:
+        return call(x)
+
+    options = {"method": "int8", "min_features": 1, "compiler": "eager", "ignored_layers": ["re:0"]}
+    x = torch.randn(5, 64)
+    assert torch.equal(
+        torch.compile(run, backend="omniq", options=options)(model.forward, x), model(x)
+    )
