@@ -19,7 +19,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.functions import FloorDiv
 
-from omniq_compile import OptionError
+from omniq_compile import OptionError, QuantConfig
 from omniq_compile.compiling import inductor
 from omniq_compile.lowering.triton_kernels import launch
 
@@ -94,6 +94,13 @@ def test_the_digest_is_of_every_file_that_makes_launches(
     monkeypatch.setattr(inductor, "__file__", str(tmp_path / "inductor.py"))
     digests.append(inductor._own_code.__wrapped__())
     assert len(set(digests)) == 6
+
+
+def test_a_setting_by_name_goes_before_that_of_the_mode() -> None:
+    given = {"method": "int8", "mode": "max-autotune", "inductor": {"triton.cudagraphs": False}}
+    settings = inductor.settings_of(QuantConfig.from_options(given))
+    assert settings["max_autotune"]
+    assert not settings["triton.cudagraphs"]
 
 
 CPP_WRAPPER = """
