@@ -73,9 +73,8 @@ def test_rows(method: str) -> None:
     checks.rows(method, 264, 136, True, PLACE, [(1,), (17,), (2, 9)])
 
 
-@pytest.mark.parametrize("family", [FLUX, WAN])
-def test_whole_models(family: str) -> None:
-    checks.whole(family, "int8", PLACE)
+def test_a_whole_model() -> None:
+    checks.whole(WAN, "int8", PLACE)
 
 
 @pytest.mark.parametrize("method", ["int8", "mxfp4_dualscale"])
@@ -121,8 +120,7 @@ def test_a_model_follows_where_it_is_moved(stored: bool) -> None:
         assert 0.001 < checks.relative(y.cpu(), expected) < 0.02
 
 
-@pytest.mark.parametrize("by_blocks", [False, True])
-def test_a_model_may_lie_on_two_devices(by_blocks: bool, tmp_path: Path) -> None:
+def test_a_model_may_lie_on_two_devices(tmp_path: Path) -> None:
     model, inputs = checks.tiny(FLUX, PLACE)
     model.save_pretrained(tmp_path)
     places = {name: f"npu:{int(name in SECOND)}" for name, _ in model.named_children()}
@@ -134,13 +132,10 @@ def test_a_model_may_lie_on_two_devices(by_blocks: bool, tmp_path: Path) -> None
         quantization_config=config,
     )
     assert {str(p.device) for p in loaded.parameters()} == {"npu:0", "npu:1"}
-    options = {**OPTIONS, "compiler": "eager"}
-    if by_blocks:
-        loaded.compile_repeated_blocks(backend="omniq", options=options)
-    fast = loaded if by_blocks else torch.compile(loaded, backend="omniq", options=options)
+    loaded.compile_repeated_blocks(backend="omniq", options={**OPTIONS, "compiler": "eager"})
     with torch.inference_mode():
         expected = checks.picture(model(**inputs))
-        checks.assert_near(checks.picture(fast(**inputs)), expected, "int8", least=1e-4)
+        checks.assert_near(checks.picture(loaded(**inputs)), expected, "int8", least=1e-4)
 
 
 class Moving(nn.Module):
