@@ -43,7 +43,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of a call, and on an accelerator those that the host takes to ask for it."""
+    """The seconds of a call, and those that the host takes to ask for it: None on the CPU."""
 
     seconds: float
     host_seconds: float | None
