@@ -21,6 +21,7 @@ from omniq_compile.compiling.weights import BoundWeights
 from omniq_compile.lowering import ops  # noqa: F401  (defines the operators)
 from omniq_compile.lowering.errors import GradientError, OptionError, WeightError
 from omniq_compile.lowering.target import Target, detect
+from omniq_compile.lowering.triton_kernels.ops import operators_kept
 from omniq_compile.passes import dynamo, pipeline
 from omniq_compile.passes.config import QuantConfig
 from omniq_compile.passes.context import Context
@@ -215,7 +216,8 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: QuantConfig) -> 
     # `torch.compiler` lists backends and looks none up. Private, checked on torch 2.11 to 2.15.
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
+    with operators_kept():
+        return lookup_backend(config.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
 
 
 def _refuse_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:

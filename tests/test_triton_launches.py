@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from omniq_compile import QuantConfig, backend
 from omniq_compile.lowering import registry
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Problem
@@ -60,6 +62,21 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
     monkeypatch.setattr(launch, "run", kept.append)
     monkeypatch.setattr(launch, "device_of", lambda device: launch.Device("sm_80", 108))
     return kept
+
+
+def test_a_launch_is_not_traced_for_aot_eager(launches: list[launch.Launch]) -> None:
+    """PyTorch runs a traced one on the current device, and with no memory for TMA (torch 2.13,
+    `triton_kernel_wrapper_mutation_dense`); in a call of the operator omniq sees to both.
+    """
+    gemm = torch.ops.omniq.triton_row_scaled_gemm
+    gm = torch.fx.symbolic_trace(lambda a, s, b, t: (gemm(a, s, b, t, None, BF16, False),))
+    config = QuantConfig.from_options({"method": "int8", "compiler": "aot_eager"})
+    with FakeTensorMode(), torch.device("cuda:0"):
+        a, b = (torch.empty(rows, 256, dtype=torch.int8) for rows in (4096, 3072))
+        operands = [a, torch.empty(4096), b, torch.empty(3072)]
+        compiled = backend._compile(gm, operands, config)
+        (out,) = compiled(*operands)
+    assert (out.shape, out.device.type, launches) == ((4096, 3072), "cuda", [])
 
 
 @pytest.mark.parametrize("M", [4, 200])

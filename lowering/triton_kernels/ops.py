@@ -9,7 +9,9 @@ gradients, which omniq refuses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,6 +29,22 @@ from omniq_compile.lowering.triton_kernels import launch
 
 Operator = TypeVar("Operator", bound=Callable[..., Tensor])
 
+_kept: ContextVar[bool] = ContextVar("_kept", default=False)
+
+
+@contextmanager
+def operators_kept() -> Iterator[None]:
+    """Have AOTAutograd keep the operators, for compilers other than Inductor.
+
+    Without Inductor, PyTorch runs a traced launch on the current device, whichever the operands are
+    on, and lets Triton allocate nothing, which TMA's descriptors need.
+    """
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
 
 def _operator(function: Operator) -> Operator:
     """Register ``omniq::triton_NAME`` for every device."""
@@ -40,11 +58,13 @@ def _operator(function: Operator) -> Operator:
 def _traced(
     function: Callable[..., Tensor], mode: Any, operator: Any, types: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Trace the launch in place of the operator, or keep the operator where N or K is symbolic."""
+    """Trace the launch in place of the operator, or keep the operator: where N or K is symbolic,
+    or in `operators_kept`.
+    """
     given = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
     rows = [size for a in _tensors(given.pop("a")) for size in a.shape[:-1]]
     given.pop("a_scale", None)
-    known = all(traced_size(size) is not None for size in rows)
+    known = not _kept.get() and all(traced_size(size) is not None for size in rows)
     known &= all(isinstance(size, int) for b in _tensors(given) for size in b.shape)
     if not known or any(tensor.device.type != "cuda" for tensor in _tensors((args, kwargs))):
         return mode.__torch_dispatch__(operator, types, args, kwargs)
