@@ -291,6 +291,17 @@ def test_a_machine_without_triton_lowers_and_says_so_where_it_would_run(
         launch.function("row_scaled_gemm")
 
 
+def test_sm_89_multiplies_fp8_itself_where_torchs_kernel_hangs_off_the_default_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {}
+    for version in ("2.11.0", "2.12.0"):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        names[version] = [chosen(f"cuda:sm_{n}", FP8, layer())[0] for n in (89, 90)]
+    torchs = "cuda_fp8_scaled_mm"
+    assert names == {"2.11.0": ["cuda_fp8_triton", torchs], "2.12.0": [torchs, torchs]}
+
+
 def test_a_gpu_machine_without_triton_falls_to_torchs_own_gemm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,6 +19,7 @@ KERNELS = (
     triton.INT8_SM_100,
     triton.FP8_ONE_WAVE,
     fp8.SCALED_MM,
+    fp8.SCALED_MM_SM_89,
     block_scaled_mm.BLOCK_SCALED_MM,
     *triton.FP8,
     fp8.SCALED_MM_BLOCKS,
