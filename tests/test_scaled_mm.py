@@ -12,6 +12,7 @@ from omniq_compile.lowering import reference, registry, scaled_mm
 from omniq_compile.lowering.cuda import int8 as cuda_int8
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.registry import Problem
+from omniq_compile.lowering.rocm import mx as rocm_mx
 from omniq_compile.lowering.schemes import get_scheme, w4a8
 from omniq_compile.lowering.target import Target
 
@@ -112,6 +113,15 @@ def test_other_results_and_batches_and_blocks_are_refused() -> None:
     assert scaled_mm.refuse_blocks(Problem(64, 128, 128, 2, 2, BF16), mx) is None
     mixed = w4a8(get_scheme("mxfp4"))
     assert "mxfp8" in str(scaled_mm.refuse_blocks(Problem(64, 128, 128, 2, 2, BF16), mixed))
+
+
+def test_a_rocm_that_reads_scales_as_swizzled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of them in another order would be read without an error."""
+    problem = Problem(64, 128, 128, 2, 2, BF16)
+    for version, refused in {"7.0.2": False, "7.12.0": False, "7.13.0a1": True}.items():
+        monkeypatch.setattr(torch.version, "rocm", version)
+        said = rocm_mx.refuse(problem, get_scheme("mxfp4"))
+        assert (said is not None and f"swizzled scales with ROCm {version}" in said) == refused
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """mxfp8 and mxfp4 on gfx950 through hipBLASLt, the 1 x 32 recipe of ``torch._scaled_mm``.
 
 Scales are not swizzled as on NVIDIA's GPUs, but the recipe is told by their number: rows are padded
-to 128. Limits are those of aten/src/ATen/native/cuda/ScaledBlas.cpp (ROCm 7.0 and later). A bias is
+to 128. Limits are those of aten/src/ATen/native/cuda/ScaledBlas.cpp (ROCm 7.0 to 7.12). A bias is
 added afterwards, because hipBLASLt's MX GEMMs take none (rocRoller: "does not support bias").
 """
 
@@ -21,6 +21,11 @@ ALIGNMENT_MN = 16
 ALIGNMENT_K = 128
 SCALE_ROWS = 128
 DTYPES = (torch.bfloat16, torch.float16)
+
+# The first ROCm with which newer versions of ScaledBlas.cpp take scales for swizzled
+# ("BlockWiseBlk32Ue8m0_32_8_EXT"). Of whole tiles there are as many as of those that are not:
+# nothing would be refused, and the product wrong.
+SWIZZLED_ROCM = (7, 13)
 
 
 @torch.library.custom_op("omniq::rocm_scaled_mm_1x32", mutates_args=())
@@ -91,6 +96,9 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
         return f"N = {problem.N} is not a multiple of {ALIGNMENT_MN}"
     if problem.dtype not in DTYPES:
         return f"the result is {str(problem.dtype).removeprefix('torch.')}, not one of 16 bits"
+    version = torch.version.rocm or torch.version.hip
+    if version and tuple(map(int, version.split(".")[:2])) >= SWIZZLED_ROCM:
+        return f"torch._scaled_mm takes swizzled scales with ROCm {version}"
     return None
 
 
