@@ -150,6 +150,8 @@ def test_it_compiles_to_native_instructions_without_spills(
     assert [i for i in report["instructions"] if not re.fullmatch(native(case), i)] == []
     assert report["spilled"] <= SPILLED
     assert report["tma"] == report["warp_specialized"] == report["tile"]["persistent"]
+    # Of masks that change along K it makes wrong sums (triton-lang/triton#10585).
+    assert not (report["takes_turns"] and case.ragged)
     assert 0 < report["shared"] <= SHARED[case.arch]
     # Subnormal elements are float32 denormals while they are decoded.
     assert not report["flushes_denormals"]

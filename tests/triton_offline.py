@@ -116,6 +116,7 @@ def cases() -> Iterator[Case]:
         yield Case("real", "mxfp4_dualscale", arch, LARGE, by_graph=True)
     yield Case("real", "fp8", "sm_80", LARGE, by_graph=True)
     yield Case("int8", "int8", "sm_90", LARGE, ragged=True)
+    yield Case("int8", "int8", "gfx942", LARGE, ragged=True)
     yield Case("fp8_group_128", "fp8_block_128x128", "gfx942", LARGE, ragged=True)
     yield Case("mxfp8", "mxfp8", "sm_100", LARGE, ragged=True)
 
@@ -205,6 +206,7 @@ def compile_launch(record: Launch, arch: str) -> dict[str, Any]:
         "tma": "cp.async.bulk.tensor" in code,
         "warp_specialized": "setmaxnreg" in code,
         "instructions": sorted(set(MATRIX.findall(code))),
+        "takes_turns": "s_setprio" in code,
         "shared": compiled.metadata.shared,
         "spilled": _spilled(compiled),
         "flushes_denormals": bool(re.search(r"(mul|fma)\S*\.ftz|denorm_mode_32 [012]\b", code)),

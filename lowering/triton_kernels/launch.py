@@ -216,6 +216,15 @@ def decoded(
     return _launch("decoded", tiles, operands, bias, out, K, constants, device, columns)
 
 
+def _without_turns(tile: Tile, K: int) -> Tile:
+    """Return a tile whose warps take no turns at loading and multiplying where K is ragged.
+
+    With four warps Triton before 3.8 has them do so on gfx942, and gets wrong sums where loads have
+    a mask that changes along K (triton-lang/triton#10585).
+    """
+    return dataclasses.replace(tile, warps=8) if K % tile.block_k else tile
+
+
 def element(codes: Tensor) -> str:
     """Name what a tensor holds: "e4m3", "e2m1" (two a byte), or "real"."""
     return {torch.float8_e4m3fn: "e4m3", torch.uint8: "e2m1"}.get(codes.dtype, "real")
@@ -246,5 +255,7 @@ def _launch(
     sizes = tiles, device.arch, rows, N, device.processors, tma
     chosen = candidates(*sizes) if times_tiles(out) else (choose(*sizes),)
     fitted = (dataclasses.replace(tile, block_k=gcd(tile.block_k, step)) for tile in chosen)
+    if kernel == "row_scaled" and device.arch == "gfx942":
+        fitted = (_without_turns(tile, K) for tile in fitted)
     arguments = operands | {"bias_ptr": bias, "out_ptr": out, "M": M, "N": N, "K": K}
     return Launch(f"{kernel}_gemm", tuple(dict.fromkeys(fitted)), arguments, constants, device)
