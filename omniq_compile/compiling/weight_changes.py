@@ -201,6 +201,7 @@ class DeviceComparison:
                 len(values), dtype=torch.bool, device="cpu", pin_memory=self._device.type != "cpu"
             )
         self._event = new_event(self._device)
+        wait_until_written(self._device)
         # What was just read or compared needs no question.
         self._pause, self._asked, self._is_asked = _pauses, time.perf_counter(), False
         with _lock:
@@ -261,6 +262,12 @@ def new_event(device: torch.device) -> Any:
 def current_stream(device: torch.device) -> Any:
     """Return the stream of a device that work is queued on; the device need not be current."""
     return torch.accelerator.current_stream(device)
+
+
+def wait_until_written(device: torch.device) -> None:
+    """Wait for what this thread queued on a device: others read it from streams of their own."""
+    if device.type != "cpu" and not is_capturing(device):
+        current_stream(device).synchronize()
 
 
 def is_capturing(device: torch.device) -> bool:

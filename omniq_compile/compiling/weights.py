@@ -54,6 +54,8 @@ class QuantizedWeight:
             self.parts = _arrange_stored(binding, stored.parts)
         else:
             self.parts = _quantize(binding, parameters)
+        for device in {stamp.values.device for stamp in self.stamps}:
+            weight_changes.wait_until_written(device)
 
     def is_current(self, sources: Sequence[torch.Tensor]) -> bool:
         """Say whether the parameters still are what was quantized; on an accelerator this waits."""

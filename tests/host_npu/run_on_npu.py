@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -34,10 +35,12 @@ from omniq_compile.benchmark.variants import Variant  # noqa: E402
 from omniq_compile.checkpoints.load_arguments import DTYPE_KEYWORD  # noqa: E402
 from omniq_compile.cli import main  # noqa: E402
 from omniq_compile.compiling import weight_changes  # noqa: E402
+from omniq_compile.compiling.weights import QuantizedWeight  # noqa: E402
 from omniq_compile.lowering.errors import OptionError  # noqa: E402
 from omniq_compile.lowering.formats import rows  # noqa: E402
 from omniq_compile.lowering.schemes import METHODS  # noqa: E402
 from omniq_compile.lowering.target import detect  # noqa: E402
+from omniq_compile.passes.context import Binding  # noqa: E402
 
 PLACE = checks.Place("npu", compiler="aot_eager", width=64, tokens=(16, 8))
 OPTIONS = {"method": "int8", "min_features": 1, "compiler": "aot_eager"}
@@ -195,6 +198,31 @@ def test_after_a_pause_each_device_is_waited_for(monkeypatch: pytest.MonkeyPatch
     for comparison in comparisons:
         assert comparison.has_changed()
         assert comparison._event.done
+
+
+def test_another_threads_stream_finds_weights_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid out, and sampled, before any other thread has them: no stream waits for another."""
+    events: list[str] = []
+
+    class Stream:
+        synchronize = staticmethod(lambda: events.append("waited"))
+
+    def arrange(parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        events.append("arranged")
+        return [part.clone() for part in parts]
+
+    monkeypatch.setattr(weight_changes, "current_stream", lambda device: Stream)
+    weight = torch.randn(64, 48, device="npu")
+    expression: Any = SimpleNamespace(module=nn.Identity())
+    for stored in (False, True):
+        binding = Binding(
+            "int8", expression, ("w",), (), ("layer",), (64, 48), weight.dtype, stored, arrange
+        )
+        made = QuantizedWeight(binding, [omniq.quantize(weight, "int8") if stored else weight])
+        assert events == ["arranged", "waited"]
+        weight_changes.comparisons_of(made.stamps)
+        assert events == ["arranged", "waited", "waited"]
+        events.clear()
 
 
 def test_threads_share_a_model() -> None:
