@@ -53,12 +53,21 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 product = replace(product, unsupported="it writes into out=")
             if dynamo.is_transformed(node):
                 product = replace(product, unsupported="it runs under torch.func, such as vmap")
+            if _has_unknown_size(product.b.node):
+                product = replace(product, unsupported="its weight has a size that calls decide")
             if kinds := _kinds_of_tensors(product):
                 product = replace(product, unsupported=f"it multiplies a {' and a '.join(kinds)}")
             site = _site(node, product, node in casting)
             node.meta["omniq_site"] = site
             sites.append(site)
     return sites
+
+
+def _has_unknown_size(operand: fx.Node) -> bool:
+    """Say whether an operand is a weight that cannot be made before a call, for want of a size."""
+    if not expression.is_of_parameters(operand):
+        return False
+    return not all(isinstance(dynamo.known(n), int) for n in dynamo.value(operand).shape)
 
 
 def _kinds_of_tensors(product: Product) -> list[str]:

@@ -1,4 +1,4 @@
-"""Products of activations whose K is no number while they are compiled."""
+"""Products with sizes that are no numbers while they are compiled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OPTIONS, dequantized, error
+from conftest import OPTIONS, Holder, dequantized, error
 from torch import fx
 
 from omniq_compile import QuantConfig
@@ -71,3 +71,22 @@ def test_a_symbolic_k_is_quantized_by_rows() -> None:
         x, y = torch.randn(7, K), torch.randn(K, 19)
         assert error(call(x, y), dequantized(x) @ dequantized(y, -2)) < 5e-7
     assert [site.decision.method for site in found] == ["int8"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config", [{"capture_dynamic_output_shape_ops": True}, {"force_parameter_static_shapes": False}]
+)
+def test_a_weight_with_a_size_that_calls_decide_is_kept(config: dict[str, bool]) -> None:
+    def function(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        chosen = w[v[:, 0] > 0] if "capture_dynamic_output_shape_ops" in config else w
+        return torch.nn.functional.linear(x, chosen)
+
+    model, x = Holder(function, w=torch.randn(19, 38), v=torch.randn(19, 5)), torch.randn(7, 38)
+    with torch._dynamo.config.patch(config):
+        whole = torch.compile(model, backend="omniq", options=OPTIONS, dynamic=True)
+        assert torch.equal(whole(x), model(x))
+        call, found = compile_and_see(model, "int8", dynamic=True)
+        call(x)
+    (site,) = found
+    assert site.decision.reason == "its weight has a size that calls decide"
