@@ -180,7 +180,7 @@ def _what_meets(site: Site) -> str:
     b = site.product.b.node
     while moves.is_move(b) and (sources := moves.sources(b)):
         b = sources[0]
-    if b.op == "placeholder":
+    if b.op == "placeholder" and not dynamo.is_weight(b):
         return "its weight is an input, no parameter or buffer"
     return "its weight is computed in the graph"
 

@@ -198,6 +198,7 @@ COMPUTED: dict[str, Tensors] = {
     "scaled_by_activation": lambda x, w: w * x.mean(),
     "normalised": lambda x, w: F.normalize(w * x[0], dim=1),
     "ranked": lambda x, w: w.cumsum(0),
+    "chosen_by_activation": lambda x, w: w[x[0, :19].argsort()],
 }
 
 
