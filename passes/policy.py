@@ -246,6 +246,8 @@ def too_small(K: Any, N: Any, min_features: int) -> str | None:
     for name, size in (("K", K), ("N", N)):
         if traced_size(size) == 0:
             return f"{name} = {size}: empty" + ("" if isinstance(size, int) else " when traced")
+    if traced_size(K) is None:
+        return f"K = {K}: known in each call alone, and may be nothing there"
     return _narrow(K, N, min_features)
 
 
