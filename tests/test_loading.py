@@ -228,26 +228,29 @@ def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], N
     return apply
 
 
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
 def shard(folder: Path, change: Callable[[dict[str, str]], Any] | None = None) -> None:
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(file)
     file.unlink()
     names = sorted(tensors)
-    places = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for part in ("part-0.safetensors", "part-1.safetensors"):
+    places = {name: f"part-{i % 2}-of-2.safetensors" for i, name in enumerate(names)}
+    for part in ("part-0-of-2.safetensors", "part-1-of-2.safetensors"):
         held = {n: tensors[n] for n in names if places[n] == part}
         safetensors.torch.save_file(held, folder / part)
     if change is not None:
         change(places)
     index = {"metadata": {}, "weight_map": places}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def repeat(folder: Path) -> None:
     shard(folder)
-    parts = [safetensors.torch.load_file(folder / f"part-{i}.safetensors") for i in (0, 1)]
+    parts = [safetensors.torch.load_file(folder / f"part-{i}-of-2.safetensors") for i in (0, 1)]
     name, tensor = next(iter(parts[0].items()))
-    safetensors.torch.save_file(parts[1] | {name: tensor}, folder / "part-1.safetensors")
+    safetensors.torch.save_file(parts[1] | {name: tensor}, folder / "part-1-of-2.safetensors")
 
 
 def configure(**changes: Any) -> Callable[[Path], None]:
@@ -277,25 +280,20 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         "part-9.safetensors is missing",
     ),
     (
-        lambda f: shard(f, lambda p: p.update({f"{Q}.weight": "../part-0.safetensors"})),
+        lambda f: shard(f, lambda p: p.update({f"{Q}.weight": "../part-0-of-2.safetensors"})),
         "not a file of its folder",
     ),
     (
-        lambda f: shard(f, lambda p: p.update({"other": "part-0.safetensors"})),
-        "says 'other' is in part-0.safetensors, which does not hold it. Download the checkpoint",
+        lambda f: shard(f, lambda p: p.update({"other": "part-0-of-2.safetensors"})),
+        "says 'other' is in part-0-of-2.safetensors, which does not hold it. Download the",
     ),
     (
         lambda f: shard(f, lambda p: p.update({f"{Q}.weight": p[f"{Q}.bias"]})),
         f"says '{Q}.weight' is in part-",
     ),
-    (repeat, "part-0.safetensors and again in"),
-    (
-        lambda f: (
-            shard(f),
-            (f / "diffusion_pytorch_model.safetensors.index.json").write_text("{"),
-        ),
-        "of safetensors files: JSONDecodeError",
-    ),
+    (repeat, "part-0-of-2.safetensors and again in"),
+    (lambda f: (shard(f), (f / INDEX).write_text("{")), "of safetensors files: JSONDecodeError"),
+    (lambda f: (shard(f), (f / INDEX).unlink()), "part-0-of-2.safetensors, and no index of such"),
     (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (configure(_class_name="QwenImageTransformer3D"), "mean 'QwenImageTransformer2DModel'?"),

@@ -185,6 +185,11 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
     found = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
     if len(found) == 1 and variant is None:
         return [folder / found[0]], {}
+    if (part := _part_without_index(folder)) is not None:
+        raise CheckpointError(
+            f"{folder} has {part}, and no index of such files, as in "
+            "diffusion_pytorch_model.safetensors.index.json. Download or copy it again."
+        )
     if found:
         raise CheckpointError(
             f"{folder} has no diffusion_pytorch_model{middle}.safetensors. It has "
@@ -194,6 +199,14 @@ def _find(folder: Path, variant: str | None) -> tuple[list[Path], dict[str, Path
     if pickled:
         _refuse_pickle(folder, pickled[0])
     raise CheckpointError(f"{folder} has no safetensors file.")
+
+
+def _part_without_index(folder: Path) -> str | None:
+    """Return a file that is a part of several, in a folder where none says which they are."""
+    if any(folder.glob("*.safetensors.index*.json")):
+        return None
+    parts = folder.glob("*-[0-9]*-of-[0-9]*.safetensors")
+    return min((file.name for file in parts), default=None)
 
 
 def _refuse_pickle(folder: Path, name: str) -> NoReturn:
