@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_interrupted import files_of_at_most
 
 import omniq_compile as omniq
 from omniq_compile.cli import main
+from omniq_compile.lowering.errors import OptionError
 from omniq_compile.quality import compare_figures, comparison
 from omniq_compile.quality.generation import warm_up
 from omniq_compile.quality.output_folder import work_folder
@@ -319,6 +322,17 @@ def test_a_second_run_leaves_the_folder_of_the_first_alone(
         assert f"{tmp_path / 'out'} is being written by another" in capsys.readouterr().err
         assert [file.name for file in work.iterdir()] == ["of the first"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits on this system")
+def test_a_full_disk_while_pictures_wait_on_it_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OptionError, match=f"^--out {tmp_path} cannot be written to: .*os error"),
+        work_folder(tmp_path) as work,
+        files_of_at_most(1024),
+    ):
+        save_file({"pictures": torch.zeros(1, 64, 64, 3)}, work / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_quantized_weights_is_no_reference(

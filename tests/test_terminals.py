@@ -26,6 +26,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (ran.returncode, ran.stderr) == (1, "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a full device")
+def test_a_full_disk_under_what_is_printed_is_one_line() -> None:
+    """As `omniq dump ... > FILE` has it."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "omniq_compile", "kernels"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        "omniq kernels: error: [Errno 28] No space left on device. Make room, or write elsewhere.\n"
+    )
+
+
 def test_an_interrupt_while_a_command_is_imported_is_one_line() -> None:
     code = (
         "import signal, sys; import omniq_compile.cli as cli;"

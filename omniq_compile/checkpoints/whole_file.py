@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_of_no_room(error: Exception) -> bool:
+    """Say whether something could not be written because the disk, or a quota, is full."""
+    # safetensors reports it in an error of its own, with the system's number in its words.
+    words = (f"(os error {number})" for number in _NO_ROOM)
+    return getattr(error, "errno", None) in _NO_ROOM or any(word in str(error) for word in words)
 
 
 @contextmanager

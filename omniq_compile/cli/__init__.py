@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from omniq_compile import __version__
+from omniq_compile.checkpoints.whole_file import is_of_no_room
 from omniq_compile.lowering.errors import OmniqError
 
 COMMANDS = {
@@ -56,12 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read it has seen enough, as `| head` has; Python would fail again as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read it has seen enough, as `| head` has.
+        _drop_output()
         return 1
+    except OSError as error:
+        if not is_of_no_room(error):
+            raise
+        _drop_output()
+        print(f"{command}: error: {error}. Make room, or write elsewhere.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130  # as a shell reports SIGINT
+
+
+def _drop_output() -> None:
+    """Let go of what could not be printed, or Python would fail again as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omniq_compile.checkpoints.whole_file import is_of_no_room
 from omniq_compile.checkpoints.written_folder import only_writer
 from omniq_compile.lowering.errors import OptionError
 
@@ -35,12 +36,16 @@ def work_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: another one does.
-        OptionError: the folder cannot be made or written to.
+        OptionError: the folder cannot be made or written to, or its disk has no room left.
     """
     work = out / ".work"
     with only_writer(out, out / ".work.lock"):
         try:
             shutil.rmtree(work, ignore_errors=True)
             yield make_folder(work)
+        except Exception as error:
+            if not is_of_no_room(error):
+                raise
+            raise OptionError(f"--out {out} cannot be written to: {error}.") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
