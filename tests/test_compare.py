@@ -186,6 +186,7 @@ def test_text_to_video_is_measured_by_frame(tmp_path: Path) -> None:
     [
         (["--ignored-layers", "re:.*"], "ignored by 're:.*'"),
         (["--quantization", "int8"], "is under min_features = 256"),
+        (["--quantization", '{"vae": null}'], "they give no method to transformer"),
     ],
 )
 def test_a_gate_is_not_passed_by_quantizing_nothing(

@@ -196,9 +196,10 @@ def _check_reference(setting: Setting, models: Mapping[str, nn.Module]) -> None:
         return
     rows = [row for name, config in configs.items() for row in plan_layers(models[name], config)]
     if all(row.method is None for row in rows):
+        why = why_kept(rows) if configs else f"they give no method to {', '.join(models)}"
         raise OptionError(
             f"these options quantize no layer of {setting.folder}, so there is nothing to "
-            f"measure: {why_kept(rows)}."
+            f"measure: {why}."
         )
 
 
