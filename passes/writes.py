@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._ops import HigherOrderOperator
 
@@ -47,6 +48,8 @@ def is_in_place(node: fx.Node) -> bool:
         return True
     if argument(node, "max_norm") is not None:
         return True  # an embedding, which scales the rows of its weight that it reads
+    if _kept_statistics(node):
+        return True
     if isinstance(target, torch._ops.OpOverload):
         return _writes(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -172,10 +175,23 @@ def _writes_to(user: fx.Node, node: fx.Node) -> bool:
     """Say whether a node may write to this argument of its."""
     if not is_in_place(user):
         return False
+    if statistics := _kept_statistics(user):
+        return node in statistics
     writes_first = user.op == "call_method" or user.target in _IN_PLACE
     if writes_first and user.args and argument(user, "out") is None:
         return user.args[0] is node
     return True
+
+
+def _kept_statistics(node: fx.Node) -> list[fx.Node]:
+    """Return the running statistics that a norm of a batch writes to."""
+    trains = argument(node, "training")
+    if node.target is F.instance_norm:
+        trains = argument(node, "use_input_stats") is not False
+    if not trains:
+        return []
+    held = (argument(node, name) for name in ("running_mean", "running_var"))
+    return [statistic for statistic in held if isinstance(statistic, fx.Node)]
 
 
 def _may_view(user: fx.Node, viewed: fx.Node) -> bool:

@@ -79,6 +79,28 @@ def test_parameters_joined_into_out_are_written(compiler: str, join: Callable[..
     assert torch.equal(model.buffer.view(38, 57), torch.cat([model.one, model.two]))
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_a_norm_writes_to_the_statistics_that_it_keeps(norm: Any) -> None:
+    """And not to what it normalises: the layer before it is rewritten."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(57, 38), norm(38, track_running_stats=True)
+            self.weight = nn.Parameter(torch.randn(19, 38))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.norm(self.layer(x).transpose(1, 2))
+            return F.linear(y.transpose(1, 2), self.weight * self.norm.running_var)
+
+    model, x = Kept().requires_grad_(False), 3 * torch.randn(5, 7, 57)
+    before, after = sites(copy.deepcopy(model), x)
+    assert before.decision.method == "int8"
+    assert after.decision.reason == "the graph changes its weight in place"
+    expected = copy.deepcopy(model)(x)
+    assert error(run(model, x, "eager"), expected) < 0.02
+
+
 # What a model does to its weight w [38, 57] in each call, before it multiplies with it.
 WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
     "whole": lambda w: w.mul_(1.25),
