@@ -283,6 +283,7 @@ def test_a_spoiled_model_fails_the_gate(tmp_path: Path) -> None:
         ({"quantization": "int9"}, "unknown method 'int9'. Did you mean 'int8'?"),
         ({"--seeds": "0-x"}, "'0-x' is neither a seed nor a range"),
         ({"--seeds": "5-3"}, "runs backwards"),
+        ({"--seeds": "0-99999999999"}, "'0-99999999999' are more than 100000 pictures"),
         ({"--seeds": "1,0-2"}, "names a seed twice"),
         ({"--device": "gpu"}, "--device 'gpu' cannot be used"),
         ({"--out": "file/inside"}, "cannot be written to"),

@@ -32,6 +32,7 @@ DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "pipeline"
         ("x.png --fps 24", "--fps is of a video, .mp4 or .gif, which --out x.png is not"),
         ("x.png --device meta", "--device 'meta' cannot be used: its tensors have no values"),
         ("x.psd", "no picture ends in '.psd'"),  # which Pillow reads, and does not write
+        ("x.hdf", "no picture ends in '.hdf'"),  # which it writes where another library does
         (".", "Is a directory"),
     ],
 )
@@ -138,6 +139,7 @@ def test_a_video_is_saved_at_the_rate_that_it_is_made_for(
     rate: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     noise = np.random.default_rng(0).random((1, 100, 8, 8, 3), dtype=np.float32)
 
@@ -151,6 +153,7 @@ def test_a_video_is_saved_at_the_rate_that_it_is_made_for(
     write_index(tmp_path, kind.__name__)
     out = tmp_path / "fox.gif"
     assert main(["generate", str(tmp_path), "--prompt", "", *given, "--out", str(out)]) == 0
+    assert "is not quantized: name a method with --quantization" in capsys.readouterr().err
     assert milliseconds(out) == pytest.approx(100 * 1000 / rate, abs=5)
 
 

@@ -301,6 +301,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         configure(quantization_config={"quant_method": "bitsandbytes"}),
         "are quantized by bitsandbytes",
     ),
+    (configure(quantization_config="int8"), "quantization_config in config.json is no JSON object"),
     (configure(quantization_config={"load_in_4bit": True}), "are quantized by bitsandbytes"),
     (configure(quantization_config={"quant_method": "modelopt"}), "nvidia-modelopt"),
     (

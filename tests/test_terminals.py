@@ -38,6 +38,15 @@ def test_a_full_disk_under_what_is_printed_is_one_line() -> None:
     )
 
 
+def test_a_shell_that_closed_the_output_gets_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``>&-`` does: Python then has no stdout."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["kernels", "--target", "abacus"]) == 2
+    assert "omniq kernels: error: unknown" in capsys.readouterr().err
+
+
 def test_an_interrupt_while_a_command_is_imported_is_one_line() -> None:
     code = (
         "import signal, sys; import omniq_compile.cli as cli;"

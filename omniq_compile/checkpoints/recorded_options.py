@@ -159,9 +159,14 @@ def check_stored(
     """Check omniq's own checkpoint against what was asked for, where anything was.
 
     Raises:
-        CheckpointError: it is of another version.
+        CheckpointError: it is of another version, or no record of one.
         OptionError: it was not made with these options.
     """
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(
+            f"{place}: quantization_config in config.json is no JSON object. Download the original "
+            "checkpoint again."
+        )
     if stored.get("version") != VERSION:
         raise CheckpointError(
             f"{place} was quantized in version {stored.get('version')!r} of omniq's format, and "

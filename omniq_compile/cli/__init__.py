@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as where the shell closed it
+                sys.stdout.flush()
     except OmniqError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return 2

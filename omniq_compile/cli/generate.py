@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_ending(arguments.out, kind_returned(type(pipe)))
     pipe.to(device)
     console = Console(stderr=True)
+    says_nothing = True
     for name, component in pipe.components.items():
         options = config.options_for(name)
         if not isinstance(component, torch.nn.Module):
@@ -106,6 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
             line = f"warning: {line}"
         if not arguments.eager and (quantized or options.get("matmul")):
             line += f"; {compile_component(component, options)}"
+        console.print(line, soft_wrap=True, markup=False)
+        says_nothing = False
+    if says_nothing:
+        line = f"warning: {arguments.folder} is not quantized: name a method with --quantization"
         console.print(line, soft_wrap=True, markup=False)
     with omniq.denoise_step(0) as step:
         if CALLBACK in inspect.signature(pipe.__call__).parameters:

@@ -40,7 +40,7 @@ def check_ending(out: Path, kind: Kind | None) -> None:
         raise OptionError(f"--out {out}: a video is saved as {videos}.")
     if kind == "sound":
         raise OptionError(f"--out {out}: sound is saved as {sound_file.SUFFIX}.")
-    if _format(out) not in Image.SAVE:
+    if not _takes(out, "RGB"):
         others = f", {videos} for a video, or {sound_file.SUFFIX} for sound"
         raise OptionError(
             f"--out {out} cannot be written: no picture ends in {out.suffix!r}. "
@@ -124,17 +124,17 @@ def _format(out: Path) -> str | None:
 
 def _save_picture(picture: Image.Image, out: Path) -> None:
     """Save a picture, on white where it has an alpha channel and the format none."""
-    if picture.mode == "RGBA" and not _takes_alpha(out):
+    if picture.mode == "RGBA" and not _takes(out, "RGBA"):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
     picture.save(out)
 
 
-def _takes_alpha(out: Path) -> bool:
-    # Pillow has no table of what each format takes.
+def _takes(out: Path, mode: str) -> bool:
+    # Pillow has no table of what each format takes, and names some that it only reads.
     try:
-        Image.new("RGBA", (8, 8)).save(BytesIO(), _format(out))
-    except (OSError, ValueError):
+        Image.new(mode, (8, 8)).save(BytesIO(), _format(out) or "")
+    except (KeyError, OSError, ValueError):
         return False
     return True
 

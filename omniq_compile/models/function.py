@@ -56,7 +56,7 @@ def call_function(text: str) -> LoadedModel:
     try:
         result = function()
     except Exception as error:
-        raise OmniqError(_own_traceback(f"{text} raised; calling it", error)) from error
+        raise OmniqError(_own_traceback(f"calling {text}", error)) from error
     match result:
         case (nn.Module() as model, dict() as inputs):
             return LoadedModel(text, model.eval().requires_grad_(False), inputs)

@@ -25,6 +25,9 @@ Pictures = npt.NDArray[np.float32]
 # A pipeline is warmed up with as few steps as schedulers take: some divide by their number less 1.
 WARM_UP_STEPS = 2
 
+# Of a range of seeds: more is a slip of the finger, and not days of work.
+MOST_SEEDS = 100_000
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -152,6 +155,10 @@ def parse_seeds(text: str) -> list[int]:
         end = int(last) if dash else int(first)
         if end < int(first):
             raise OptionError(f"--seeds {text!r}: the range {part.strip()!r} runs backwards.")
+        if end - int(first) >= MOST_SEEDS:
+            raise OptionError(
+                f"--seeds {text!r}: {part.strip()!r} are more than {MOST_SEEDS} pictures."
+            )
         seeds.extend(range(int(first), end + 1))
     if len(set(seeds)) < len(seeds):
         raise OptionError(f"--seeds {text!r} names a seed twice.")
