@@ -6,6 +6,7 @@ lowered and read anywhere.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +172,15 @@ def _xpu(index: int | None) -> Target:
 
 
 def _npu(index: int | None) -> Target:
-    # torch_npu adds the module; names are such as "Ascend910B3" and "Ascend950PR".
+    # torch_npu adds the module; its names are those of NpuVariables.cpp. A2 is "Ascend910B1" to
+    # "Ascend910B4-1", and A3 "Ascend910_9391" and such. Those before ("Ascend910B" itself is one,
+    # and "Ascend310P3") have no such GEMM with a float bias, or none (aclnnQuantMatmulV5).
     npu: Any = torch.npu  # type: ignore[attr-defined]
     name = str(npu.get_device_name(index))
-    return Target("npu", "ascend950" if "950" in name else "ascend910b")
+    if name.startswith("Ascend950"):
+        return Target("npu", "ascend950")
+    arch = "ascend910b" if re.match(r"Ascend910(B\d|_93)", name) else ""
+    return _known("npu", arch, name)
 
 
 def _too_early(device: str, arch: str) -> str | None:

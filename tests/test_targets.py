@@ -103,12 +103,27 @@ def test_gpus_of_one_machine_may_differ(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [("Ascend910B3", "ascend910b"), ("Ascend910_9392", "ascend910b"), ("Ascend950PR", "ascend950")],
+    [
+        ("Ascend910B3", "ascend910b"),
+        ("Ascend910B4-1", "ascend910b"),
+        ("Ascend910_9392", "ascend910b"),
+        ("Ascend950PR_9599", "ascend950"),
+        ("Ascend950DT_95A1", "ascend950"),
+        ("Ascend910B", None),  # of the first generation, unlike those with a digit
+        ("Ascend910ProB", None),
+        ("Ascend310P3", None),
+    ],
 )
-def test_an_npu_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, arch: str) -> None:
+def test_an_npu_is_told_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, arch: str | None
+) -> None:
     npu = SimpleNamespace(get_device_name=lambda _: name, is_available=lambda: True)
     monkeypatch.setattr(torch, "npu", npu, raising=False)
-    assert present("npu") == Target("npu", arch)
+    if arch is None:
+        with pytest.raises(OptionError, match=rf"no kernels for this npu device \({name}\)"):
+            present("npu")
+    else:
+        assert present("npu") == Target("npu", arch)
 
 
 def test_a_bare_device_that_is_absent_asks_for_an_architecture() -> None:
