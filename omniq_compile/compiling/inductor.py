@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,8 @@ def _refuse_devices_without_code(inputs: Sequence[Any]) -> None:
 
     init_backend_registration()
     for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
+        if device == "npu":
+            _register_npu()
         if get_scheduling_for_device(device) is None:
             raise OptionError(
                 f"Inductor generates no code for {device!r} here. What registers it belongs to the "
@@ -67,6 +70,16 @@ def _refuse_devices_without_code(inputs: Sequence[Any]) -> None:
                 "Without it compile with options={'compiler': 'aot_eager'}, or --compiler "
                 "aot_eager on the command line."
             )
+
+
+def _register_npu() -> None:
+    """Let torch_npu tell Inductor how, which it does by itself for Inductor's own backend alone.
+
+    That is in the call that `patch_inductor_wrapper` of torch_npu/utils/_dynamo.py replaces.
+    Private, checked on torch_npu 2.11 to 2.14; without Triton for Ascend it warns and does nothing.
+    """
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("torch_npu.utils._dynamo").register_inductor_npu()
 
 
 def _refuse_checks_of_codes(inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:

@@ -6,11 +6,12 @@ Run by tests/test_host_npu.py in a process of its own, since a process has one a
 from __future__ import annotations
 
 import io
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -22,6 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch._inductor.codegen.common import device_codegens, register_backend_for_device
 
 device.install()
 
@@ -34,7 +36,7 @@ from omniq_compile.benchmark.result import BenchConfig  # noqa: E402
 from omniq_compile.benchmark.variants import Variant  # noqa: E402
 from omniq_compile.checkpoints.load_arguments import DTYPE_KEYWORD  # noqa: E402
 from omniq_compile.cli import main  # noqa: E402
-from omniq_compile.compiling import weight_changes  # noqa: E402
+from omniq_compile.compiling import inductor, weight_changes  # noqa: E402
 from omniq_compile.compiling.weights import QuantizedWeight  # noqa: E402
 from omniq_compile.lowering.errors import OptionError  # noqa: E402
 from omniq_compile.lowering.formats import rows  # noqa: E402
@@ -255,6 +257,18 @@ def test_inductor_without_code_for_the_device_is_refused_in_words() -> None:
     fast = torch.compile(layers().to("npu"), backend="omniq", options={"method": "int8"})
     with pytest.raises(Exception, match=r"generates no code for 'npu' here.*'aot_eager'"):
         fast(torch.randn(33, 256, device="npu", dtype=torch.bfloat16))
+
+
+def test_torch_npu_registers_its_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so when told: it would not by itself for another backend than Inductor's own."""
+    registered: Any = object()
+    module: Any = ModuleType("torch_npu.utils._dynamo")
+    module.register_inductor_npu = lambda: register_backend_for_device(
+        "npu", registered, registered
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    inductor._refuse_devices_without_code([torch.empty(1, device="npu")])
+    assert device_codegens.pop("npu").scheduling is registered
 
 
 @pytest.fixture(scope="module")
