@@ -271,11 +271,15 @@ def wait_until_written(device: torch.device) -> None:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Say whether the caller is capturing a CUDA graph, in which the host may not ask anything."""
-    if device.type != "cuda":
+    """Say whether the caller is capturing a graph, in which the host may not ask a device anything.
+
+    CUDA's graphs, and those of XPUs and NPUs.
+    """
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "is_current_stream_capturing"):
         return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    with module.device(device):
+        return bool(module.is_current_stream_capturing())
 
 
 def comparisons_of(stamps: Sequence[Stamp]) -> list[HostComparison | DeviceComparison]:

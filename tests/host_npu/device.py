@@ -48,6 +48,7 @@ def _device_module(built: ctypes.CDLL) -> ModuleType:
     module.device_count = lambda: 2
     module.current_device = built.current
     module.set_device = lambda device: built.make_current(torch.device("npu", device).index)
+    module.device = lambda device: torch.accelerator.device_index(device.index)
     module.get_device_name = lambda device=None: "Ascend950PR"
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.is_bf16_supported = lambda: True

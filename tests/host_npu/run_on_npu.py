@@ -271,6 +271,19 @@ def test_torch_npu_registers_its_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     assert device_codegens.pop("npu").scheduling is registered
 
 
+def test_a_capture_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = torch.device("npu", 1)
+    assert not weight_changes.is_capturing(second)  # a device without graphs
+    monkeypatch.setattr(
+        torch.npu,
+        "is_current_stream_capturing",
+        lambda: torch.npu.current_device() == 1,
+        raising=False,
+    )
+    assert weight_changes.is_capturing(second)
+    assert not weight_changes.is_capturing(torch.device("npu", 0))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_families.save_flux(tmp_path_factory.mktemp("pipeline") / "flux")
