@@ -59,6 +59,9 @@ def _matmul_int_mm(a: Tensor, b: Tensor) -> Tensor:
         return a.to(torch.int32) * b.to(torch.int32).t()
     if a.device.type != "cpu":
         return torch._int_mm(a, b.t())
+    # Inductor gives a dimension of one element any stride, at which oneDNN's GEMM writes nothing
+    # (github.com/pytorch/pytorch/issues/195066). A view has strides of its own.
+    a, b = a.view(a.shape), b.view(b.shape)
     return torch._int_mm(a, b.t(), out=recycled.empty((a.shape[0], b.shape[0]), torch.int32))
 
 

@@ -70,15 +70,20 @@ def test_each_row_errs_by_at_most_half_a_step() -> None:
 @by_kernel
 @pytest.mark.parametrize(
     ("M", "K", "N"),
-    [(1, 64, 33), (5, 1, 3), (17, 1025, 40), (70, 3001, 9), (2, 1100, 1200)],
+    [(1, 64, 33), (5, 64, 1), (5, 1, 3), (17, 1025, 40), (70, 3001, 9), (2, 1100, 1200)],
 )
 def test_the_integer_part_is_exact(kernel: Kernel, M: int, K: int, N: int) -> None:
-    """Against numpy's int64 product, also where every code is at its limit."""
+    """Against numpy's int64 product, also where every code is at its limit.
+
+    And where the only row of a matrix has no stride, as Inductor may write it.
+    """
     use_int_mm = kernel.name == "cpu_s8_int_mm"
     generator = torch.Generator().manual_seed(M + K)
     a = torch.randint(-127, 128, (M, K), generator=generator, dtype=torch.int8)
     b = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
-    for left, right in [(a, b), (torch.full_like(a, 127), torch.full_like(b, -127))]:
+    limits = torch.full_like(a, 127), torch.full_like(b, -127)
+    strided = a.as_strided((M, K), (K * (M > 1), 1)), b.as_strided((N, K), (K * (N > 1), 1))
+    for left, right in [(a, b), limits, strided]:
         expected = left.numpy().astype(np.int64) @ right.numpy().astype(np.int64).T
         assert np.array_equal(int8_matmul(left, right, use_int_mm).numpy(), expected)
 
