@@ -6,6 +6,9 @@ from omniq_compile.lowering.xpu import fp8, int8
 
 _ALL = ARCHITECTURES["xpu"]
 
+# Later ones take them, and e2m1 with them (github.com/pytorch/pytorch/pull/181727).
+_NO_E8M0 = "before torch 2.14 torch._scaled_mm takes no e8m0 scales on XPU"
+
 KERNELS = (
     int8.INT_MM,
     fp8.SCALED_MM,
@@ -16,9 +19,9 @@ KERNELS = (
         {
             "fp8": "where torch._scaled_mm cannot take it",
             # Its fake asks for NVIDIA's swizzle there, and its kernel for none.
-            "mxfp8": "before torch 2.14 torch._scaled_mm takes no e8m0 scales on XPU",
-            "mxfp4": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
-            "mxfp4_dualscale": "torch._scaled_mm takes no e2m1 with e8m0 scales on XPU",
+            "mxfp8": _NO_E8M0,
+            "mxfp4": _NO_E8M0,
+            "mxfp4_dualscale": "torch._scaled_mm takes no second scale beside e8m0 on XPU",
         },
         bfloat16_archs=_ALL,
     ),
