@@ -88,6 +88,26 @@ def test_its_layers_are_ignored_where_blocks_are_compiled(ignored: list[str], sa
         assert torch.equal(compiled(x), expected) is same
 
 
+class Cached(nn.Module):
+    """As cache-dit's blocks, which hold the model that holds them for the time of its call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.part = model, Part()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part.qkv(x)
+
+
+@pytest.mark.parametrize(("ignored", "same"), [("joint_blocks.1.part", True), ("model", False)])
+def test_a_block_may_hold_its_model(ignored: str, same: bool) -> None:
+    model = ready(Net(Part))
+    model.joint_blocks[0] = nn.Identity()  # type: ignore[operator]
+    model.joint_blocks[1] = ready(Cached(model))  # type: ignore[operator]
+    options = OPTIONS | {"ignored_layers": [ignored]}
+    assert is_as_it_was(torch.compile(model, backend="omniq", options=options), model) is same
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from itertools import chain
 from types import FrameType, MethodType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from omniq_compile.compiling.compiled_modules import original
@@ -80,12 +81,29 @@ def weight_names(
     if module is None:
         return {}
     names: dict[int, list[str]] = defaultdict(list)
-    buffers = module.named_buffers(remove_duplicate=False)
-    for name, tensor in chain(module.named_parameters(remove_duplicate=False), buffers):
+    for name, tensor in _named_tensors(module):
         names[id(tensor)].append(name)
     placeholders = gm.graph.find_nodes(op="placeholder")
     pairs = zip(placeholders, inputs, strict=True)
     return {node.name: names[id(tensor)] for node, tensor in pairs if id(tensor) in names}
+
+
+def _named_tensors(
+    module: nn.Module, around: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers of a module by each of their names.
+
+    PyTorch's ``named_parameters(remove_duplicate=False)`` never ends where a module holds one
+    around it, as the blocks do that cache-dit puts into a model for the time of its call.
+    """
+    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+    around = (*around, module)
+    for place, child in module._modules.items():
+        if child is not None and child not in around:
+            for name, tensor in _named_tensors(child, around):
+                yield f"{place}.{name}", tensor
 
 
 def _waiting(frame: FrameType | None) -> Iterator[nn.Module]:
