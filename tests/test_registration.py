@@ -28,6 +28,20 @@ print("waiting:", sum("registration" in type(finder).__module__ for finder in sy
 """
 
 
+AGAIN = """
+import importlib
+import torch
+import omniq_compile
+from omniq_compile.compiling import own_backend
+importlib.reload(own_backend)
+model = torch.nn.Linear(320, 288).requires_grad_(False)
+options = {"method": "int8", "compiler": "eager"}
+arguments = own_backend.own_backend(lambda gm, inputs: gm)
+print(torch.compile(model, **arguments)(torch.ones(2, 320)).shape)
+print(len(omniq_compile.explain(model, torch.ones(2, 320), options).rewritten))
+"""
+
+
 def run(code: str, autoload: bool) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload))}
     return subprocess.run(
@@ -66,14 +80,16 @@ def test_without_it_diffusers_says_so_and_an_import_afterwards_registers_it(fold
     assert after.split() == EXPECTED
 
 
-def test_torchs_own_entry_points_register_it_too(folder: str) -> None:
+def test_torchs_own_entry_points_register_it_too_and_backends_are_loaded_again(folder: str) -> None:
     if "omniq" not in entry_points(group="torch.backends").names:
         pytest.skip("omniq is not installed here, only on the path")
     # A module of transformers is the first to import torch here, and with it omniq.
     first = "import transformers.quantizers.auto, transformers.modeling_utils\n"
-    ran = run(first + LOAD.format(folder=folder) + KNOWN, autoload=True)
+    ran = run(first + LOAD.format(folder=folder) + KNOWN + AGAIN, autoload=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == EXPECTED
+    *known, shape, rewritten = ran.stdout.splitlines()
+    assert " ".join(known).split() == EXPECTED
+    assert (shape, rewritten) == ("torch.Size([2, 288])", "1")
 
 
 def test_importing_omniq_imports_neither_library() -> None:
@@ -122,22 +138,3 @@ def test_a_torch_that_differs_is_imported_all_the_same(
         register()
     assert "omniq could not register with torch" in caplog.text
     assert "register_log" in caplog.text
-
-
-AGAIN = """
-import importlib
-import torch
-import omniq_compile
-from omniq_compile.compiling import own_backend
-importlib.reload(own_backend)
-model = torch.nn.Linear(320, 288).requires_grad_(False)
-options = {"method": "int8", "compiler": "eager"}
-arguments = own_backend.own_backend(lambda gm, inputs: gm)
-print(torch.compile(model, **arguments)(torch.ones(2, 320)).shape)
-print(len(omniq_compile.explain(model, torch.ones(2, 320), options).rewritten))
-"""
-
-
-def test_the_backend_may_be_loaded_again() -> None:
-    ran = run(AGAIN, autoload=True)
-    assert ran.stdout.splitlines() == ["torch.Size([2, 288])", "1"], ran.stderr

@@ -26,6 +26,11 @@ def test_graph(graph_snapshot):
     graph_snapshot(model, [x], options=options, target="cuda:sm_90", name="quantized")
     graph_snapshot(model, {"x": x}, options=options, target="npu:ascend950", stage="lowered")
 
+def test_twice(graph_snapshot):
+    options, inputs = {"method": "int8"}, [torch.ones(7, 48)]
+    graph_snapshot(Model(), inputs, options=options, target="xpu", name="x")
+    graph_snapshot(Model(), inputs, options=options, target="npu:ascend950", name="x")
+
 def test_changed(graph_snapshot):
     options = {"method": "int8", "ignored_layers": IGNORED}
     graph_snapshot(Model(), [torch.randn(7, 48)], options=options, target="cuda:sm_90")
@@ -36,7 +41,7 @@ def project(pytester: pytest.Pytester, *ignored: str) -> None:
     pytester.makepyfile(test_model=PROJECT.replace("IGNORED", repr(list(ignored))))
 
 
-def test_a_graph_is_stored_and_a_changed_one_fails_with_a_diff(
+def test_a_graph_is_stored_once_and_a_changed_one_fails_with_a_diff(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CI", "BUILD_NUMBER"):  # there pytest's summary repeats the message in full
@@ -44,16 +49,18 @@ def test_a_graph_is_stored_and_a_changed_one_fails_with_a_diff(
     project(pytester, "head")
     monkeypatch.setenv("PYTHONHASHSEED", "1")
     stored = pytester.runpytest_subprocess("--snapshot-update")
-    stored.assert_outcomes(passed=2)
+    stored.assert_outcomes(passed=2, failed=1)
+    # The second would be stored in place of the first, and never be right again.
+    assert "two snapshots of one test are called 'x'" in stored.stdout.str()
     files = sorted(pytester.path.glob("__snapshots__/test_model/*.txt"))
-    assert len(files) == 3
+    assert len(files) == 4
     text = next(f for f in files if "quantized" in f.name).read_text()
     assert text.startswith("# int8 on cuda:sm_90: 2 products\n")
     assert "#   1 x kept: K = 48 is under min_features = 256\n" in text
     assert "torch.ops.omniq.gemm" in text
     monkeypatch.setenv("PYTHONHASHSEED", "2")
     project(pytester, "down")
-    changed = pytester.runpytest_subprocess("--color=no")
+    changed = pytester.runpytest_subprocess("--color=no", "-k", "not twice")
     changed.assert_outcomes(passed=1, failed=1)
     out = changed.stdout.str()
     assert "the graph is not the stored one:\n--- stored\n+++ now\n" in out
@@ -62,15 +69,6 @@ def test_a_graph_is_stored_and_a_changed_one_fails_with_a_diff(
     assert "run pytest --snapshot-update and commit the file" in out
     assert len(out.splitlines()) < 60
     assert "Traceback" not in out
-
-
-def test_a_name_is_taken_once(pytester: pytest.Pytester) -> None:
-    """The second snapshot would be stored in place of the first, and never be right again."""
-    twice = PROJECT.replace("IGNORED", "[]").replace('stage="lowered"', 'name="quantized"')
-    pytester.makepyfile(test_model=twice)
-    done = pytester.runpytest_subprocess("--snapshot-update", "-k", "test_graph")
-    done.assert_outcomes(failed=1)
-    assert "two snapshots of one test are called 'quantized'" in done.stdout.str()
 
 
 def test_a_project_that_does_not_use_it_pays_nothing(pytester: pytest.Pytester) -> None:
