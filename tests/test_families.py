@@ -143,7 +143,9 @@ def test_graph_breaks_leave_every_part_rewritten() -> None:
 
 def test_one_family_through_inductor_whole_and_by_blocks() -> None:
     """The C++ compile, of one block, of what aot_eager checks above."""
-    model, plain = (random_model(QWEN, "tiny", num_blocks=1) for _ in range(2))
+    model, plain = (
+        random_model("ZImageTransformer2DModel", "tiny", num_blocks=1) for _ in range(2)
+    )
     chosen = options(compiler="inductor")
     with torch.inference_mode():
         inputs = make_inputs(model, image_tokens=64, text_tokens=16)
