@@ -32,12 +32,23 @@ def install_torch(monkeypatch: pytest.MonkeyPatch, where: str) -> Recorder:
     return recorder
 
 
+# What gemm_a4w4 takes in github.com/ROCm/aiter today, and what it took until December 2025.
+AITER_TAKES = "A, B, A_scale, B_scale, bias=None, dtype=15, alpha=1.0, beta=0.0, bpreshuffle=True"
+OLD_AITER_TAKES = "A, B, A_scale, B_scale, out, bias=None, alpha=1.0, beta=0.0, bpreshuffle=True"
+
+
+def aiter_folder(folder: Path, takes: str = AITER_TAKES) -> None:
+    """Write the file that an AITER is known by."""
+    (folder / "aiter" / "ops").mkdir(parents=True)
+    (folder / "aiter" / "__init__.py").write_text("raise RuntimeError('imported')")
+    operator = f"import torch\n\n\ndef gemm_a4w4({takes}): ...\n"
+    (folder / "aiter" / "ops" / "gemm_op_a4w4.py").write_text(operator)
+
+
 def install_aiter(monkeypatch: pytest.MonkeyPatch, folder: Path, where: str) -> Recorder:
     """Put an AITER into ``sys.modules``, and the file that it is known by into ``folder``."""
     recorder = Recorder("aiter", where)
-    (folder / "aiter" / "ops").mkdir(parents=True)
-    (folder / "aiter" / "__init__.py").touch()
-    (folder / "aiter" / "ops" / "gemm_op_a4w4.py").touch()
+    aiter_folder(folder)
     monkeypatch.delitem(sys.modules, "aiter", raising=False)
     monkeypatch.syspath_prepend(str(folder))
     for module, name, compute in (

@@ -30,6 +30,24 @@ def test_aiter_is_told_from_another_package_of_its_name(
     (tmp_path / "aiter" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.delitem(sys.modules, "aiter", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not aiter.installed()
+    assert aiter.unusable() == "AITER is not installed"
     with pytest.raises(OmniqError, match="Install amd-aiter"):
         aiter.rocm_gemm_a4w4(*[torch.zeros(32, 32, dtype=torch.uint8)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("takes", "why"),
+    [
+        (fake_gemms.AITER_TAKES, None),
+        (fake_gemms.OLD_AITER_TAKES, "older than gemm_a4w4's argument dtype"),
+        ("*args", "older than gemm_a4w4's argument dtype"),
+    ],
+)
+def test_an_aiter_is_asked_for_what_is_called(
+    takes: str, why: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_gemms.aiter_folder(tmp_path, takes)
+    monkeypatch.delitem(sys.modules, "aiter", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refused = aiter.unusable()
+    assert refused is None if why is None else refused is not None and why in refused

@@ -12,6 +12,8 @@ github.com/vllm-project/vllm.
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,26 +43,42 @@ WRONG_N = 96
 _FORMATS = ("mxfp4", "mxfp4_uos")
 
 
-def installed() -> bool:
-    """Say whether AITER is, without importing it: that would start HIP.
+def unusable() -> str | None:
+    """Return why no AITER can be called, or None; without importing it, which would start HIP.
 
     A package of that name without the operator is another project's.
     """
     spec = find_spec("aiter")
-    folders = spec.submodule_search_locations if spec else None
-    return any(Path(folder, "ops", "gemm_op_a4w4.py").is_file() for folder in folders or ())
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [Path(folder, "ops", "gemm_op_a4w4.py") for folder in folders]
+    for file in filter(Path.is_file, files):
+        if _takes_dtype(file):
+            return None
+        return "the installed AITER is older than gemm_a4w4's argument dtype (December 2025)"
+    return "AITER is not installed"
+
+
+@functools.cache
+def _takes_dtype(file: Path) -> bool:
+    """Say whether ``gemm_a4w4`` is what is called here: it took a tensor to write to before."""
+    return any(
+        isinstance(node, ast.FunctionDef)
+        and node.name == "gemm_a4w4"
+        and {argument.arg for argument in node.args.args} >= {"dtype", "bpreshuffle"}
+        for node in ast.parse(file.read_text("utf-8")).body
+    )
 
 
 def _aiter(module: str) -> Any:
     """Import a module of AITER.
 
     Raises:
-        OmniqError: it is not installed.
+        OmniqError: it is not installed, or too old.
     """
-    if not installed():
+    if (why := unusable()) is not None:
         raise OmniqError(
-            "a graph that was lowered with AITER runs on a machine that has it, and this one has "
-            "not. Install amd-aiter, or compile on this machine."
+            f"a graph that was lowered with AITER runs on a machine that has it, and here {why}. "
+            "Install amd-aiter, or compile on this machine."
         )
     return importlib.import_module(module)
 
@@ -142,8 +160,8 @@ def gemm(
 
 def refuse(problem: Problem, scheme: Scheme) -> str | None:
     """Return why AITER cannot take a problem, or None."""
-    if not installed():
-        return "AITER is not installed"
+    if (why := unusable()) is not None:
+        return why
     if scheme.activation != scheme.weight or scheme.weight not in _FORMATS:
         return f"gemm_a4w4 takes e2m1 times e2m1, not {scheme}"
     if problem.b_rank > 2:
