@@ -243,6 +243,8 @@ def test_arguments_become_a_config():
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--rounds", "0"], "rounds 0"),
         (["--threads", "0"], "threads 0"),
+        (["--threads", "99999999"], "threads 99999999: this machine has "),
+        (["--seed", "99999999999999999999"], "seed 99999999999999999999: it must be from 0 to"),
         (["--calls", "0"], "calls 0"),
         (["--model", "QwenImage"], "Did you mean 'QwenImageTransformer2DModel'?"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class BenchConfig:
     and 10 on an accelerator, which would wait for the host before a single one.
 
     Raises:
-        OptionError: an unknown method or dtype, too few rounds, or a device that is not there.
+        OptionError: an unknown method or dtype, a number out of range, or a device that is absent.
     """
 
     model: str = "QwenImageTransformer2DModel"
@@ -66,6 +67,12 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} {value}: it must be at least 1")
+        cores = os.cpu_count() or 1
+        if self.threads is not None and self.threads > cores:
+            # PyTorch takes any number, and the process dies where the system refuses a thread.
+            raise OptionError(f"threads {self.threads}: this machine has {cores} CPU cores")
+        if not 0 <= self.seed < 1 << 63:
+            raise OptionError(f"seed {self.seed}: it must be from 0 to 2**63 - 1")
         if self.device not in DEVICES:
             raise OptionError(unknown("device", self.device, DEVICES))
         module = getattr(torch, self.device, None)  # torch.npu is there once torch_npu is
