@@ -214,13 +214,22 @@ def test_numbers_out_of_range(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("threshold", "best"),
+    [("--min-psnr=nan", "inf"), ("--min-cosine=98", "1"), ("--max-relative-l2=-0.1", "0")],
+)
 def test_a_threshold_that_nothing_passes(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    threshold: str,
+    best: str,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("skimage")
     monkeypatch.setattr("omniq_compile.from_pretrained", lambda *_, **__: pytest.fail("read"))
-    more = ["--quantization", "int8", "--out", "c", "--prompt", "fox", "--min-psnr", "nan"]
-    assert "the threshold for psnr is not a number" in failed(capsys, "compare", "t2i", *more)
+    more = ["--quantization", "int8", "--out", "c", "--prompt", "fox", threshold]
+    said = f"{threshold.split('=')[1]}, which nothing passes: that of equal pictures is {best}."
+    assert said in failed(capsys, "compare", "t2i", *more)
 
 
 @pytest.mark.parametrize("text", ["height=0", "width=-64", "num_images_per_prompt=0"])

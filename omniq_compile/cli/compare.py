@@ -120,12 +120,17 @@ def _gate(arguments: argparse.Namespace) -> Gate:
         "cosine": arguments.min_cosine,
         "relative_l2": arguments.max_relative_l2,
     }
-    for name, value in changed.items():
-        if value is not None and math.isnan(value):
-            raise OptionError(f"the threshold for {name} is not a number, which nothing passes.")
-    return dataclasses.replace(
+    gate = dataclasses.replace(
         GATES[arguments.gate], **{k: v for k, v in changed.items() if v is not None}
     )
+    for name, best in (("psnr", math.inf), ("cosine", 1.0), ("relative_l2", 0.0)):
+        limit = getattr(gate, name)
+        if not (limit >= best if name == "relative_l2" else limit <= best):  # NaN is neither
+            raise OptionError(
+                f"the threshold for {name} is {limit:g}, which nothing passes: that of equal "
+                f"pictures is {best:g}."
+            )
+    return gate
 
 
 def _name_of(config: Any) -> str:
