@@ -81,6 +81,11 @@ def test_another_default_dtype(path: str, default: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
+def test_a_caller_who_turned_onednn_off() -> None:
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        test_a_scale_per_row("float32", 7, 45, 1075, torch.bfloat16)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 32), (1, 96), (7, 1024)])
 @pytest.mark.parametrize(("M", "N", "K"), [*SHAPES, (7, 45, 128)])  # of one group, and many blocks
 def test_a_scale_per_block(path: str, M: int, N: int, K: int, rows: int, columns: int) -> None:

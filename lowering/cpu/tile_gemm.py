@@ -89,7 +89,8 @@ def cpu_tile_gemm(
     codes = codes.contiguous()
     if block_scale is not None:
         block_scale = block_scale.contiguous()
-    if (built := _library()) is None:
+    # brgemm refuses to run where the caller has turned oneDNN off.
+    if not torch.backends.mkldnn.enabled or (built := _library()) is None:
         shared = (b_rows, b_columns or K)
         into = out.view(rows.shape[0], N)
         _in_float32(rows, a_scale, codes, block_scale, b_scale, bias, a_columns or K, shared, into)
