@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from omniq_compile import OptionError, build_quant_config
+from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
 
 FLUX = ("transformer", "text_encoder", "text_encoder_2", "vae")
 WAN = ("transformer", "transformer_2", "text_encoder", "vae")
@@ -110,3 +113,10 @@ def test_one_method_needs_one_clear_transformer() -> None:
     with pytest.raises(OptionError, match="It has: none with weights"):
         build_quant_config("int8").check(())
     build_quant_config({"language_model": "int8"}).check(("transformer", "language_model"))
+
+
+def test_a_component_is_a_library_and_a_class(tmp_path: Path) -> None:
+    vae = ["diffusers", "AutoencoderKL"]
+    index = {"_class_name": vae, "vae": vae, "a": [1, 2], "b": [None, None], "c": "x", "d": ["x"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert pipeline_components(tmp_path) == {"vae": tuple(vae)}

@@ -46,8 +46,12 @@ def component_folder(folder: Path, subfolder: str | None, cls: type | None) -> P
 
 
 def _is_component(name: str, entry: Any) -> bool:
+    # [null, null] is a component that the pipeline goes without.
+    is_pair = isinstance(entry, list) and len(entry) == 2
     return (
-        not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
+        is_pair
+        and not name.startswith("_")
+        and all(part and isinstance(part, str) for part in entry)
     )
 
 
