@@ -18,13 +18,11 @@ import torch
 from diffusers import AuraFlowPipeline
 from diffusers.utils import import_utils
 from PIL import Image
-from torch._dynamo.exc import BackendCompilerFailed
 
-from omniq_compile import CheckpointError, OmniqError, OptionError, __version__
+from omniq_compile import CheckpointError, OptionError, __version__
 from omniq_compile.checkpoints.loading import load_model
 from omniq_compile.cli import main
 from omniq_compile.cli.picture_file import save_result
-from omniq_compile.pipelines.call import call_worded
 from omniq_compile.pipelines.components import build_quant_config
 from omniq_compile.pipelines.from_pretrained import check_components
 from omniq_compile.pipelines.images import takes_tensors_only
@@ -125,34 +123,6 @@ def test_a_library_that_the_pipeline_lacks_is_one_line(
     assert "t2i cannot be loaded: AuraFlowPipeline requires the transformers library" in error
     assert "`pip install transformers`" in error
     assert "\n" not in error
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_library_that_a_call_lacks(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pipeline:
-        def __call__(self, prompt: str) -> str:
-            return ftfy.fix_text(prompt)  # noqa: F821
-
-    monkeypatch.setattr(import_utils, "is_ftfy_available", lambda: there)
-    with pytest.raises(NameError if there else OmniqError, match="ftfy") as raised:
-        call_worded(Pipeline(), {"prompt": "fox"})
-    assert there or str(raised.value).endswith("which is not installed: pip install ftfy.")
-
-
-@pytest.mark.parametrize("wrong", [OptionError("mine"), ValueError("another's")])
-def test_what_omniq_refuses_while_a_call_compiles_comes_out_of_dynamos_error(
-    wrong: Exception,
-) -> None:
-    def backend(*_: Any) -> Any:
-        raise wrong
-
-    class Pipeline:
-        def __call__(self, prompt: str) -> torch.Tensor:
-            return torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
-
-    expected = OptionError if isinstance(wrong, OptionError) else BackendCompilerFailed
-    with pytest.raises(expected, match=str(wrong)):
-        call_worded(Pipeline(), {"prompt": "fox"})
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])

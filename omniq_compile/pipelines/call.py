@@ -198,8 +198,8 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
     argument takes lists alone, or is named for several.
 
     Raises:
-        OmniqError: it refused its arguments, or needs a library that is not installed; or omniq
-            raised it while a component was compiled.
+        OmniqError: it refused its arguments, needs a library that is not installed, or ran out of
+            memory; or omniq raised it while a component was compiled.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     mode = "RGBA" if _reads_alpha(pipe) else "RGB"
@@ -211,6 +211,15 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
     try:
         with refusals_worded(f"{name} refused its arguments"), own_errors():
             return pipe(**fitting)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no class for the host's memory.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        raise OmniqError(
+            f"{name} ran out of memory. Draw less at once (such as height, width, num_frames or "
+            f"num_images_per_prompt), or quantize more components. ({' '.join(str(error).split())})"
+        ) from error
     except NameError as error:
         # Pipelines such as Wan's import ftfy only where it is, and call it anyway.
         is_available = getattr(import_utils, f"is_{error.name}_available", None)
