@@ -172,6 +172,13 @@ def test_a_pipelines_lora_is_followed_by_its_compiled_transformer() -> None:
     pipe.unload_lora_weights()
     slow.requires_grad_(False)
     assert 0 < error(draw(), expected["plain"]) < 0.03
+    # What torch.compile returns is passed over, as docs/diffusers.md says.
+    pipe.load_lora_weights(lora(slow, 1, "transformer."), adapter_name="one")
+    pipe.transformer = torch.compile(slow, backend="omniq", options=OPTIONS)
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        pipe.set_adapters(["one"])
+    pipe.unload_lora_weights()
+    assert set(slow.peft_config) == {"one"}
 
 
 @torch.no_grad()
