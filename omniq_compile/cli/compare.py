@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from omniq_compile.cli.pipeline_arguments import (
 )
 from omniq_compile.cli.quantization import add_quantization_argument, read_quantization
 from omniq_compile.lowering.errors import OmniqError, OptionError
-from omniq_compile.quality.gate import GATES, Gate
+from omniq_compile.quality.gate import EQUAL, GATES, Gate
 
 MOST_ROWS = 24
 
@@ -123,13 +122,11 @@ def _gate(arguments: argparse.Namespace) -> Gate:
     gate = dataclasses.replace(
         GATES[arguments.gate], **{k: v for k, v in changed.items() if v is not None}
     )
-    for name, best in (("psnr", math.inf), ("cosine", 1.0), ("relative_l2", 0.0)):
-        limit = getattr(gate, name)
-        if not (limit >= best if name == "relative_l2" else limit <= best):  # NaN is neither
-            raise OptionError(
-                f"the threshold for {name} is {limit:g}, which nothing passes: that of equal "
-                f"pictures is {best:g}."
-            )
+    for name in gate.unmet(EQUAL):
+        raise OptionError(
+            f"the threshold for {name} is {getattr(gate, name):g}, which nothing passes: that of "
+            f"equal pictures is {EQUAL[name]:g}."
+        )
     return gate
 
 

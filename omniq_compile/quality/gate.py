@@ -33,20 +33,22 @@ class Gate:
         Args:
             seeds: of each seed, ``seed`` and the metrics of its pictures.
         """
-        lines = []
-        for row in seeds:
-            for name in ("psnr", "cosine"):
-                if not row[name] >= getattr(self, name):
-                    lines.append(_line(row, name, "under", getattr(self, name)))
-            if not row["relative_l2"] <= self.relative_l2:
-                lines.append(_line(row, "relative_l2", "over", self.relative_l2))
-        return lines
+        return [_line(row, name, getattr(self, name)) for row in seeds for name in self.unmet(row)]
+
+    def unmet(self, row: Mapping[str, Any]) -> list[str]:
+        """Name the metrics of one seed that fail; one that is NaN does, and any does at a NaN."""
+        reached = {name: row[name] >= getattr(self, name) for name in ("psnr", "cosine")}
+        reached["relative_l2"] = row["relative_l2"] <= self.relative_l2
+        return [name for name, is_reached in reached.items() if not is_reached]
 
 
-def _line(row: Mapping[str, Any], name: str, side: str, limit: float) -> str:
+def _line(row: Mapping[str, Any], name: str, limit: float) -> str:
     value = row[name]
-    where = side if not math.isnan(value) else "not"
+    where = "not" if math.isnan(value) else "over" if name == "relative_l2" else "under"
     return f"seed {row['seed']}: {name} {value:.4g} is {where} {limit:g}"
 
+
+# What the metrics of two equal pictures are.
+EQUAL = {"psnr": math.inf, "cosine": 1.0, "relative_l2": 0.0}
 
 GATES = {"smoke": Gate(20.0, 0.98, 0.20), "strict": Gate(25.0, 0.995, 0.08)}
