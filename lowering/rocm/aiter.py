@@ -50,12 +50,13 @@ def unusable() -> str | None:
     """
     spec = find_spec("aiter")
     folders = (spec.submodule_search_locations if spec else None) or ()
-    files = [Path(folder, "ops", "gemm_op_a4w4.py") for folder in folders]
-    for file in filter(Path.is_file, files):
-        if _takes_dtype(file):
-            return None
+    files = (Path(folder, "ops", "gemm_op_a4w4.py") for folder in folders)
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        return "AITER is not installed"
+    if not _takes_dtype(file):
         return "the installed AITER is older than gemm_a4w4's argument dtype (December 2025)"
-    return "AITER is not installed"
+    return None
 
 
 @functools.cache
