@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
+from conftest import OPTIONS, sites
 from torch import nn
 
 import omniq_compile
 from omniq_compile import explain, quantize_
 
 WIDTH = 32
-OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 
 
 class Cast(nn.Module):
@@ -61,8 +61,8 @@ def test_blocks_in_float32_are_kept_beside_others_as_in_the_whole_model(
     model = Refined().eval().requires_grad_(False)
     names = {"refiners.0.proj": True, "refiners.1.proj": True}
     expected = names | {"blocks.0.proj": False, "blocks.1.proj": False}
-    sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS).sites
-    assert {site.layer: site.decision.method is None for site in sites} == expected
+    found = sites(model, torch.randn(4, WIDTH).bfloat16())
+    assert {site.layer: site.decision.method is None for site in found} == expected
     rows = quantize_(Refined(), OPTIONS)
     assert {row.layer: row.method is None for row in rows} == expected
     assert counted(omniq_compile.compile(model, OPTIONS), caplog) == 1
@@ -84,8 +84,8 @@ def test_what_is_the_only_one_of_its_class_is_no_block(caplog: pytest.LogCapture
 
 def test_a_float32_layer_behind_a_break_is_kept() -> None:
     model = Refined(head=True).eval().requires_grad_(False)
-    sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS).sites
-    assert {site.layer: site.decision.method for site in sites if site.dtype == "float32"} == {
+    found = sites(model, torch.randn(4, WIDTH).bfloat16())
+    assert {site.layer: site.decision.method for site in found if site.dtype == "float32"} == {
         "refiners.0.proj": None, "refiners.1.proj": None, "head.proj": None,
     }  # fmt: skip
 
@@ -119,8 +119,8 @@ def test_a_part_outside_autocast_is_kept_behind_a_break() -> None:
             return self.head(x.float())
 
     model = Autocast().eval().requires_grad_(False)
-    sites = explain(model, torch.randn(4, WIDTH), OPTIONS).sites
-    assert [(s.layer, s.decision.method) for s in sites] == [("body", "int8"), ("head.proj", None)]
+    found = sites(model, torch.randn(4, WIDTH))
+    assert [(s.layer, s.decision.method) for s in found] == [("body", "int8"), ("head.proj", None)]
 
 
 def test_only_a_cast_that_a_later_call_makes_too_keeps_what_is_in_float32() -> None:

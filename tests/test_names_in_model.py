@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OPTIONS, sites
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import omniq_compile
-from omniq_compile import OptionError, explain, quantize_
+from omniq_compile import OptionError, quantize_
 
 WIDTH = 32
-OPTIONS = {"method": "int8", "min_features": 1, "compiler": "eager"}
 
 
 def kept(model: nn.Module, **options: Any) -> dict[str, bool]:
-    sites = explain(model, torch.randn(4, WIDTH).bfloat16(), OPTIONS | options).sites
-    return {site.layer: site.decision.method is None for site in sites}
+    found = sites(model, torch.randn(4, WIDTH).bfloat16(), **options)
+    return {site.layer: site.decision.method is None for site in found}
 
 
 def is_as_it_was(compiled: Callable[..., Any], model: nn.Module) -> bool:

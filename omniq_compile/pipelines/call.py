@@ -176,8 +176,11 @@ def refusals_worded(what: str, kinds: tuple[type[Exception], ...] = _REFUSALS) -
     except OmniqError:
         raise
     except kinds as error:
-        words = " ".join(str(error).split())
-        raise OmniqError(f"{what}: {words} ({type(error).__name__})") from error
+        raise OmniqError(f"{what}: {_in_one_line(error)} ({type(error).__name__})") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def loading_worded(what: Any) -> AbstractContextManager[None]:
@@ -218,7 +221,7 @@ def call_worded(pipe: Any, given: dict[str, Any]) -> Any:
             raise
         raise OmniqError(
             f"{name} ran out of memory. Draw less at once (such as height, width, num_frames or "
-            f"num_images_per_prompt), or quantize more components. ({' '.join(str(error).split())})"
+            f"num_images_per_prompt), or quantize more components. ({_in_one_line(error)})"
         ) from error
     except NameError as error:
         # Pipelines such as Wan's import ftfy only where it is, and call it anyway.
