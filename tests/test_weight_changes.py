@@ -33,8 +33,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from omniq_compile.compiling import weight_changes, weights
 from omniq_compile.compiling.weights import statistics
 
-BF16 = torch.bfloat16
-
 
 class Device:
     """Counts how often the host waits, and says which of its events have happened."""
@@ -180,6 +178,29 @@ def test_after_a_pause_one_wait_serves_every_block(device: Device, pause: Any) -
     assert statistics()["quantized"] - quantized == 3
 
 
+def test_a_pause_asks_about_the_models_of_its_time_alone(
+    device: Device, pause: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, x = [Block() for _ in range(3)], torch.randn(2, 7, 96)
+    encoder, first, second = ((block, warm(block, x)) for block in blocks)
+    monkeypatch.setattr(weight_changes, "RECHECK_SECONDS", 3600)
+
+    def asked_and_waits(*used: tuple[Block, Any]) -> tuple[int, int]:
+        for block in blocks:
+            write_low_rank_through_data(block)
+        pause()
+        asked, waits = device.last, device.waits
+        for block, fast in used:
+            assert_near(residual(fast, x), residual(block, x))
+        return device.last - asked, device.waits - waits
+
+    assert asked_and_waits(encoder) == (3, 1)
+    assert asked_and_waits(first, second) == (2, 1)
+    assert asked_and_waits(encoder) == (1, 1)
+    assert asked_and_waits(second) == (2, 1)
+    assert asked_and_waits(first, second) == (2, 2)
+
+
 def test_calls_of_another_thread_hide_no_pause(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,30 +334,6 @@ def test_tensors_of_two_widths_are_all_compared(device: Device, pause: Any) -> N
         assert comparison.has_changed()
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(3072, 3072), (12288, 3072), (3072, 12288), (5120, 1536), (400, 96), (64, 3072), (1, 9)],
-)
-@pytest.mark.parametrize("layout", ["plain", "transposed", "with gaps"])
-def test_a_write_through_data_to_a_sixteenth_of_rows_or_columns_shows(
-    shape: tuple[int, ...], layout: str
-) -> None:
-    weight = {
-        "plain": lambda: torch.zeros(shape).to(BF16),
-        "transposed": lambda: torch.zeros(shape, dtype=torch.int8).mT,
-        "with gaps": lambda: torch.zeros(shape[0], shape[1] + 64).to(BF16)[:, : shape[1]],
-    }[layout]()
-    stamp = weight_changes.Stamp(weight)
-    assert 100 < stamp.values.numel() < 600 or weight.numel() < 600
-    for dim, size in enumerate(weight.shape):
-        for first in range(0, size, -(-size // 16)):
-            part = weight.data.narrow(dim, first, min(-(-size // 16), size - first))
-            assert stamp.has_same_values()
-            part.fill_(1)
-            assert not stamp.has_same_values(), (dim, first)
-            part.fill_(0)
-
-
 def test_what_a_stamp_was_made_of_is_freed(device: Device, pause: Any) -> None:
     block, x = Block(), torch.randn(2, 7, 96)
     fast = warm(block, x)
@@ -381,7 +378,7 @@ def test_another_thread_may_ask_between_the_look_and_the_lock(device: Device, pa
 
     class Lock:
         def __enter__(self) -> None:
-            weight_changes._ask_all(comparison._device)
+            comparison._ask_with_others(comparison._last_used)
 
         def __exit__(self, *_: Any) -> None:
             pass

@@ -17,9 +17,11 @@ the device has run everything before it, in each call, and could not run ahead a
 and lets the host go on. What holds for a write through ``.data`` to a parameter on an accelerator:
 
 - A call that begins more than `PAUSE_SECONDS` after the last compiled call of its thread returned,
-  or that is the first there, waits once, for the answers about all weights of the process, so that
-  neither it nor any later call uses a weight that changed before. Loading and fusing adapters, or
-  encoding a prompt, takes the host longer than that; a denoising loop takes less from call to call.
+  or that is the first there, waits once, for the answers about its weights and all that were last
+  used between the same two pauses, such as those of a model's other blocks; weights used at another
+  time are asked about when they are used again. So no call uses a weight that changed before a
+  pause. Loading and fusing adapters, or encoding a prompt, takes the host longer than that; a
+  denoising loop takes less from call to call.
 - Any other call asks if the last question was `RECHECK_SECONDS` ago, reads the answer once the
   device has given it, and does not wait. A change made between two calls in quick succession is so
   noticed within that time where the device keeps up, and at the latest by the first call after a
@@ -204,22 +206,24 @@ class DeviceComparison:
         wait_until_written(self._device)
         # What was just read or compared needs no question.
         self._pause, self._asked, self._is_asked = _pauses, time.perf_counter(), False
+        self._last_used = _pauses
         with _lock:
             _comparisons.add(self)
 
     def has_changed(self) -> bool:
         """Say whether the values are known to differ, and ask again for a later call.
 
-        The first call after a pause asks every comparison of the process that was not asked since,
-        and waits for their answers.
+        The first call after a pause asks every comparison that was used when this one was and was
+        not asked since, and waits for their answers.
         """
+        last_used, self._last_used = self._last_used, _pauses
         has_work = self._is_asked or self._pause < _pauses or self._is_due()
         if not has_work or is_capturing(self._device):
             return False
         with _lock:
             waits = self._pause < _pauses
             if waits:
-                _ask_all(self._device)
+                self._ask_with_others(last_used)
         if self._is_asked and not waits and not self._event.query():
             return False
         changed = self._is_asked and bool(self._answers.any())
@@ -227,6 +231,14 @@ class DeviceComparison:
         if self._is_due():
             self.ask()
         return changed
+
+    def _ask_with_others(self, last_used: int) -> None:
+        """Ask this comparison and those that were last used with it, and wait for the answers."""
+        behind = [c for c in _comparisons if c._pause < _pauses and c._device == self._device]
+        together = [c for c in behind if c is self or c._last_used == last_used]
+        for comparison in together:
+            comparison.ask()
+        together[-1]._event.synchronize()  # the last in the stream's order
 
     def _is_due(self) -> bool:
         return time.perf_counter() - self._asked >= RECHECK_SECONDS
@@ -244,14 +256,6 @@ class DeviceComparison:
                     self._answers[n].copy_((now != values).any(), non_blocking=True)
         self._event.record(current_stream(self._device))
         self._pause, self._asked, self._is_asked = _pauses, time.perf_counter(), True
-
-
-def _ask_all(device: torch.device) -> None:
-    """Ask every comparison that was not asked since the last pause, and wait for the answers."""
-    behind = [c for c in _comparisons if c._device == device and c._pause < _pauses]
-    for comparison in behind:
-        comparison.ask()
-    behind[-1]._event.synchronize()  # the last in the stream's order
 
 
 def new_event(device: torch.device) -> Any:

@@ -132,7 +132,7 @@ def test_steady_calls_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         call()  # the first after a pause, which may wait
         monkeypatch.setattr(weight_changes, "PAUSE_SECONDS", 60.0)
-        monkeypatch.delattr(weight_changes, "_ask_all")
+        monkeypatch.delattr(weight_changes.DeviceComparison, "_ask_with_others")
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(10):
