@@ -70,14 +70,18 @@ class QuantizedWeight:
         return sum(part.nbytes for part in self.parts or () if part is not None)
 
 
-def _sources(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+# Of parameters of these types each is its own memory.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _sources(parameters: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Return the tensors that hold the parameters' memory."""
+    if _PLAIN.issuperset(map(type, parameters)):
+        return parameters
     return [source for parameter in parameters for source in _memory(parameter)]
 
 
 def _memory(parameter: torch.Tensor) -> Sequence[torch.Tensor]:
-    if type(parameter) in (torch.Tensor, torch.nn.Parameter):
-        return (parameter,)
     if isinstance(parameter, QuantizedTensor):
         return parameter.parts
     # Of a `DTensor` the part that this process has.
@@ -85,20 +89,28 @@ def _memory(parameter: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 class _Row:
-    """A binding, and where a call's arguments have its parameters."""
+    """A binding, and where its parameters are among a call's arguments and the constants."""
 
     __slots__ = ("binding", "key", "leaves", "own_parts", "stored")
 
-    def __init__(self, binding: Binding, placeholders: Sequence[str]) -> None:
+    def __init__(
+        self, binding: Binding, placeholders: Sequence[str], constants: list[torch.Tensor]
+    ) -> None:
         self.binding = binding
         self.key = (binding.format, binding.expression.key, binding.arrange)
-        self.leaves = [placeholders.index(x) if isinstance(x, str) else x for x in binding.leaves]
+        self.leaves = []
+        for leaf in binding.leaves:
+            if isinstance(leaf, str):
+                self.leaves.append(placeholders.index(leaf))
+            else:
+                self.leaves.append(len(placeholders) + len(constants))
+                constants.append(leaf)
         self.stored = binding.stored
         # Whatever the parts of a parameter are by now: there is nothing to follow.
         self.own_parts = binding.stored and binding.arrange is as_stored
 
-    def parameters(self, arguments: Sequence[Any]) -> list[Any]:
-        return [arguments[x] if isinstance(x, int) else x for x in self.leaves]
+    def parameters(self, given: Sequence[Any]) -> list[Any]:
+        return [given[x] for x in self.leaves]
 
 
 class _Bound:
@@ -130,8 +142,10 @@ class BoundWeights:
 
     def __init__(self, bindings: Sequence[Binding], placeholders: Sequence[str]) -> None:
         """Take the bindings, and the names of the traced graph's inputs in order."""
-        self._rows = [_Row(binding, placeholders) for binding in bindings]
+        self._constants: list[torch.Tensor] = []
+        self._rows = [_Row(binding, placeholders, self._constants) for binding in bindings]
         self._followed = [row for row in self._rows if not row.own_parts]
+        self._leaves = [leaf for row in self._followed for leaf in row.leaves]
         self._bound: dict[tuple[int, ...], _Bound] = {}
 
     def look_up(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
@@ -143,13 +157,14 @@ class BoundWeights:
         start = time.perf_counter()
         quantizing = _statistics["quantize_seconds"]
         weight_changes.entered()
-        made = iter(self._made_parts(arguments))
+        given = (*arguments, *self._constants)
+        made = iter(self._made_parts(given))
         parts: list[Any] = []
         for row in self._rows:
             if row.own_parts:
-                parts += row.parameters(arguments)[0].parts
+                parts += row.parameters(given)[0].parts
             elif row.stored:
-                own = row.parameters(arguments)[0].parts
+                own = row.parameters(given)[0].parts
                 parts += [o if new is None else new for o, new in zip(own, next(made), strict=True)]
             else:
                 parts += next(made)
@@ -158,13 +173,13 @@ class BoundWeights:
         _statistics["lookup_seconds"] += spent - (_statistics["quantize_seconds"] - quantizing)
         return parts
 
-    def _made_parts(self, arguments: Sequence[Any]) -> Sequence[OwnParts]:
+    def _made_parts(self, given: Sequence[Any]) -> Sequence[OwnParts]:
         """Return what each row has beside its parameter's own parts, if it has more than these."""
-        parameters = [row.parameters(arguments) for row in self._followed]
-        sources = [source for each in parameters for source in _sources(each)]
+        # In each call for each weight: all that is done here takes the host's time from a GPU.
+        sources = _sources([given[leaf] for leaf in self._leaves])
         made = self._bound_parts(sources)
         if made is None:
-            made = self._bind(parameters, sources)
+            made = self._bind([row.parameters(given) for row in self._followed], sources)
         if sources and weight_changes.is_capturing(sources[0].device):
             _keep_for_replays(made, sources)
         return made
