@@ -17,24 +17,13 @@ from omniq_compile.lowering.formats.float_codes import (
 )
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.int8 import CODE_MAX
+from omniq_compile.lowering.materialized import stored
 
 _BY_ROW = ("int8", "fp8")
 
 # Beside 1.5 * 2**23 a float32 has a step of 1: the addition rounds half to even, and leaves the
 # integer in the lowest bits.
 _ROUNDING = 1.5 * 2.0**23
-
-
-def stored(x: torch.Tensor) -> torch.Tensor:
-    """Return x, materialized: Inductor would compute it again for every reader.
-
-    Inductor cannot look through `torch.as_strided`, whose operand has to be in memory. Checked on
-    torch 2.11 to 2.15.
-    """
-    strides = [1]
-    for size in reversed(x.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return x.contiguous().as_strided(x.shape, strides)
 
 
 def quantize(x: torch.Tensor, format: str) -> Parts:

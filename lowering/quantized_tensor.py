@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
+from omniq_compile.lowering.materialized import stored
 from omniq_compile.lowering.pickled import allow_loading, as_pickled, rebuild
 from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
 from omniq_compile.lowering.tensor_of_parts import (
@@ -36,6 +39,15 @@ from omniq_compile.lowering.tensor_of_parts import (
 aten = torch.ops.aten
 
 allow_loading()  # again, for TORCH_DEVICE_BACKEND_AUTOLOAD=0
+
+
+@cache
+def _traced_code() -> str:
+    """Digest what a graph gets of `QuantizedTensor.dequantize`: caches outlive versions of it."""
+    folder = Path(__file__).parent
+    files = [Path(__file__), folder / "materialized.py", *sorted((folder / "formats").glob("*.py"))]
+    code = b"".join(file.read_bytes() for file in files)
+    return hashlib.blake2b(code, digest_size=16).hexdigest()
 
 
 class QuantizedTensor(TensorOfParts):
@@ -167,7 +179,12 @@ class QuantizedTensor(TensorOfParts):
             # them takes as long as the rest of its tracing.
             return parts[0].new_empty(self.shape, dtype=dtype)
         # In a traced graph. Its views are those of a tensor without gaps, which this seems to be.
-        return form.dequantize(parts)[..., : self.shape[-1]].to(dtype).contiguous()
+        whole = form.dequantize(parts).to(dtype)
+        if whole.shape[-1] != self.shape[-1]:
+            # Inductor's C++ backend would make whole blocks of a slice of blocks, and leave out the
+            # last, incomplete one (pytorch issue 195582).
+            whole = stored(whole)[..., : self.shape[-1]]
+        return whole.contiguous()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return a copy of the values it stands for."""
@@ -214,7 +231,7 @@ class QuantizedTensor(TensorOfParts):
     def _stable_hash_for_caching(self) -> str:
         """Return what AOTAutograd's cache knows the tensor by: all but its values."""
         looks = [(part.shape, part.stride(), part.dtype, part.device) for part in self.parts]
-        about = repr((self.format, self.method, self.dtype, self.shape, looks))
+        about = repr((self.format, self.method, self.dtype, self.shape, looks, _traced_code()))
         return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
 
     # An operation in a frame that Dynamo leaves to Python, such as one with a graph break in a
