@@ -31,6 +31,9 @@ from omniq_compile.passes.policy import (
 )
 from omniq_compile.reports.display import to_text
 
+# How every warning of it is worded, by which commands tell it from others.
+NOTHING = "nothing was quantized"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -238,9 +241,9 @@ def nothing_quantized(rows: Sequence[LayerPlan], model: str, config: QuantConfig
     options to change where it is by options.
     """
     if not rows:
-        return f"nothing was quantized: {model} has no linear layers"
+        return f"{NOTHING}: {model} has no linear layers"
     options = {option_of(row.reason, row.shape[1], row.shape[0], config) for row in rows}
     return (
-        f"nothing was quantized: all {len(rows)} linear layers of {model} are kept "
+        f"{NOTHING}: all {len(rows)} linear layers of {model} are kept "
         f"({why_kept(rows)}){what_to_change(options)}"
     )

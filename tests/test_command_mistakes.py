@@ -66,7 +66,7 @@ def test_quantize_says_how_many_layers(copied: Path, capsys: pytest.CaptureFixtu
 
 
 def test_quantize_writes_no_folder_of_bf16(
-    copied: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for folder, name, advice in (
         (
@@ -83,15 +83,21 @@ def test_quantize_writes_no_folder_of_bf16(
             in (error)
         )
         assert not Path("q1").exists()
+    command = ["quantize", "t2i", "--quantization", '{"text_encoder": "int8"}', "--out", "q1"]
+    assert failed(capsys, *command).startswith("text_encoder: no layer is quantized")
+    assert caplog.text == ""  # nor is it said twice
 
 
-def test_generate_says_how_many_layers(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_says_how_many_layers(
+    copied: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     command = ["generate", "t2i", "--prompt", "a fox", *SIZE, "--eager", "--out", "x.png"]
     mixed = json.dumps({"transformer": "int8", "text_encoder": SMALL})
     assert main([*command, "--quantization", mixed]) == 0
     printed = capsys.readouterr().err
     assert "warning: transformer: no layer is quantized to int8: " in printed
     assert "text_encoder: 7 linear layers to int8, 0 kept" in printed
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from omniq_compile.cli.pipeline_arguments import (
 from omniq_compile.cli.quantization import (
     add_quantization_argument,
     describe_component,
+    described_after,
     read_quantization,
 )
 from omniq_compile.cli.whole_numbers import positive, seed
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     if known is not None:
         check_ending(arguments.out, kind_returned(known))
     check_encoder(arguments.out)
-    pipe = load_worded(arguments.folder, config, device=device, **loading)
+    with described_after():
+        pipe = load_worded(arguments.folder, config, device=device, **loading)
     if known is None:  # its class came with the folder
         check_call(type(pipe), given, config)
         check_ending(arguments.out, kind_returned(type(pipe)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -35,6 +37,22 @@ def read_quantization(text: str | None) -> Any:
         return read_json(text)
     except ValueError as error:
         raise OptionError(f"--quantization {text!r} is not JSON: {error}.") from error
+
+
+@contextmanager
+def described_after() -> Iterator[None]:
+    """Keep a load from warning that it quantized nothing, which `describe_component` says."""
+    from omniq_compile.layer_plan import NOTHING
+
+    def says_more(record: logging.LogRecord) -> bool:
+        return NOTHING not in record.getMessage()
+
+    logger = logging.getLogger("omniq")
+    logger.addFilter(says_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_more)
 
 
 def describe_component(name: str, model: nn.Module, options: Mapping[str, Any]) -> tuple[str, bool]:

@@ -24,6 +24,7 @@ from omniq_compile.cli.loading_arguments import (
 from omniq_compile.cli.quantization import (
     add_quantization_argument,
     describe_component,
+    described_after,
     read_quantization,
 )
 from omniq_compile.lowering.errors import OptionError
@@ -114,7 +115,7 @@ def _quantize_model(work: _Work, folder: Path) -> None:
 
     options = work.config.everywhere
     assert options is not None
-    with loading_worded(work.source):
+    with loading_worded(work.source), described_after():
         model: Any = load_model(work.source, options=options, variant=work.variant, **work.loading)
     line, some = describe_component(str(work.source), model, options)
     if not some:
@@ -163,7 +164,7 @@ def _quantize_component(
 
     source, config = work.source / name, work.config
     options = config.options_for(name, is_stored=is_own(source))
-    with loading_worded(source):
+    with loading_worded(source), described_after():
         model = load_component(*kind, source, options=options, variant=variant, **work.loading)
     shown = stored_options(model) or config.options_for(name)
     assert shown is not None
