@@ -28,11 +28,13 @@ def possible_names(module: nn.Module, place: str = "") -> list[tuple[str, str]]:
         place: of the module in a model; "" is the model itself.
 
     Returns:
-        (the name in the module, the name in the model) of each parameter, buffer and module.
+        (the name in the module, the name in the model) of each parameter, buffer and module, but
+        for biases, which nothing is multiplied by.
     """
     tensors = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     tensors += [name for name, _ in module.named_buffers(remove_duplicate=False)]
     modules = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    tensors = [name for name in tensors if name.rpartition(".")[2] != "bias"]
     names = [(layer_name([name], ""), layer_name([name], "", place)) for name in tensors]
     names += [(layer_name([], name), layer_name([], name, place)) for name in modules]
     return list(dict.fromkeys(names))
