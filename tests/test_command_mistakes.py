@@ -304,6 +304,19 @@ def test_a_scheduler_is_no_incomplete_model(copied: Path) -> None:
     assert "transformer" in check_components(copied, build_quant_config(left))
 
 
+@pytest.mark.parametrize("command", ["quantize", "compare"])
+def test_a_part_that_a_component_lacks_is_refused_before_the_work(
+    command: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for work in ("pipelines.from_pretrained.load_component", "quality.comparison.warm_up"):
+        monkeypatch.setattr(f"omniq_compile.{work}", lambda *_, **__: pytest.fail("done"))
+    path = "text_encoder.encoder.blocks"
+    how = ["--quantization", json.dumps({"text_encoder": SMALL, path: None}), "--out", "made"]
+    prompt = ["--prompt", "fox"] if command == "compare" else []
+    error = failed(capsys, command, "t2i", *how, *prompt)
+    assert "is a UMT5EncoderModel, which has no part 'encoder.blocks'. Did you mean" in error
+
+
 def test_a_model_of_transformers_is_named_through_its_pipeline(copied: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a transformers model \(UMT5EncoderModel\)"):
         load_model(copied / "text_encoder", options=SMALL)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from omniq_compile import OptionError, build_quant_config
 from omniq_compile.checkpoints.checkpoint_folder import pipeline_components
@@ -103,6 +104,21 @@ def test_unknown_components_list_the_pipelines_own() -> None:
         build_quant_config({"text_encodr": "int8"}).check(FLUX)
     assert "Did you mean 'text_encoder'?" in str(raised.value)
     assert "transformer, text_encoder, text_encoder_2, vae" in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["up", "up.0", "down", "up.2", "dwon", "1", "up.0.bias"])
+def test_a_path_that_leads_nowhere_in_a_model(path: str) -> None:
+    model = nn.Sequential()
+    model.add_module("up", nn.Sequential(nn.Linear(2, 2, device="meta"), nn.GELU()))
+    model.add_module("down", nn.Linear(2, 2, device="meta"))
+    config = build_quant_config({"default": "int8", f"vae.{path}": None})
+    config.check_parts("transformer", model)
+    if path in ("up", "up.0", "down"):
+        config.check_parts("vae", model)
+        return
+    with pytest.raises(OptionError, match=rf"has no part '{path}'.* It has: up, down\.") as raised:
+        config.check_parts("vae", model)
+    assert path != "dwon" or "Did you mean 'down'?" in str(raised.value)
 
 
 def test_one_method_needs_one_clear_transformer() -> None:

@@ -128,9 +128,11 @@ def _quantize_model(work: _Work, folder: Path) -> None:
 
 
 def _quantize_pipeline(work: _Work, folder: Path) -> None:
+    from omniq_compile.pipelines.call import loading_worded
     from omniq_compile.pipelines.from_pretrained import check_components, components_with
 
-    components = check_components(work.source, work.config)
+    with loading_worded(work.source):
+        components = check_components(work.source, work.config)
     with_variant = components_with(work.variant, work.source, components)
     chosen = [name for name in components if work.config.options_for(name) is not None]
     for entry in work.source.iterdir():

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniq_compile.lowering.errors import OptionError, unknown
+from torch import nn
+
+from omniq_compile.lowering.errors import OptionError, hint, unknown
 from omniq_compile.passes.config import QuantConfig
+from omniq_compile.passes.layer_names import possible_names
+from omniq_compile.passes.patterns import matches
 
 DEFAULT = "default"
 
@@ -41,15 +45,31 @@ class PipelineQuantConfig:
         given = self.components.get(component, self.components.get(DEFAULT))
         if given is None:
             return None
-        below = [
-            key.removeprefix(f"{component}.")
-            for key in self.components
-            if _is_below(key, component)
-        ]
+        below = self.parts_of(component)
         if not below:
             return dict(given)
         ignored = [*given.get("ignored_layers", ()), *(_subtree(path) for path in below)]
         return {**given, "ignored_layers": ignored}
+
+    def parts_of(self, component: str) -> list[str]:
+        """Return the paths in a component that keys leave in BF16."""
+        start = f"{component}."
+        return [key.removeprefix(start) for key in self.components if key.startswith(start)]
+
+    def check_parts(self, component: str, model: nn.Module) -> None:
+        """Check that each path in a component leads somewhere in its model, which needs no values.
+
+        Raises:
+            OptionError: one does not.
+        """
+        names = [name for _, name in possible_names(model) if name]
+        for path in self.parts_of(component):
+            if not any(matches(_subtree(path), name) for name in names):
+                inside = ", ".join(name for name, _ in model.named_children())
+                raise OptionError(
+                    f"{component!r} is a {type(model).__name__}, which has no part {path!r}."
+                    f"{hint(path, names)} It has: {inside}."
+                )
 
     def names(self, component: str) -> bool:
         """Say whether a key is of a component, or of a part of it."""
@@ -193,10 +213,6 @@ def _checked(value: Any, component: str) -> Options:
             raise
         raise OptionError(f"quantization of {component!r}: {error}") from error
     return dict(options)
-
-
-def _is_below(key: str, component: str) -> bool:
-    return key.startswith(f"{component}.")
 
 
 def _subtree(path: str) -> str:

@@ -23,6 +23,7 @@ from omniq_compile.checkpoints.load_arguments import (
 )
 from omniq_compile.checkpoints.loading import load_model
 from omniq_compile.checkpoints.variant_files import mark_of
+from omniq_compile.checkpoints.without_values import parameters_without_values
 from omniq_compile.integrations.text_encoders import load_quantized
 from omniq_compile.lowering.errors import CheckpointError, OmniqError, OptionError, hint
 from omniq_compile.pipelines.components import (
@@ -243,7 +244,21 @@ def check_components(
                 "it out to load it as it is stored, or give the folder it was quantized from."
             )
     config.check(components, [n for n, (_, kind) in components.items() if _is_stage(n, kind)])
+    for name, (library, kind) in components.items():
+        if config.parts_of(name) and name not in given:
+            config.check_parts(name, _without_weights(library, kind, place / name))
     return components
+
+
+def _without_weights(library: str, kind: str, folder: Path) -> Any:
+    """Build a component's model with parameters on the meta device."""
+    cls = component_class(library, kind, folder)
+    with parameters_without_values():
+        if not issubclass(cls, ModelMixin):
+            return cls(cls.config_class.from_pretrained(folder))
+        about = read_config(folder)
+        about.pop("quantization_config", None)
+        return cls.from_config(about)
 
 
 def _check_complete(folder: Path) -> None:

@@ -186,6 +186,8 @@ def _check_reference(setting: Setting, models: Mapping[str, nn.Module]) -> None:
             f"{setting.folder} holds quantized weights, and the reference is the pipeline in BF16: "
             "give the folder it was quantized from."
         )
+    for name, model in models.items():
+        setting.config.check_parts(name, model)
     configs = {
         name: QuantConfig.from_options(options)
         for name in models
