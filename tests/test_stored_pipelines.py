@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AuraFlowTransformer2DModel
 
 import omniq_compile as omniq
 from omniq_compile.checkpoints.recorded_options import options_to_run
@@ -114,6 +115,28 @@ def test_a_component_without_linear_layers_is_not_compiled(
     compiled = re.findall(r"^(\w+): .*; [^;]*compile", told, re.MULTILINE)
     assert sorted(compiled) == ["text_encoder", "transformer"], told
     assert "\nwarning: vae: " in f"\n{told}"
+
+
+@pytest.mark.parametrize("wrong", ["fp8", "fp9", 8])
+@pytest.mark.parametrize("load", [omniq.load_model, AuraFlowTransformer2DModel.from_pretrained])
+def test_a_method_that_the_codes_are_not_of(
+    load: Any, wrong: str, stored: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stored / "transformer", tmp_path / "edited"))
+    edited(folder, method=wrong)
+    words = f"quantization_config in {folder}/config.json is damaged: .*method.*{wrong}"
+    if wrong == "fp8":
+        words = f"^{folder}/config.json says that method 'fp8' .* are mxfp4 .* has dtype U8"
+    with pytest.raises(omniq.CheckpointError, match=words):
+        load(folder)
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """Change by hand what a stored model's config.json says of its weights."""
+    file = folder / "config.json"
+    about = json.loads(file.read_text())
+    about["quantization_config"] |= changes
+    file.write_text(json.dumps(about))
 
 
 class _CalledError(Exception):

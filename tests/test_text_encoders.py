@@ -149,7 +149,7 @@ def test_buffers_that_are_stored_keep_their_precision(tmp_path: Path) -> None:
     model.register_buffer("low", torch.zeros(3, dtype=torch.bfloat16))
     stored = {"exact": torch.rand(3), "low": torch.rand(3).bfloat16()}
     safetensors.torch.save_file(stored, tmp_path / WEIGHTS)
-    fill_stored(model, SafetensorsFiles(tmp_path), torch.float16, {"": "cpu"})
+    fill_stored(model, SafetensorsFiles(tmp_path), {"method": "int8"}, torch.float16, {"": "cpu"})
     assert torch.equal(model.exact, stored["exact"])
     assert model.low.dtype is torch.float16
     assert torch.equal(model.low, stored["low"].to(torch.float16))

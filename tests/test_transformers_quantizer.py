@@ -186,6 +186,12 @@ def test_refusals(plain: Path, stored: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(WeightError, match=r"encoder\.block\.1.*wo.*holds NaN or Inf"):
         T5.from_pretrained(tmp_path / "nan", quantization_config=how)
+    folder = Path(shutil.copytree(stored, tmp_path / "edited"))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("mxfp8", "fp8"))
+    for load in (T5.from_pretrained, lambda folder: load_quantized(T5, folder, None)):
+        with pytest.raises(CheckpointError, match=r"edited/config\.json says that method 'fp8' "):
+            load(folder)
     # Which of several variants is meant transformers does not say.
     folder = Path(shutil.copytree(stored, tmp_path / "variants"))
     T5.from_pretrained(stored).save_pretrained(folder, variant="fp16")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import nn
 
 from omniq_compile.checkpoints.fitting import check_names, check_shape
+from omniq_compile.checkpoints.recorded_options import check_formats
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.state import join_parts, part_owners, read_metadata
 from omniq_compile.compiling.unmatched import warn_unmatched_in
@@ -197,7 +198,13 @@ def _copied(
     return nn.Parameter(copied, requires_grad=False) if isinstance(like, nn.Parameter) else copied
 
 
-def fill_stored(model: Any, files: SafetensorsFiles, dtype: torch.dtype, devices: Devices) -> None:
+def fill_stored(
+    model: Any,
+    files: SafetensorsFiles,
+    stored: Mapping[str, Any],
+    dtype: torch.dtype,
+    devices: Devices,
+) -> None:
     """Fill a model on the meta device from a folder of omniq's own.
 
     Parameters, quantized or not, get the dtypes that they have on the meta device.
@@ -205,16 +212,18 @@ def fill_stored(model: Any, files: SafetensorsFiles, dtype: torch.dtype, devices
     Args:
         model: with parameters of the dtypes to load in.
         files: of the folder.
+        stored: what config.json says of them.
         dtype: for buffers whose dtype the model itself chose and which the file stores in a low
             precision.
         devices: to load on.
 
     Raises:
-        CheckpointError: the files are damaged or do not fit the model.
+        CheckpointError: the files are damaged or do not fit the model, or config.json.
     """
     place = files.folder
     weights = read_metadata(files.metadata, str(place)) or {}
     owners = part_owners(weights)
+    check_formats(files, weights, stored)
     names = {owners.get(name, name) for name in files.tensors}
     expected = check_names(model, names, place)
     waiting: dict[str, dict[str, torch.Tensor]] = {}

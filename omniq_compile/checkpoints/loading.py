@@ -128,7 +128,7 @@ def fill(
         WeightError: a weight holds NaN or Inf; the message names its layer.
     """
     if stored is not None:
-        fill_stored(model, files, dtype, devices)
+        fill_stored(model, files, stored, dtype, devices)
         return dict(stored)
     assert config is not None
     quantized = fill_quantized(model, files, config, devices)

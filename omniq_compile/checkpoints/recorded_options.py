@@ -11,7 +11,8 @@ from torch import nn
 
 import omniq_compile
 from omniq_compile.checkpoints.foreign import OWN
-from omniq_compile.checkpoints.state import VERSION
+from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
+from omniq_compile.checkpoints.state import VERSION, stored_names
 from omniq_compile.lowering.errors import CheckpointError, OptionError, unknown
 from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.passes.config import QuantConfig
@@ -176,6 +177,37 @@ def check_stored(
     if differs:
         raise OptionError(
             f"{place} is {differs}. Leave the options out, or load the original checkpoint."
+        )
+
+
+def check_formats(
+    files: SafetensorsFiles, weights: Mapping[str, Any], stored: Mapping[str, Any]
+) -> None:
+    """Check the record against the codes, as a file of JSON is easily edited by hand.
+
+    Args:
+        files: of a model that is stored quantized.
+        weights: that the metadata of the files describes; some may have another format.
+        stored: the record in config.json.
+
+    Raises:
+        CheckpointError: it is of a method that none of the weights was quantized by.
+    """
+    place = files.folder / "config.json"
+    recorded = {"method": "none", **stored}
+    try:
+        options = {**options_of(recorded), "method": recorded["method"]}
+        expected = QuantConfig.from_options(options).scheme.weight
+    except OptionError as error:
+        raise CheckpointError(f"quantization_config in {place} is damaged: {error}") from error
+    formats = {about["format"]: stored_names(name, about)[0] for name, about in weights.items()}
+    if formats and expected not in formats:
+        found, codes = next(iter(formats.items()))
+        raise CheckpointError(
+            f"{place} says that method {stored['method']!r} quantized these weights, which stores "
+            f"{expected}, and the codes are {found} ({codes!r} has dtype "
+            f"{files.tensors[codes].dtype}). Undo what was changed in config.json, or quantize "
+            "the original checkpoint again."
         )
 
 

@@ -91,7 +91,7 @@ def _load_stored(
         model = cls(about)
     set_dtypes(model, dtype, kept_in_float32(model, dtype), stored_buffers=False)
     model.tie_weights()
-    fill_stored(model, SafetensorsFiles(folder, variant), dtype, {"": device})
+    fill_stored(model, SafetensorsFiles(folder, variant), stored, dtype, {"": device})
     model.tie_weights()
     model.requires_grad_(False)
     if model.can_generate() and (folder / "generation_config.json").is_file():

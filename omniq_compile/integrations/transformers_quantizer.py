@@ -20,7 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omniq_compile.checkpoints.fitting import check_files, refuse_missing
 from omniq_compile.checkpoints.foreign import OWN, refuse_foreign
-from omniq_compile.checkpoints.recorded_options import Method, RecordedConfig, check_stored
+from omniq_compile.checkpoints.recorded_options import (
+    Method,
+    RecordedConfig,
+    check_formats,
+    check_stored,
+)
 from omniq_compile.checkpoints.safetensors_files import SafetensorsFiles
 from omniq_compile.checkpoints.saving_checks import dequantize_weights
 from omniq_compile.checkpoints.state import read_metadata
@@ -196,6 +201,7 @@ def _checked(model: Any, files: SafetensorsFiles, about: Mapping[str, Any]) -> M
     weights = read_metadata(files.metadata, str(files.folder)) or {}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     check_files(model, files, weights, tied)
+    check_formats(files, weights, about)
     return weights
 
 
