@@ -171,6 +171,19 @@ def test_a_mistake_is_one_line_on_stderr_and_code_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("wrong", ["vae.json", "unet"])
+def test_no_model_is_planned_before_another_is_refused(
+    files: None,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("omniq_compile.cli.plan._plan", lambda *_: pytest.fail("planned"))
+    code, _, err = plan(capsys, "QwenImageTransformer2DModel", wrong, "--method", "int8")
+    assert code == 2
+    assert wrong in err
+
+
 @pytest.mark.parametrize("name", ["height", "width", "frames", "pictures", "text-tokens"])
 def test_a_size_is_a_whole_number_from_1_on(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value, words in (("0", "0 is less than 1"), ("1.5", "'1.5' is not a whole number")):

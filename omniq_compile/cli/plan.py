@@ -77,10 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         target = Target.parse(arguments.target)
     hub = downloading_arguments(arguments, *arguments.model)
-    plans = {}
-    for model in (found for text in arguments.model for found in find_configs(text, hub)):
-        size = _size(model, arguments)
-        plans[model.name] = (size, _plan(model, size, config, target))
+    models = [model for text in arguments.model for model in find_configs(text, hub)]
+    # All of them before the first is planned, which may take minutes.
+    sizes = [_size(model, arguments) for model in models]
+    plans = {
+        model.name: (size, _plan(model, size, config, target))
+        for model, size in zip(models, sizes, strict=True)
+    }
     if arguments.format == "json":
         content = {name: dataclasses.asdict(plan) for name, (_, plan) in plans.items()}
         text = json.dumps(content, indent=2) + "\n"
