@@ -59,14 +59,18 @@ class BenchConfig:
         QuantConfig.from_options({"method": self.method})  # before the others are measured
         if self.dtype not in DTYPES:
             raise OptionError(unknown("dtype", self.dtype, DTYPES))
-        for name, least in (("rounds", 1), ("warmup", 0), ("settle", 0)):
-            value = getattr(self, name)
+        for name in (
+            "image_tokens",
+            "text_tokens",
+            "rounds",
+            "warmup",
+            "settle",
+            "threads",
+            "calls",
+        ):
+            value, least = getattr(self, name), 0 if name in ("warmup", "settle") else 1
             if value is not None and value < least:
                 raise OptionError(f"{name} {value}: it must be at least {least}")
-        for name in ("threads", "calls"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} {value}: it must be at least 1")
         cores = os.cpu_count() or 1
         if self.threads is not None and self.threads > cores:
             # PyTorch takes any number, and the process dies where the system refuses a thread.
