@@ -286,7 +286,7 @@ def test_a_spoiled_model_fails_the_gate(tmp_path: Path) -> None:
         ({"--seeds": "0-99999999999"}, "'0-99999999999' are more than 100000 pictures"),
         ({"--seeds": "1,0-2"}, "names a seed twice"),
         ({"--device": "gpu"}, "--device 'gpu' cannot be used"),
-        ({"--out": "file/inside"}, "cannot be written to"),
+        ({"--out": "file/inside"}, "--out file/inside: file is a file. Choose another folder."),
         ({"--argument": "digit=[1]"}, "Did you mean 'digits'?"),
         ({"--argument": "digits=[12]"}, "digits[0] is 12"),
     ],

@@ -118,12 +118,21 @@ def test_an_old_folder_that_cannot_be_put_back_is_named(
     assert contents(old) == ["old", "old"]
 
 
-def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", ["", "new", "new/model"])
+def test_a_file_is_never_replaced(inside: str, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(CheckpointError, match="is a file"):
-        write_aside(tmp_path / "out", writer("new"), MODEL, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"out is a file\. Remove it, or choose another"):
+        write_aside(tmp_path / "out" / inside, writer("new"), MODEL, overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that none can be made in")
+@pytest.mark.parametrize("folder", ["/proc/new", "/proc/new/model"])
+def test_a_place_that_takes_no_folder(folder: str) -> None:
+    words = r"^cannot write /proc/new.*: .*\. Nothing was left\. Choose another folder\.$"
+    with pytest.raises(CheckpointError, match=words):
+        write_aside(Path(folder), writer("new"), MODEL)
 
 
 @pytest.mark.parametrize("folder", [".", "/"])

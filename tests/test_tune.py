@@ -211,7 +211,7 @@ def test_planted_outliers_are_found_and_fixed_rules_beaten(tmp_path: Path) -> No
         ({"--min-features": "5000"}, "is under min_features = 5000"),
         ({"--seeds": "x"}, "--seeds 'x'"),
         ({"folder": "nowhere"}, "nowhere is not a folder"),
-        ({"--out": "file"}, "cannot be written to"),
+        ({"--out": "file"}, "--out file: file is a file. Choose another folder."),
         ({"--argument": "digits=12"}, "digits must be a list of ints"),
     ],
 )

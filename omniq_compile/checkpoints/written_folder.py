@@ -28,8 +28,8 @@ def check_place(folder: Path, kind: str, *, overwrite: bool = False) -> Path:
         overwrite: replace a folder that exists.
 
     Raises:
-        CheckpointError: the folder is there already, has no name, is a file, or is not of the kind
-            that would replace it.
+        CheckpointError: the folder is there already, has no name, is a file or lies in one, or is
+            not of the kind that would replace it.
     """
     if not folder.name:
         raise CheckpointError(
@@ -38,8 +38,8 @@ def check_place(folder: Path, kind: str, *, overwrite: bool = False) -> Path:
     # The link stays, and the new folder is made where it leads, on the disk that has room for it.
     if folder.is_symlink():
         folder = folder.resolve()
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file. Remove it, or choose another folder.")
+    if file := file_in_the_way(folder):
+        raise CheckpointError(f"{file} is a file. Remove it, or choose another folder.")
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     if not overwrite:
@@ -56,6 +56,11 @@ def check_place(folder: Path, kind: str, *, overwrite: bool = False) -> Path:
             f"{words[kind]}. Choose another folder, or remove this one yourself."
         )
     return folder
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """Return the file that stands where a folder, or one around it, is to be made, if any."""
+    return next((place for place in (folder, *folder.parents) if place.is_file()), None)
 
 
 def write_aside(
@@ -85,7 +90,9 @@ def write_aside(
     except BaseException as error:
         if _is_a_failed_write(error):
             left = f"{folder} is as it was" if folder.exists() else "Nothing was left"
-            raise CheckpointError(f"cannot write {folder}: {error}. {left}.") from error
+            raise CheckpointError(
+                f"cannot write {folder}: {error}. {left}. Choose another folder."
+            ) from error
         raise
 
 
@@ -97,7 +104,9 @@ def only_writer(folder: Path, lock_file: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: another process writes it.
+        OSError: the file of the lock cannot be made, where filelock 4 says that it is locked.
     """
+    lock_file.touch()
     lock = FileLock(lock_file)
     try:
         with suppress(NotImplementedError):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omniq_compile.checkpoints.whole_file import is_of_no_room
-from omniq_compile.checkpoints.written_folder import only_writer
+from omniq_compile.checkpoints.written_folder import file_in_the_way, only_writer
 from omniq_compile.lowering.errors import OptionError
 
 
@@ -19,12 +19,16 @@ def make_folder(folder: Path) -> Path:
     Raises:
         OptionError: it cannot be made or written to.
     """
+    if file := file_in_the_way(folder):
+        raise OptionError(f"--out {folder}: {file} is a file. Choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OptionError(f"--out {folder} cannot be written to: {error}.") from error
+        raise OptionError(
+            f"--out {folder} cannot be written to ({error.strerror}). Choose another folder."
+        ) from error
     return folder
 
 
