@@ -77,7 +77,11 @@ def test_dtype_as_users_of_diffusers_write_it(folder: Path) -> None:
     [
         ({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, "Give one"),
         ({"dtype": "bfloat16"}, r"not 'bfloat16'\. Did you mean torch\.bfloat16\?"),
-        ({"torch_dtype": torch.int8}, "torch_dtype must be a floating"),
+        ({"torch_dtype": torch.int8}, r"torch_dtype must be torch\.bf.* not torch\.int8\.$"),
+        (
+            {"dtype": torch.float8_e4m3fn},
+            r"^dtype must be .* not torch\.float8_e4m3fn\.$",
+        ),
         ({"device": "gpu"}, "'gpu' cannot be loaded on .*Did you mean 'cuda'"),
     ],
 )

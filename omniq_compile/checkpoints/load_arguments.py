@@ -12,6 +12,7 @@ import torch
 from omniq_compile.checkpoints.hub_download import HUB_ARGUMENTS
 from omniq_compile.lowering.errors import OptionError, hint
 from omniq_compile.passes.option_checks import CHECKS
+from omniq_compile.passes.policy import DTYPES
 
 # Diffusers 0.40 renamed the keyword, and warns of the old one.
 _VERSION = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
@@ -93,15 +94,16 @@ def check_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None = Non
     """Return the dtype to load in, by its name or by the one that diffusers' users know.
 
     Raises:
-        OptionError: it is not a floating dtype, or both are given and differ.
+        OptionError: it is none that layers compute in, or both are given and differ.
     """
     for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
-        if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        if value is None or value in DTYPES:
             continue
         named = getattr(torch, value, None) if isinstance(value, str) else None
-        meant = f" Did you mean {named}?" if isinstance(named, torch.dtype) else ""
+        meant = f" Did you mean {named}?" if named in DTYPES else ""
         raise OptionError(
-            f"{name} must be a floating torch.dtype such as torch.bfloat16, not {value!r}.{meant}"
+            f"{name} must be torch.bfloat16, torch.float16 or torch.float32, in which the layers "
+            f"that are not quantized compute, and not {value!r}.{meant}"
         )
     if dtype is not None and torch_dtype is not None and dtype is not torch_dtype:
         raise OptionError(
