@@ -12,7 +12,7 @@ import pytest
 from diffusers import AuraFlowTransformer2DModel
 
 import omniq_compile as omniq
-from omniq_compile.checkpoints.recorded_options import options_to_run
+from omniq_compile.checkpoints.recorded_options import options_of, options_to_run
 from omniq_compile.cli import main
 from omniq_compile.layer_plan import count_quantized
 from omniq_compile.pipelines.call import loading_worded
@@ -185,3 +185,11 @@ def test_what_omniq_says_itself_is_not_worded_again() -> None:
     words = r"^that cannot be loaded: a b \(RuntimeError\)$"
     with pytest.raises(omniq.OmniqError, match=words), loading_worded("that"):
         raise RuntimeError("a\nb")
+
+
+def test_a_key_that_a_file_lacks_is_one_line_and_a_fault_of_omniqs_is_not() -> None:
+    words = r"^that cannot be loaded: 'added_tokens' \(KeyError in .*test_stored_pipelines\)$"
+    with pytest.raises(omniq.OmniqError, match=words), loading_worded("that"):
+        raise KeyError("added_tokens")
+    with pytest.raises(KeyError, match="method"), loading_worded("that"):
+        options_of({"min_features": 16})

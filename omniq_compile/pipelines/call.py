@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -183,9 +184,27 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def loading_worded(what: Any) -> AbstractContextManager[None]:
-    """Word what is raised while something is loaded, such as "the pipeline in DIR", as one line."""
-    return refusals_worded(f"{what} cannot be loaded", _UNREADABLE)
+@contextmanager
+def loading_worded(what: Any) -> Iterator[None]:
+    """Word what is raised while something is loaded, such as "the pipeline in DIR", as one line.
+
+    Of errors that no library means for a user, such as a KeyError at a damaged file, those of
+    libraries only: out of omniq's own code it is a fault of omniq's.
+    """
+    what = f"{what} cannot be loaded"
+    try:
+        with refusals_worded(what, _UNREADABLE):
+            yield
+    except OmniqError:
+        raise
+    except Exception as error:
+        *_, (innermost, _) = walk_tb(error.__traceback__)
+        module = str(innermost.f_globals.get("__name__"))
+        if module.startswith(omniq_compile.__name__):
+            raise
+        # The module tells what was being read, which such an error does not.
+        kind = f"{type(error).__name__} in {module}"
+        raise OmniqError(f"{what}: {_in_one_line(error)} ({kind})") from error
 
 
 def load_worded(folder: str, config: Any, **loading: Any) -> Any:
