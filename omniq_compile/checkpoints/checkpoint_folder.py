@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers import ModelMixin
-
 from omniq_compile.lowering.errors import CheckpointError, OptionError, hint
 
 
@@ -115,6 +112,9 @@ def model_class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any
         CheckpointError: it is a model of another library, or of a class that diffusers lacks.
         OptionError: it is of another class than ``cls``, or that is no diffusers model.
     """
+    # Late, as it takes seconds, in which a command would not yet say that a path is wrong.
+    import diffusers
+
     name = about.get("_class_name")
     if cls is None:
         if name is None and about.get("architectures"):
@@ -131,7 +131,7 @@ def model_class(about: Mapping[str, Any], cls: type | None, folder: Path) -> Any
         cls = found
     elif name not in (None, cls.__name__):
         raise OptionError(f"{folder} is a {name}, not a {cls.__name__}.")
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise OptionError(
             f"load_model loads diffusers' models, and {cls} is none. Load it with its own library, "
             "and then call omniq_compile.quantize_(model, options)."

@@ -47,7 +47,7 @@ def index_folder(where: str, hub: Mapping[str, Any]) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such pipeline can be downloaded.
     """
-    return _existing(where) or _Repository(where, hub).fetch(["model_index.json"])
+    return existing_folder(where) or _Repository(where, hub).fetch(["model_index.json"])
 
 
 def described_folder(where: str, hub: Mapping[str, Any]) -> Path:
@@ -61,7 +61,7 @@ def described_folder(where: str, hub: Mapping[str, Any]) -> Path:
         CheckpointError: there is no such folder, and nothing of that name can be downloaded.
     """
     files = ["model_index.json", "config.json", "*/config.json"]
-    return _existing(where) or _Repository(where, hub).fetch(files)
+    return existing_folder(where) or _Repository(where, hub).fetch(files)
 
 
 def whole_folder(
@@ -85,7 +85,7 @@ def whole_folder(
         CheckpointError: there is no such folder, and no such model can be downloaded, or no
             component of it has weights of the variant.
     """
-    folder = _existing(where)
+    folder = existing_folder(where)
     if folder is not None:
         return folder
     repository = _Repository(where, hub)
@@ -115,7 +115,7 @@ def whole_component(
     Raises:
         CheckpointError: there is no such folder or component, and none can be downloaded.
     """
-    folder = _existing(where)
+    folder = existing_folder(where)
     if folder is not None:
         return component_folder(folder, subfolder, cls)
     repository = _Repository(where, hub)
@@ -133,7 +133,7 @@ def whole_component(
     return component
 
 
-def _existing(where: str) -> Path | None:
+def existing_folder(where: str) -> Path | None:
     """Return the folder, or None for what may be a hub id.
 
     Raises:

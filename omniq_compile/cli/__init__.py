@@ -96,6 +96,10 @@ def _run(arguments: Sequence[str]) -> int:
         hint = _hint(unknown) if hasattr(parsed, "quantization") else ""
         command = subparsers.choices[parsed.command]
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if hasattr(parsed, "folder"):
+        from omniq_compile.checkpoints.hub_download import existing_folder
+
+        existing_folder(parsed.folder)  # before diffusers is imported, which takes seconds
     return int(import_module(f"omniq_compile.cli.{parsed.command}").run(parsed))
 
 
