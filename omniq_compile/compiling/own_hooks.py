@@ -9,12 +9,8 @@ from typing import Any
 class OwnHook:
     """A hook that is there for one model: what was compiled of it, its copies are without."""
 
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        """Return what does nothing, for a copy."""
-        return _no_hook
-
     def __reduce__(self) -> Any:
-        """Name what does nothing, for what is pickled."""
+        """Name what does nothing, for what is copied or pickled."""
         return _copied_hook, ()
 
 
