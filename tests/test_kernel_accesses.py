@@ -90,6 +90,10 @@ def test_only_what_cannot_differ_is_remembered() -> None:
         jitted = type("jitted", (), {"fn": function})
         return type("autotuned", (), {"fn": jitted}) if wrapped else jitted
 
+    def of_inductor(value: Any) -> Any:
+        boxed = type("box", (), {"get_dtype": lambda self: value.dtype})()
+        return boxed if isinstance(value, torch.Tensor) else value
+
     own = kernel("omniq_compile.lowering.triton_kernels.row_scaled_gemm")
     question = kernel_accesses._remembering(ask)
     real, codes = torch.empty(3), torch.empty(3, dtype=torch.int8)
@@ -101,13 +105,22 @@ def test_only_what_cannot_differ_is_remembered() -> None:
             {"out_ptr": real, "M": 5, "INTEGER": True},
             {"out_ptr": real, "M": 4, "INTEGER": False},
             {"out_ptr": real, "M": 4, "INTEGER": 1},
+            {"out_ptr": real, "M": 4, "INTEGER": 0.5},
+            {"out_ptr": real, "M": 4, "INTEGER": 0.25},
+            {"out_ptr": real, "M": 4, "INTEGER": "tf32"},
+            {"out_ptr": real, "M": 4, "INTEGER": "ieee"},
+            {"in_ptr": real, "M": 4, "INTEGER": True},
         ]
     ):
-        first, second = question(own, kwargs, {}), question(own, dict(kwargs), {})
+        again = {name: of_inductor(value) for name, value in reversed(kwargs.items())}
+        first, second = question(own, kwargs, {}), question(own, again, {})
         assert len(asked) == number + 1
         assert first == second == ["out_ptr"]
         first.clear()
         assert question(own, kwargs, {}) == ["out_ptr"]
+    asked.clear()
+    question(kernel("omniq_compile.lowering.triton_kernels.quantize"), kwargs, {})
+    assert len(asked) == 1
     asked.clear()
     for module in ("somewhere", "omniq_compile.lowering.ops"):
         for wrapped in (True, False):

@@ -62,5 +62,4 @@ def _kind(value: Any) -> Any:
         return "tensor", value.dtype
     if hasattr(value, "get_dtype"):  # a tensor of Inductor's
         return "tensor", value.get_dtype()
-    known = value is None or isinstance(value, int | float | str)
-    return (type(value).__name__, value if known else None)
+    return type(value).__name__, value if isinstance(value, int | float | str) else None
