@@ -245,7 +245,7 @@ def npu_dual_level_arrange(b: Tensor, b_coarse: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         The codes, int8 of the same shape as FRACTAL_NZ, and ``[ceil(K / 512), N]``.
     """
-    codes = b.view(torch.int8)
+    codes = b.contiguous().view(torch.int8)  # what ordinary operations quantized may be transposed
     fractal = _torch_npu().npu_format_cast(codes, FRACTAL_NZ, customize_dtype=torch.int8)
     return fractal, b_coarse.t().clone(memory_format=torch.contiguous_format)
 
