@@ -209,7 +209,9 @@ def test_a_regular_expression_that_ends_above_layers_is_told_of_but_at_a_wrapped
     for block in model[0].blocks:
         adapter = nn.ModuleDict({"default": nn.Linear(38, 4)})
         block["img_mod"] = nn.ModuleDict({"base_layer": block["img_mod"], "lora_A": adapter})
-    quantize_(model, OPTIONS | {"ignored_layers": [r"re:.*\.img_mod", r"re:.*blocks\.1"]})
+    model[0].same_blocks = model[0].blocks
+    patterns = [r"re:.*\.img_mod", r"re:.*blocks\.1", "re:"]
+    quantize_(model, OPTIONS | {"ignored_layers": patterns})
     (text,) = warnings(caplog)
     assert text == (
         r"ignored_layers pattern 're:.*blocks\\.1' names 0.blocks.1, and none of the layers in it; "

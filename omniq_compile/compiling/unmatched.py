@@ -49,17 +49,17 @@ def warn_unmatched_in(model: nn.Module, config: QuantConfig) -> None:
     layers = {layer_name([name], "") for name, _ in parameters}
     outer = {
         layer_name([], name)
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if next(module.children(), None) is not None
     } - layers
     for option, patterns in config.layer_patterns.items():
         for pattern in patterns:
-            named = [name for name in names if matches(pattern, name)]
+            named = [name for name in names if name and matches(pattern, name)]
             if named and outer.issuperset(named):
                 logger.warning(
                     "%s pattern %r names %s, and none of the layers in it; %r names them too",
                     option,
                     pattern,
-                    named[0] or "the model",
+                    named[0],
                     rf"re:({pattern.removeprefix('re:')})(\..*)?",
                 )
