@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -38,8 +39,10 @@ def test_what_omniq_refuses_while_a_call_compiles_comes_out_of_dynamos_error(
             return torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
 
     expected = OptionError if isinstance(wrong, OptionError) else BackendCompilerFailed
-    with pytest.raises(expected, match=str(wrong)):
+    with pytest.raises(expected, match=str(wrong)) as raised:
         call_worded(Pipeline(), {"prompt": "fox"})
+    shown = "".join(traceback.format_exception(raised.value))
+    assert ("exc.BackendCompilerFailed: " in shown) == (expected is BackendCompilerFailed)
 
 
 @pytest.mark.parametrize(
