@@ -206,19 +206,20 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_regular_expression_that_ends_above_layers_is_told_of_but_at_a_wrapped_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = nn.Sequential(Model())
-    for block in model[0].blocks:
+    inner = Model()
+    model = nn.Sequential(nn.ModuleDict({"_orig_mod": inner}))
+    for block in inner.blocks:
         adapter = nn.ModuleDict({"default": nn.Linear(38, 4)})
         block["img_mod"] = nn.ModuleDict({"base_layer": block["img_mod"], "lora_A": adapter})
-    model[0].same_blocks = model[0].blocks
-    patterns = [r"re:.*\.img_mod", r"re:.*blocks\.1", "re:"]
-    quantize_(model, OPTIONS | {"ignored_layers": patterns})
+    inner.same_blocks, inner.act = inner.blocks, nn.GELU()
+    fine = [r"re:.*\.img_mod", r"re:.*same_blocks\.0\.img_mod", "re:.*act", "re:"]
+    quantize_(model, OPTIONS | {"ignored_layers": [*fine, r"re:.*blocks\.1"]})
     (text,) = warnings(caplog)
     assert text == (
         r"ignored_layers pattern 're:.*blocks\\.1' names 0.blocks.1, and none of the layers in it; "
         r"'re:(.*blocks\\.1)(\\..*)?' names them too"
     )
-    assert type(model[0].blocks[0]["img_mod"]["base_layer"].weight) is nn.Parameter
+    assert type(inner.blocks[0]["img_mod"]["base_layer"].weight) is nn.Parameter
 
 
 def test_every_option_that_names_layers_is_reported_and_logged_once(
