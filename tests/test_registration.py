@@ -39,6 +39,7 @@ options = {"method": "int8", "compiler": "eager"}
 arguments = own_backend.own_backend(lambda gm, inputs: gm)
 print(torch.compile(model, **arguments)(torch.ones(2, 320)).shape)
 print(len(omniq_compile.explain(model, torch.ones(2, 320), options).rewritten))
+print([name for name in torch.compiler.list_backends() if "omniq" in name])
 """
 
 
@@ -87,9 +88,9 @@ def test_torchs_own_entry_points_register_it_too_and_backends_are_loaded_again(f
     first = "import transformers.quantizers.auto, transformers.modeling_utils\n"
     ran = run(first + LOAD.format(folder=folder) + KNOWN + AGAIN, autoload=True)
     assert ran.returncode == 0, ran.stderr
-    *known, shape, rewritten = ran.stdout.splitlines()
+    *known, shape, rewritten, listed = ran.stdout.splitlines()
     assert " ".join(known).split() == EXPECTED
-    assert (shape, rewritten) == ("torch.Size([2, 288])", "1")
+    assert (shape, rewritten, listed) == ("torch.Size([2, 288])", "1", "['omniq']")
 
 
 def test_importing_omniq_imports_neither_library() -> None:
