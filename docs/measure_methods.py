@@ -34,6 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "mxfp4, W4A8 everywhere": {"method": "mxfp4", "w4a8_fallback_layers": ["re:.*"]},
     "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
     "mxfp4_dualscale, UOS": {"method": "mxfp4_dualscale", "mxfp4_scale_alg": 2},
+    **{
+        f"{method}, weights alone": {"method": method, "activation_scheme": "none"}
+        for method in ("int8", "fp8", "mxfp8", "mxfp4")
+    },
 }
 
 # A weight of the width of Qwen-Image, Wan2.2-TI2V-5B and FLUX.
@@ -94,7 +98,7 @@ def weight_table() -> str:
     weights = {name: draw() for name, draw in DISTRIBUTIONS.items()}
     rows = []
     for name, options in METHODS.items():
-        if "w4a8_fallback_layers" in options:
+        if "w4a8_fallback_layers" in options or "activation_scheme" in options:
             continue  # the same weights
         quantized = {n: omniq.quantize(w, **options) for n, w in weights.items()}
         bits = 8 * quantized["Gaussian"].nbytes / (N * K)

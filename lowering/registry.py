@@ -69,6 +69,7 @@ class Kernel:
             view.
         source: the file of `lowering` with the device code, where that is omniq's own.
         start: ``(problem)`` -> None; begins what a first call would wait for, such as a build.
+        takes_unquantized: whether it also multiplies activations that stay as they are.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Kernel:
     takes_matrices: bool = False
     source: str = ""
     start: Callable[[Problem], None] = start_nothing
+    takes_unquantized: bool = False
 
     def read_source(self) -> str:
         """Return the text of ``source``."""
@@ -105,8 +107,13 @@ def candidates(method: str, target: Target) -> list[Kernel]:
 
 def choose(scheme: Scheme, target: Target, problem: Problem) -> tuple[Kernel | None, str]:
     """Return the first kernel that takes the problem, with the reasons of those that refused."""
+    rows = candidates(scheme.method, target)
+    if scheme.weight_only:
+        last = importlib.import_module("omniq_compile.lowering.weight_only")
+        rows = [k for k in rows if k.takes_unquantized]
+        rows.append(last.row(target.device, scheme.method))
     refusals: list[str] = []
-    for kernel in candidates(scheme.method, target):
+    for kernel in rows:
         refusal = kernel.refuse(problem, scheme)
         if refusal is None:
             return kernel, "; ".join(refusals)

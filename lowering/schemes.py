@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omniq_compile.lowering.errors import OptionError, unknown
+from omniq_compile.lowering.formats import unquantized
 from omniq_compile.lowering.formats.mxfp4 import name_suffix
 
 
@@ -15,12 +16,18 @@ class Scheme:
 
     Attributes:
         method: as a user spells it.
-        activation, weight: names of formats.
+        activation, weight: names of formats; the first is ``"unquantized"`` where activations stay
+            as they are.
     """
 
     method: str
     activation: str
     weight: str
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay as they are."""
+        return self.activation == unquantized.FORMAT.name
 
     def __str__(self) -> str:
         same = self.activation == self.weight == self.method
@@ -60,20 +67,27 @@ METHODS = tuple(_ROWS)
 
 
 def get_scheme(
-    method: str, scale_alg: int = 0, weight_block_size: Sequence[int] | None = None
+    method: str,
+    scale_alg: int = 0,
+    weight_block_size: Sequence[int] | None = None,
+    activation_scheme: str = "dynamic",
 ) -> Scheme:
     """Return the formats that a method multiplies in.
 
     Args:
         scale_alg: how mxfp4 chooses its block scale: 0 (OCP) or 2 (UOS).
         weight_block_size: ``(rows, columns)`` that share a scale, fp8 only.
+        activation_scheme: ``"dynamic"``, or ``"none"`` for weights alone.
 
     Raises:
         OptionError: no such method, or no such ``scale_alg`` of mxfp4.
     """
     if method not in _ROWS:
         raise OptionError(unknown("method", method, METHODS))
-    return _ROWS[method](scale_alg, weight_block_size)
+    scheme = _ROWS[method](scale_alg, weight_block_size)
+    if activation_scheme == "none":
+        return replace(scheme, activation=unquantized.FORMAT.name)
+    return scheme
 
 
 def w4a8(scheme: Scheme) -> Scheme:

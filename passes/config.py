@@ -30,7 +30,8 @@ class QuantConfig:
         method: how weights and activations are quantized: ``"int8"``, ``"fp8"``, ``"mxfp8"``,
             ``"mxfp4"`` or ``"mxfp4_dualscale"``.
         ignored_layers: patterns of layers to keep in their own precision.
-        activation_scheme: ``"dynamic"``: activation scales are computed in each call.
+        activation_scheme: ``"dynamic"``: activation scales are computed in each call; ``"none"``:
+            activations stay as they are, and weights alone are quantized (W8A16, W4A16).
         min_features: the smallest K or N, a layer's input or output features, worth quantizing; 1
             takes everything the kernels take.
         matmul: also quantize activation-times-activation products, per row of both operands.
@@ -53,8 +54,9 @@ class QuantConfig:
         keep_all: not an option: why every site keeps its own precision, set for whole blocks.
 
     Raises:
-        OptionError: a value that an option does not take, an option of another method, or
-            ``inductor`` or ``mode`` for another compiler, which would not read them.
+        OptionError: a value that an option does not take, an option of another method, one that
+            quantizes activations beside ``activation_scheme`` ``"none"``, or ``inductor`` or
+            ``mode`` for another compiler, which would not read them.
     """
 
     method: str
@@ -83,6 +85,8 @@ class QuantConfig:
         _refuse_other_methods(
             self.method, [name for name in METHODS_OF if getattr(self, name) != unset[name]]
         )
+        if self.activation_scheme == "none":
+            _refuse_quantized_activations(self)
         if self.compiler == "inductor":
             return
         for name, is_set in (("inductor", self.inductor), ("mode", self.mode != "default")):
@@ -95,7 +99,9 @@ class QuantConfig:
     @property
     def scheme(self) -> Scheme:
         """The formats that the method multiplies in."""
-        return get_scheme(self.method, self.mxfp4_scale_alg, self.weight_block_size)
+        return get_scheme(
+            self.method, self.mxfp4_scale_alg, self.weight_block_size, self.activation_scheme
+        )
 
     @property
     def layer_patterns(self) -> dict[str, tuple[str, ...]]:
@@ -146,6 +152,17 @@ class QuantConfig:
     def with_mxfp8_activations(self) -> QuantConfig:
         """Return the configuration of a denoising step listed in ``w4a8_fallback_steps``."""
         return dataclasses.replace(self, w4a8_fallback_layers=("re:.*",), w4a8_fallback_steps=())
+
+
+def _refuse_quantized_activations(config: QuantConfig) -> None:
+    """Check that no option quantizes activations where these are to stay as they are."""
+    for name in ("matmul", "w4a8_fallback_layers", "w4a8_fallback_steps"):
+        if getattr(config, name):
+            raise OptionError(
+                f"option {name!r} is {getattr(config, name)!r}, which quantizes activations, and "
+                "option 'activation_scheme' is 'none', which leaves them as they are. Leave out "
+                "one of the two."
+            )
 
 
 def _refuse_other_methods(method: str, names: Iterable[str]) -> None:

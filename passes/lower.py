@@ -120,7 +120,9 @@ class _Inliner:
             x = a.args[0]
         flat = x is not None
         weight = self._weight_parts(node, list(b), site) if site.weight else None
-        parts = [self._parts(a, site, flat), weight or self._parts(b, site, False)]
+        # One that stays as it is comes as a list of one part.
+        values = self._parts(a, site, flat) if isinstance(a, fx.Node) else list(a)
+        parts = [values, weight or self._parts(b, site, False)]
         problem = dataclasses.replace(problem, a_rank=2 if flat else problem.a_rank)
 
         def function(a: Any, b: Any, bias: Any, x: Any) -> Any:

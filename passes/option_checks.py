@@ -19,7 +19,7 @@ from omniq_compile.lowering.schemes import METHODS
 from omniq_compile.lowering.target import Target
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-ACTIVATION_SCHEMES = ("dynamic",)
+ACTIVATION_SCHEMES = ("dynamic", "none")
 # As torch.compile documents them.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

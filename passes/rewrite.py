@@ -75,12 +75,14 @@ def _create(graph: fx.Graph, site: Site, op: str, target: Any, args: Any) -> fx.
     return node
 
 
-def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node:
+def _quantize(graph: fx.Graph, site: Site, operand: Operand) -> fx.Node | list[fx.Node]:
     node = _steps(graph, site, operand.node, operand.steps)
+    if _scheme(site).weight_only:
+        return [node]
     return _create(graph, site, "call_function", QUANTIZE, (node, _scheme(site).activation))
 
 
-def _gemm(graph: fx.Graph, site: Site, product: Product, a: fx.Node, b: Any) -> fx.Node:
+def _gemm(graph: fx.Graph, site: Site, product: Product, a: Any, b: Any) -> fx.Node:
     bias = product.bias if bias_in_epilogue(product, _problem(site).N) else None
     scheme = _scheme(site)
     b_format = scheme.activation if site.weight is None else scheme.weight

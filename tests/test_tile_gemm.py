@@ -253,12 +253,24 @@ def test_autocast_does_not_round_the_sums(path: str) -> None:
     assert torch.equal(out, gemm(*arguments))
 
 
-@pytest.mark.parametrize("of_a", [False, True])
-def test_scales_of_one_operand_alone_are_an_error(path: str, of_a: bool) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(1, 0), (7, 0), (64, 32), (7, 1024)])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_scales_of_the_weight_alone(
+    path: str, M: int, N: int, K: int, rows: int, columns: int
+) -> None:
+    a, bias = torch.randn(M, K).to(torch.bfloat16), torch.randn(N)
+    codes, scale = random_codes((N, K)), torch.rand(-(-N // rows), -(-K // (columns or K))).float()
+    stored = codes.view(torch.float8_e4m3fn)
+    out = gemm(a, None, stored, None, scale, bias, columns, rows, columns, torch.bfloat16)
+    b_scale = scale.repeat_interleave(rows, 0)[:N].repeat_interleave(columns or K, 1)[:, :K]
+    b = elements(256, ml_dtypes.float8_e4m3fn)[codes.long()].double() * b_scale.double()
+    assert close(out, a, b, bias, torch.bfloat16)
+
+
+def test_scales_of_activations_alone_are_an_error(path: str) -> None:
     codes, a = random_codes((45, 70)).view(torch.float8_e4m3fn), torch.ones(3, 70).bfloat16()
-    a_scale, b_scale = (torch.ones(3), None) if of_a else (None, torch.ones(45))
-    with pytest.raises(OmniqError, match="scales are of both operands, or of none"):
-        gemm(a, a_scale, codes, None, b_scale, None, 0, 1, 0, torch.float32)
+    with pytest.raises(OmniqError, match="a has scales, and b has none"):
+        gemm(a, torch.ones(3), codes, None, None, None, 0, 1, 0, torch.float32)
 
 
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 5)])

@@ -125,6 +125,10 @@ CASES = (
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", get_scheme("fp8"), (2, 9), 203, 83, BF16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", get_scheme("fp8"), (140,), 203, 83, FP16),
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", _blocks(96, 96), (37,), 301, 200, BF16),
+    Case("cuda:sm_90", "cuda_mxfp4_decoded_triton", get_scheme("mxfp4", activation_scheme="none"),
+         (19,), 224, 83, BF16),
+    Case("cuda:sm_80", "cuda_mxfp4_dualscale_decoded_triton",
+         get_scheme("mxfp4_dualscale", activation_scheme="none"), (37,), 1088, 83, BF16),
     # K is whole steps of 128, and what shares a scale is not.
     Case("cuda:sm_80", "cuda_fp8_weight_only_triton", _blocks(96, 96), (19,), 384, 83, FP16),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from omniq_compile.lowering import decoded
+from omniq_compile.lowering import decoded, weight_only
 from omniq_compile.lowering.cpu import (
     library,
     quantize,
@@ -30,6 +30,11 @@ def _refuse(problem: Problem, scheme: Scheme) -> str | None:
         return "it decodes a weight, and both operands are activations"
     if problem.b_rank > 2:
         return "it takes no batch of matrices"
+    if scheme.weight_only:
+        block = block_size(scheme.weight)
+        if block and block[1] % FEWEST_COLUMNS:
+            return f"a scale per {block[1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
+        return weight_only.refuse_bfloat16(problem, scheme)
     for name in (scheme.activation, scheme.weight):
         if name not in quantize.METHODS and not block_size(name):
             return f"its C++ has no case for {name}"
@@ -48,8 +53,7 @@ def _gemm(
     if scheme.weight == "fp8":
         scale = b[1]
     elif block := block_size(scheme.weight):
-        group = block_size(scheme.activation)
-        assert group is not None
+        group = block_size(scheme.activation) or block
         scale, columns = b[1], (group[1], *block)
     elif len(b) > 2:
         _, block_scale, scale = b
@@ -79,6 +83,7 @@ def bfloat16(method: str) -> Kernel:
         quantize=quantize_activation.lower,
         gemm=_gemm,
         refuse=_refuse,
+        takes_unquantized=True,
         source="cpu/tile_gemm.cpp",
         start=partial(_start, "tile_gemm"),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from omniq_compile.lowering import recycled
 from omniq_compile.lowering.cpu import quantize
 from omniq_compile.lowering.decoded_bfloat16 import fake_quantize_scaled
-from omniq_compile.lowering.formats import block_size, get_format
+from omniq_compile.lowering.formats import block_size, get_format, unquantized
 
 
 def quantize_activation(x: Tensor, format: str) -> tuple[Tensor, ...]:
@@ -85,6 +85,8 @@ def _scales(x: Tensor, format: str) -> list[Tensor]:
 
 def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:
     """Call the operator of a format; see `Kernel.quantize`."""
+    if format == unquantized.FORMAT.name:
+        return (x.to(torch.bfloat16),)
     if not has_scales(format):
         return (torch.ops.omniq.cpu_quantize_activation(x, format),)
     # By number: what a traced call returns cannot be iterated over.

@@ -37,10 +37,10 @@ enum Result : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // The same fields in the same order as `_Arguments` in tile_gemm.py. Sizes count elements.
 struct Arguments {
   const void* a;              // BF16 [M, K], K even
-  const float* a_scale;       // [M, ceil(K / a_columns)], or null
+  const float* a_scale;       // [M, ceil(K / a_columns)], or null; null where b_scale is
   const uint8_t* codes;       // [N, K] e4m3, or [N, K / 2] e2m1 with even k in the low nibble
   const uint8_t* block_scale; // e8m0 [N, K / 32], or null
-  const float* b_scale;       // [ceil(N / b_rows), ceil(K / b_columns)]; null where a_scale is
+  const float* b_scale;       // [ceil(N / b_rows), ceil(K / b_columns)], or null
   const float* bias;          // [N], or null
   void* out;                  // [M, N]
   int64_t M, N, K;
@@ -123,7 +123,7 @@ void add_scaled(
   for (int64_t j = 0; j < TILE_N && n + j < g.N; ++j)
     b_scale[j] = g.b_scale[(n + j) / g.b_rows * b_groups + k / g.b_columns];
   for (int64_t i = 0; i < count; ++i) {
-    const float a_scale = g.a_scale[(m + i) * a_groups + k / g.a_columns];
+    const float a_scale = g.a_scale ? g.a_scale[(m + i) * a_groups + k / g.a_columns] : 1;
     const float* from = sums + i * TILE_N;
     float* to = total + i * TILE_N;
     for (int64_t j = 0; j < TILE_N; ++j) {
@@ -149,7 +149,7 @@ void store(const Arguments& g, int64_t m, int64_t count, int64_t n, const float*
 }
 
 void run(const Arguments& g) {
-  const int64_t group = g.a_scale ? std::gcd(g.a_columns, g.b_columns) : g.K;
+  const int64_t group = g.b_scale ? std::gcd(g.a_columns, g.b_columns) : g.K;
   const int64_t across = (g.N + TILE_N - 1) / TILE_N;
   const int64_t wanted = (2 * at::get_num_threads() + across - 1) / across;
   const int64_t down = std::clamp<int64_t>(wanted, 1, (g.M + ROWS_A_TASK - 1) / ROWS_A_TASK);
@@ -166,10 +166,10 @@ void run(const Arguments& g) {
         const int64_t count = std::min(TILE_M, last - m);
         for (int64_t k = 0; k < g.K; k += group) {
           multiply(g, m, count, n, k, std::min(g.K, k + group), n != decoded, panel, sums.data());
-          if (g.a_scale) add_scaled(g, m, count, n, k, sums.data(), total.data());
+          if (g.b_scale) add_scaled(g, m, count, n, k, sums.data(), total.data());
         }
         decoded = n;
-        const float* result = g.a_scale ? total.data() : sums.data();
+        const float* result = g.b_scale ? total.data() : sums.data();
         if (g.result == BFLOAT16) store<at::BFloat16>(g, m, count, n, result);
         else if (g.result == FLOAT16) store<at::Half>(g, m, count, n, result);
         else store<float>(g, m, count, n, result);

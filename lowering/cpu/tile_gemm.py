@@ -59,7 +59,7 @@ def cpu_tile_gemm(
         codes: of b: ``torch.float8_e4m3fn`` ``[N, K]``, or uint8 ``[N, K / 2]``, two e2m1 codes a
             byte with even k in the low nibble.
         block_scale: of b: uint8 e8m0 ``[N, K / 32]``, or None (only with e4m3).
-        b_scale: float32 ``[ceil(N / b_rows), ceil(K / b_columns)]``; None where a_scale is.
+        b_scale: float32 ``[ceil(N / b_rows), ceil(K / b_columns)]``, or None where a_scale is.
         bias: ``[N]`` of any float dtype, or None.
         a_columns, b_columns: of K that share a scale, 0 for all of them; multiples of 32.
         b_rows: of b that share a scale.
@@ -69,13 +69,13 @@ def cpu_tile_gemm(
         ``[..., M, N]``.
 
     Raises:
-        OmniqError: the bias is not ``[N]``, or one operand has scales and the other has none.
+        OmniqError: the bias is not ``[N]``, or a has scales and b has none.
         RuntimeError: the C++ reports an error, with its message.
     """
     N, K = codes.shape[0], a.shape[-1]
     check_bias("omniq::cpu_tile_gemm", bias, N)
-    if (a_scale is None) != (b_scale is None):
-        raise OmniqError("omniq::cpu_tile_gemm: scales are of both operands, or of none.")
+    if a_scale is not None and b_scale is None:
+        raise OmniqError("omniq::cpu_tile_gemm: a has scales, and b has none.")
     out = a.new_empty((*a.shape[:-1], N), dtype=dtype)
     if out.numel() == 0:
         return out
@@ -153,12 +153,11 @@ def _in_float32(
     a = rows.to(torch.float32)
     (M, K), N = a.shape, codes.shape[0]
     factors = None
-    if a_scale is not None and b_scale is not None:
-        if a_columns == shared[1] == K:
-            factors = repeat(b_scale, -2, shared[0], N).view(1, N)
-            b_scale = None
-        else:
-            a = a * repeat(a_scale, -1, a_columns, K)
+    if b_scale is not None and shared[1] == K and (a_scale is None or a_columns == K):
+        factors = repeat(b_scale, -2, shared[0], N).view(1, N)
+        b_scale = None
+    elif a_scale is not None:
+        a = a * repeat(a_scale, -1, a_columns, K)
     tile = min(N, max(1, TILE_ELEMENTS // K))
     values, sums = a.new_empty(tile, K), a.new_empty(M * tile)
     for first in range(0, N, tile):
@@ -168,8 +167,10 @@ def _in_float32(
         result = sums[: M * len(part)].view(M, len(part))
         # A caller's autocast leaves what is given an ``out`` as it is.
         torch.mm(a, values[: len(part)].t(), out=result)
-        if factors is not None and a_scale is not None:
-            result.mul_(a_scale).mul_(factors[:, columns])
+        if factors is not None:
+            if a_scale is not None:
+                result.mul_(a_scale)
+            result.mul_(factors[:, columns])
         if bias is not None:
             result += bias[columns]
         out[:, columns] = result

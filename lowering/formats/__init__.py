@@ -6,7 +6,7 @@ import re
 from functools import cache
 
 from omniq_compile.lowering.errors import OptionError, unknown
-from omniq_compile.lowering.formats import fp8, int8, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats import fp8, int8, mxfp4, mxfp4_dualscale, mxfp8, unquantized
 from omniq_compile.lowering.formats.format import Format
 
 FORMATS: dict[str, Format] = {
@@ -19,6 +19,7 @@ FORMATS: dict[str, Format] = {
         mxfp4.UOS_FORMAT,
         mxfp4_dualscale.FORMAT,
         mxfp4_dualscale.UOS_FORMAT,
+        unquantized.FORMAT,
     )
 }
 

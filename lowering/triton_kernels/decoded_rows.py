@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from omniq_compile.lowering import decoded, decoded_bfloat16, gpu_quantize
+from omniq_compile.lowering import decoded, decoded_bfloat16, gpu_quantize, weight_only
 from omniq_compile.lowering.formats import block_size, fp8, mxfp4, mxfp4_dualscale, mxfp8
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Kernel, Problem
@@ -36,6 +36,11 @@ def _refuse(problem: Problem, scheme: Scheme) -> str | None:
     if not problem.b_is_weight:
         return "it decodes a weight, and both operands are activations"
     return refuse_any(problem) or decoded.refuse(problem, scheme)
+
+
+def _refuse_blocks(problem: Problem, scheme: Scheme) -> str | None:
+    unquantized = weight_only.refuse_bfloat16(problem, scheme) if scheme.weight_only else None
+    return unquantized or _refuse(problem, scheme)
 
 
 def _multiply(
@@ -69,7 +74,7 @@ def mx_row(
     """
 
     def refuse(problem: Problem, scheme: Scheme) -> str | None:
-        refusal = _refuse(problem, scheme)
+        refusal = _refuse_blocks(problem, scheme)
         torch_takes_it = decoded_bfloat16.refuse(problem, scheme) is None
         if refusal is None and torch_takes_it and not in_one_tile(problem, tile_rows):
             return (
@@ -97,6 +102,7 @@ def mx_row(
         gemm=gemm,
         refuse=refuse,
         decodes_whole=True,
+        takes_unquantized=True,
         source="triton_kernels/decoded_gemm.py",
     )
 
@@ -125,14 +131,11 @@ def dualscale_row(
         "sums of 512",
         quantize=decoded_bfloat16.fake_quantize_scaled,
         gemm=gemm,
-        refuse=_refuse,
+        refuse=_refuse_blocks,
         decodes_whole=True,
+        takes_unquantized=True,
         source="triton_kernels/decoded_gemm.py",
     )
-
-
-def _quantize_nothing(x: torch.Tensor, format: str) -> Parts:
-    return (x,)
 
 
 def _refuse_weight_only(problem: Problem, scheme: Scheme) -> str | None:
@@ -165,9 +168,10 @@ def fp8_weight_only_row(device: str, archs: Sequence[str], why: str) -> Kernel:
         archs=tuple(archs),
         native=False,
         about=f"{why}: weights only (W8A16), decoded exactly to 16 bits, scales in Triton's GEMM",
-        quantize=_quantize_nothing,
+        quantize=weight_only.quantize,
         gemm=_gemm_weight_only,
         refuse=_refuse_weight_only,
         decodes_whole=True,
+        takes_unquantized=True,
         source="triton_kernels/decoded_gemm.py",
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omniq_compile.layer_plan import plan_layers
-from omniq_compile.lowering import decoded, decoded_bfloat16, registry
+from omniq_compile.lowering import decoded, decoded_bfloat16, registry, weight_only
 from omniq_compile.lowering.errors import OptionError
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.quantized_tensor import QuantizedTensor
@@ -34,6 +34,7 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 _DECODERS: dict[Any, Callable[[Parts, str], Parts]] = {
     decoded.gemm: decoded.decode_weight,
     decoded_bfloat16.gemm: decoded_bfloat16.decode_weight,
+    weight_only.gemm: weight_only.decode_weight,
 }
 
 

@@ -113,6 +113,12 @@ def test_the_channels_of_one_picture(method: str) -> None:
     checks.channels(method, PLACE)
 
 
+@pytest.mark.gpu_smoke
+@pytest.mark.parametrize("method", ["int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
+def test_weights_alone_stay_near_bf16(method: str) -> None:
+    checks.whole(checks.FAMILY_NAMES[0], method, PLACE, activation_scheme="none")
+
+
 @of_all_models("ZImageTransformer2DModel", "mxfp4")
 def test_stored_weights(family: str, method: str, tmp_path: Path) -> None:
     checks.stored(family, method, PLACE, tmp_path)

@@ -26,6 +26,8 @@ QWEN = "QwenImageTransformer2DModel"
 def test_a_whole_model_and_its_blocks() -> None:
     checks.whole(QWEN, "int8", PLACE)
     torch._dynamo.reset()
+    checks.whole(QWEN, "mxfp8", PLACE, activation_scheme="none")
+    torch._dynamo.reset()
     checks.regional(QWEN, "fp8", PLACE)
 
 
