@@ -40,7 +40,7 @@ class Scores(nn.Module):
          {"weight_block_size": [64, 64], "matmul": True}, "cuda_fp8_float32"),
         (Layer(), FLOAT32, [(150, 192)], {}, "cuda_fp8_float32"),
         (Layer(193), BF16, [(150, 193)], {}, "cuda_fp8_weight_only_triton"),
-        (Layer(193), FLOAT32, [(150, 193)], {"activation_scheme": "none"}, "cuda_fp8_weight_only"),
+        (Layer(), FLOAT32, [(150, 192)], {"activation_scheme": "none"}, "cuda_fp8_weight_only"),
     ],
     ids=["blocks in float32", "blocks of 48", "two activations", "float32", "odd K", "weights"],
 )  # fmt: skip
