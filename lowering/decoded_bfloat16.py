@@ -15,7 +15,15 @@ from collections.abc import Callable
 import torch
 
 from omniq_compile.lowering import decoded
-from omniq_compile.lowering.formats import block_size, fp8, mx, mxfp4, mxfp4_dualscale, mxfp8
+from omniq_compile.lowering.formats import (
+    block_size,
+    fp8,
+    mx,
+    mxfp4,
+    mxfp4_dualscale,
+    mxfp8,
+    unquantized,
+)
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.registry import Problem
 from omniq_compile.lowering.schemes import Scheme
@@ -29,6 +37,8 @@ _WEIGHTS: dict[str, Callable[[Parts], torch.Tensor]] = {
 
 def fake_quantize(x: torch.Tensor, format: str) -> Parts:
     """Return the values ``[..., K]`` that an activation's codes stand for, in BF16."""
+    if format == unquantized.FORMAT.name:
+        return (x.to(torch.bfloat16),)
     return (decoded.fake_quantize(x, format)[0].to(torch.bfloat16),)
 
 

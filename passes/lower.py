@@ -121,8 +121,8 @@ class _Inliner:
         flat = x is not None
         weight = self._weight_parts(node, list(b), site) if site.weight else None
         # One that stays as it is comes as a list of one part.
-        values = self._parts(a, site, flat) if isinstance(a, fx.Node) else list(a)
-        parts = [values, weight or self._parts(b, site, False)]
+        left = self._parts(a, site, flat) if isinstance(a, fx.Node) else self._as_is(node, a, site)
+        parts = [left, weight or self._parts(b, site, False)]
         problem = dataclasses.replace(problem, a_rank=2 if flat else problem.a_rank)
 
         def function(a: Any, b: Any, bias: Any, x: Any) -> Any:
@@ -170,6 +170,16 @@ class _Inliner:
                 operand, function, (x,), (kernel.name, format, flat)
             )
         return self._quantized[key]
+
+    def _as_is(self, at: fx.Node, parts: list[fx.Node], site: Site) -> list[fx.Node]:
+        """Return an activation that is not quantized, in the dtype that its kernel takes."""
+        kernel, scheme = site.decision.kernel, site.decision.scheme
+        assert kernel is not None
+        assert scheme is not None
+        quantize, format = kernel.quantize, scheme.activation
+        key = (kernel.name, format)
+        result: list[fx.Node] = self._inline(at, lambda x: quantize(x, format), tuple(parts), key)
+        return result
 
     def _inline(self, at: fx.Node, function: Callable[..., Any], args: Any, key: Any) -> Any:
         """Run a kernel's function on proxies, so that its operations land before ``at``."""

@@ -143,6 +143,20 @@ def test_a_stored_weight_is_what_uncompiled_code_works_on(
     assert error(out, layer(x)) < TIGHT[BF16]
 
 
+@by_method
+def test_autocast_casts_activations_that_stay_as_they_are(
+    options: dict[str, Any], loose: float
+) -> None:
+    class Cast(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", BF16):
+                return super().forward(x)
+
+    layer, x = Cast(224, dtype=torch.float32), torch.randn(19, 224)
+    out = compiled(layer, **NONE | options)(x)
+    check(layer, x.to(BF16), out, options, loose)
+
+
 def test_autocast_and_batches_of_matrices_are_multiplied_in_their_results_dtype() -> None:
     class Batched(nn.Module):
         def __init__(self) -> None:

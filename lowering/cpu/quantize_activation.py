@@ -86,7 +86,7 @@ def _scales(x: Tensor, format: str) -> list[Tensor]:
 def lower(x: Tensor, format: str) -> tuple[Tensor, ...]:
     """Call the operator of a format; see `Kernel.quantize`."""
     if format == unquantized.FORMAT.name:
-        return (x.to(torch.bfloat16),)
+        return tuple(fake_quantize_scaled(x, format))
     if not has_scales(format):
         return (torch.ops.omniq.cpu_quantize_activation(x, format),)
     # By number: what a traced call returns cannot be iterated over.
