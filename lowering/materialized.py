@@ -15,3 +15,12 @@ def stored(x: torch.Tensor) -> torch.Tensor:
     for size in reversed(x.shape[1:]):
         strides.insert(0, strides[0] * size)
     return x.contiguous().as_strided(x.shape, strides)
+
+
+def first_columns(values: torch.Tensor, K: int) -> torch.Tensor:
+    """Return ``values [..., :K]`` of whole blocks ``[..., K']``, which are in memory before.
+
+    Inductor's C++ backend would make whole blocks of a slice of blocks, and leave out the last,
+    incomplete one (pytorch issue 195582).
+    """
+    return values if values.shape[-1] == K else stored(values)[..., :K]

@@ -26,7 +26,7 @@ from omniq_compile.lowering.errors import WeightError
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
 from omniq_compile.lowering.formats.rows import dequantize_rows
-from omniq_compile.lowering.materialized import stored
+from omniq_compile.lowering.materialized import first_columns
 from omniq_compile.lowering.pickled import allow_loading, as_pickled, rebuild
 from omniq_compile.lowering.quantize_weight import check_finite, check_weight, quantize_weight
 from omniq_compile.lowering.tensor_of_parts import (
@@ -179,12 +179,7 @@ class QuantizedTensor(TensorOfParts):
             # them takes as long as the rest of its tracing.
             return parts[0].new_empty(self.shape, dtype=dtype)
         # In a traced graph. Its views are those of a tensor without gaps, which this seems to be.
-        whole = form.dequantize(parts).to(dtype)
-        if whole.shape[-1] != self.shape[-1]:
-            # Inductor's C++ backend would make whole blocks of a slice of blocks, and leave out the
-            # last, incomplete one (pytorch issue 195582).
-            whole = stored(whole)[..., : self.shape[-1]]
-        return whole.contiguous()
+        return first_columns(form.dequantize(parts).to(dtype), self.shape[-1]).contiguous()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return a copy of the values it stands for."""

@@ -109,9 +109,9 @@ def choose(scheme: Scheme, target: Target, problem: Problem) -> tuple[Kernel | N
     """Return the first kernel that takes the problem, with the reasons of those that refused."""
     rows = candidates(scheme.method, target)
     if scheme.weight_only:
-        last = importlib.import_module("omniq_compile.lowering.weight_only")
-        rows = [k for k in rows if k.takes_unquantized]
-        rows.append(last.row(target.device, scheme.method))
+        weight_only = importlib.import_module("omniq_compile.lowering.weight_only")
+        rows = [kernel for kernel in rows if kernel.takes_unquantized]
+        rows.append(weight_only.row(target.device, scheme.method))
     refusals: list[str] = []
     for kernel in rows:
         refusal = kernel.refuse(problem, scheme)

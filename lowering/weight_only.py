@@ -12,7 +12,7 @@ import torch
 from omniq_compile.lowering import decoded
 from omniq_compile.lowering.formats import get_format
 from omniq_compile.lowering.formats.format import Parts
-from omniq_compile.lowering.materialized import stored
+from omniq_compile.lowering.materialized import first_columns
 from omniq_compile.lowering.registry import Kernel, Problem
 from omniq_compile.lowering.schemes import Scheme
 from omniq_compile.lowering.target import ARCHITECTURES
@@ -34,10 +34,7 @@ def gemm(
 ) -> torch.Tensor:
     """Decode a weight, and multiply in the result's dtype, as autocast does; see `Kernel.gemm`."""
     values = decode_weight(b, scheme.weight)[0] if problem.b_is_weight else b[0]
-    x, weight = a[0].to(problem.dtype), values.to(problem.dtype)
-    if get_format(scheme.weight).padded(problem.K) != problem.K:
-        # See `QuantizedTensor.dequantize`.
-        weight = stored(weight)[..., : problem.K]
+    x, weight = a[0].to(problem.dtype), first_columns(values.to(problem.dtype), problem.K)
     if bias is not None:
         bias = bias.to(problem.dtype)
     if problem.b_rank == 2:
@@ -52,7 +49,9 @@ def refuse(problem: Problem, scheme: Scheme) -> str | None:
 
 
 def refuse_bfloat16(problem: Problem, scheme: Scheme) -> str | None:
-    """Return why a GEMM of BF16 values by a weight's whole blocks does not take a problem."""
+    """Return why a GEMM of BF16 by whole blocks does not take activations that stay as they are."""
+    if not scheme.weight_only:
+        return None
     if problem.dtype is not torch.bfloat16:
         dtype = str(problem.dtype).removeprefix("torch.")
         return f"activations stay in {dtype}, and it multiplies bfloat16"

@@ -30,18 +30,14 @@ def _refuse(problem: Problem, scheme: Scheme) -> str | None:
         return "it decodes a weight, and both operands are activations"
     if problem.b_rank > 2:
         return "it takes no batch of matrices"
-    if scheme.weight_only:
-        block = block_size(scheme.weight)
-        if block and block[1] % FEWEST_COLUMNS:
-            return f"a scale per {block[1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
-        return weight_only.refuse_bfloat16(problem, scheme)
-    for name in (scheme.activation, scheme.weight):
+    formats = (scheme.weight,) if scheme.weight_only else (scheme.activation, scheme.weight)
+    for name in formats:
         if name not in quantize.METHODS and not block_size(name):
             return f"its C++ has no case for {name}"
-    a, b = block_size(scheme.activation), block_size(scheme.weight)
-    if a and b and gcd(a[1], b[1]) % FEWEST_COLUMNS:
-        return f"a scale per {b[1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
-    return decoded.refuse(problem, scheme)
+    columns = [block[1] for block in map(block_size, formats) if block]
+    if gcd(*columns) % FEWEST_COLUMNS:
+        return f"a scale per {columns[-1]} columns is not one per {FEWEST_COLUMNS} or a multiple"
+    return weight_only.refuse_bfloat16(problem, scheme) or decoded.refuse(problem, scheme)
 
 
 def _gemm(

@@ -39,8 +39,7 @@ def _refuse(problem: Problem, scheme: Scheme) -> str | None:
 
 
 def _refuse_blocks(problem: Problem, scheme: Scheme) -> str | None:
-    unquantized = weight_only.refuse_bfloat16(problem, scheme) if scheme.weight_only else None
-    return unquantized or _refuse(problem, scheme)
+    return weight_only.refuse_bfloat16(problem, scheme) or _refuse(problem, scheme)
 
 
 def _multiply(
